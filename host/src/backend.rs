@@ -1,0 +1,140 @@
+//! What a layer needs from the machine it runs on: GPUs or simulated ranks. Addresses are device addresses, which every
+//! rank can use: all ranks' memories are mapped into one address space.
+
+use crate::error::Error;
+use ptx_sim::TensorMapSpec;
+use std::ffi::c_void;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where a layer's kernels run.
+pub(crate) trait Backend: Send + Sync {
+    /// What runs here, for people: `2 x NVIDIA H200`.
+    fn description(&self) -> String;
+
+    /// Number of ranks.
+    fn ranks(&self) -> usize;
+
+    /// The ranks that run in this process; all, unless every rank is a process. Only these can be given to the other
+    /// functions.
+    fn local_ranks(&self) -> Range<usize> {
+        0..self.ranks()
+    }
+
+    /// Given the addresses of the local ranks' buffers, in rank order: those of all ranks' buffers, as the local ranks
+    /// see them. With several processes all call this together, and the buffers stay mapped as long as the backend lives.
+    fn share(&self, addresses: &[u64], _name: &'static str) -> Result<Vec<u64>, Error> {
+        Ok(addresses.to_vec())
+    }
+
+    /// Streaming multiprocessors of a rank.
+    fn sms(&self, rank: usize) -> u32;
+
+    /// Allocates `bytes` (at least 1) on a rank, aligned to 256 bytes, contents undefined. `name` appears in errors.
+    fn alloc(&self, rank: usize, bytes: u64, name: &'static str) -> Result<u64, Error>;
+
+    /// Frees what [`Backend::alloc`] returned.
+    fn free(&self, rank: usize, address: u64) -> Result<(), Error>;
+
+    /// Copies `bytes` to a rank's memory and returns when they are there.
+    fn write(&self, rank: usize, address: u64, bytes: &[u8]) -> Result<(), Error>;
+
+    /// Copies from a rank's memory.
+    fn read(&self, rank: usize, address: u64, bytes: &mut [u8]) -> Result<(), Error>;
+
+    /// Sets `bytes` bytes of a rank's memory to `value`.
+    fn fill(&self, rank: usize, address: u64, bytes: u64, value: u8) -> Result<(), Error>;
+
+    /// The 128-byte tensor map that `cp.async.bulk.tensor` takes on this backend.
+    fn encode_tensor_map(&self, spec: &TensorMapSpec) -> Result<[u8; 128], Error>;
+
+    /// Readies `entry` on every rank for launches with up to `shared_bytes` of dynamic shared memory. Every entry is
+    /// prepared once before it is launched.
+    fn prepare(&self, entry: &'static str, shared_bytes: u32) -> Result<(), Error>;
+
+    /// Launches on all ranks named without waiting in between, then waits for all; reports in launch order.
+    fn launch(&self, launches: &[RankLaunch]) -> Result<Vec<RankReport>, Error>;
+
+    /// Queues one rank's launch on a `CUstream` and returns: no host synchronisation, no allocation, legal while the
+    /// stream is captured. The simulator has no streams: it runs when the last rank is queued.
+    ///
+    /// # Safety
+    /// On a GPU, `stream` is a stream of the rank's device, the arguments are what the entry takes, and the memory they
+    /// name stays allocated until the launch is done.
+    unsafe fn enqueue(&self, launch: &RankLaunch, stream: *mut c_void) -> Result<(), Error>;
+}
+
+/// One rank's launch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RankLaunch {
+    /// The rank.
+    pub(crate) rank: usize,
+    /// Name of the kernel in the PTX.
+    pub(crate) entry: &'static str,
+    /// CTAs.
+    pub(crate) grid: [u32; 3],
+    /// Threads of a CTA.
+    pub(crate) block: [u32; 3],
+    /// Dynamic shared memory of a CTA in bytes.
+    pub(crate) shared_bytes: u32,
+    /// The entry's arguments, each a `.u64`.
+    pub(crate) args: Vec<u64>,
+    /// Whether all CTAs must be resident at once (a launch that cannot be is refused).
+    pub(crate) cooperative: bool,
+}
+
+/// What one rank's launch took.
+#[derive(Debug, Clone)]
+pub(crate) struct RankReport {
+    /// Time on the GPU between the events around the launch, or simulated time.
+    pub(crate) elapsed: Duration,
+    /// The simulator's counters; `None` on a GPU.
+    pub(crate) cost: Option<ptx_sim::Cost>,
+}
+
+/// Memory of one rank that is freed when this is dropped.
+pub(crate) struct DeviceBuffer {
+    backend: Arc<dyn Backend>,
+    rank: usize,
+    address: u64,
+    bytes: u64,
+}
+
+impl DeviceBuffer {
+    /// Allocates `bytes` (at least 1) on a rank.
+    pub(crate) fn new(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static str) -> Result<Self, Error> {
+        let address = backend.alloc(rank, bytes, name)?;
+        Ok(Self { backend: backend.clone(), rank, address, bytes })
+    }
+
+    /// Allocates as much as `contents` has, and copies it there.
+    pub(crate) fn with(
+        backend: &Arc<dyn Backend>,
+        rank: usize,
+        contents: &[u8],
+        name: &'static str,
+    ) -> Result<Self, Error> {
+        let buffer = Self::new(backend, rank, (contents.len() as u64).max(1), name)?;
+        backend.write(rank, buffer.address, contents)?;
+        Ok(buffer)
+    }
+
+    /// Address of the first byte.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Size in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        if let Err(error) = self.backend.free(self.rank, self.address) {
+            tracing::warn!(%error, rank = self.rank, "a buffer could not be freed");
+        }
+    }
+}

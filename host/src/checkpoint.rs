@@ -1,0 +1,471 @@
+//! Hugging Face checkpoint folders: one layer's experts and router.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use crate::config::MoeConfig;
+use crate::error::{Error, Result};
+use crate::matrix::Bytes;
+use crate::model::{Family, Fields, LayerKind, ModelConfig};
+use crate::router::Router;
+use crate::tensors::{Tensor, TensorFile};
+use crate::weights::{Expert, ExpertWeights};
+
+const CONFIG: &str = "config.json";
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A checkpoint folder as `save_pretrained` of `transformers` 5.23 writes it: `config.json`, and
+/// `model.safetensors` or several files with `model.safetensors.index.json`.
+///
+/// Supported families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4.
+pub struct Checkpoint {
+    config: ModelConfig,
+    files: Files,
+}
+
+/// The MoE block of one layer. Its weights stay in the mapped files where those are bf16: the files must not be
+/// changed while the layer is in use.
+#[derive(Debug)]
+pub struct HfLayer {
+    /// The model family.
+    pub family: Family,
+    /// The layer's number.
+    pub layer: usize,
+    /// The experts.
+    pub weights: ExpertWeights,
+    /// The router.
+    pub router: Router,
+    hidden: usize,
+    intermediate: usize,
+    swiglu_limit: Option<f32>,
+}
+
+impl HfLayer {
+    /// Reads the MoE block of layer `layer` of the checkpoint in the folder `dir`.
+    ///
+    /// # Errors
+    /// Files that are missing, truncated or of another kind, an unknown family, a layer that does not exist or is
+    /// dense, tensors that are missing or of a wrong dtype or shape.
+    pub fn open(dir: &Path, layer: usize) -> Result<Self> {
+        Checkpoint::open(dir)?.layer(layer)
+    }
+
+    /// The layer's configuration for at most so many tokens per rank.
+    pub fn config(&self, max_tokens_per_rank: usize) -> MoeConfig {
+        MoeConfig {
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            experts: self.weights.experts.len(),
+            top_k: self.router.top_k,
+            max_tokens_per_rank,
+            swiglu_limit: self.swiglu_limit,
+            shared_experts: self.weights.shared.len(),
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Reads a folder's configuration; tensors are read with the layer.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        let config = ModelConfig::parse(&path, &read(&path)?)?;
+        Ok(Self { config, files: Files::open(dir)? })
+    }
+
+    /// A checkpoint of one file that is in memory; `name` stands for its folder in errors.
+    pub(crate) fn embedded(name: &str, config: &[u8], model: Bytes) -> Result<Self> {
+        let dir = Path::new(name);
+        let config = ModelConfig::parse(&dir.join(CONFIG), config)?;
+        Ok(Self { config, files: Files::Single(TensorFile::new(&dir.join(SINGLE), model)?) })
+    }
+
+    /// The model family.
+    pub fn family(&self) -> Family {
+        self.config.family
+    }
+
+    /// The first layer with experts, if there is one.
+    pub fn first_moe_layer(&self) -> Option<usize> {
+        self.config.first_moe()
+    }
+
+    /// Reads the MoE block of one layer; see [`HfLayer::open`].
+    pub fn layer(&self, layer: usize) -> Result<HfLayer> {
+        let config = &self.config;
+        let layers = config.layers.len();
+        let kind = *config.layers.get(layer).ok_or(Error::NoSuchLayer { layer, layers })?;
+        if kind == LayerKind::Dense {
+            return Err(Error::DenseLayer { layer, first_moe: config.first_moe() });
+        }
+        let prefix = format!("model.layers.{layer}.{}.", config.family.tensor_names().block);
+        let block = Block { config, tensors: self.files.of_block(&prefix)?, prefix };
+        Ok(HfLayer {
+            family: config.family,
+            layer,
+            weights: ExpertWeights { experts: block.experts()?, shared: block.shared_experts()? },
+            router: block.router(kind)?,
+            hidden: config.hidden,
+            intermediate: config.intermediate,
+            swiglu_limit: config.swiglu_limit,
+        })
+    }
+}
+
+/// Where the tensors of a checkpoint are.
+enum Files {
+    Single(TensorFile),
+    Sharded { index: PathBuf, file_of: HashMap<String, PathBuf> },
+}
+
+impl Files {
+    fn open(dir: &Path) -> Result<Self> {
+        let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
+        if single.exists() {
+            return Ok(Files::Single(TensorFile::open(&single)?));
+        }
+        if !index.exists() {
+            return Err(Error::NoModel { dir: dir.to_owned() });
+        }
+        let fields = Fields::parse(&index, &read(&index)?)?;
+        let mut file_of = HashMap::new();
+        for (tensor, file) in fields.object("weight_map")? {
+            let wrong = || fields.error("weight_map", format!("has {file} for {tensor:?}; it must be a file name"));
+            file_of.insert(tensor.clone(), dir.join(file.as_str().ok_or_else(wrong)?));
+        }
+        Ok(Files::Sharded { index, file_of })
+    }
+
+    /// The tensors whose names begin with `prefix`; of a sharded checkpoint, only their files are opened.
+    fn of_block(&self, prefix: &str) -> Result<BlockTensors<'_>> {
+        match self {
+            Files::Single(file) => Ok(BlockTensors::Single(file)),
+            Files::Sharded { index, file_of } => {
+                let mut opened = HashMap::new();
+                let within = file_of.iter().filter(|(name, _)| name.starts_with(prefix));
+                for (_, path) in within {
+                    if !opened.contains_key(path.as_path()) {
+                        opened.insert(path.as_path(), TensorFile::open(path)?);
+                    }
+                }
+                Ok(BlockTensors::Sharded { index, file_of, opened })
+            }
+        }
+    }
+}
+
+enum BlockTensors<'a> {
+    Single(&'a TensorFile),
+    Sharded { index: &'a Path, file_of: &'a HashMap<String, PathBuf>, opened: HashMap<&'a Path, TensorFile> },
+}
+
+impl BlockTensors<'_> {
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        match self {
+            BlockTensors::Single(file) => file.tensor(name),
+            BlockTensors::Sharded { index, file_of, opened } => {
+                let file = file_of.get(name).and_then(|path| opened.get(path.as_path()));
+                let missing = || Error::TensorMissing { path: index.to_path_buf(), name: name.to_owned() };
+                file.ok_or_else(missing)?.tensor(name)
+            }
+        }
+    }
+}
+
+/// The MoE block of one layer, in its files.
+struct Block<'a> {
+    config: &'a ModelConfig,
+    prefix: String,
+    tensors: BlockTensors<'a>,
+}
+
+impl Block<'_> {
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        self.tensors.tensor(&format!("{}{name}", self.prefix))
+    }
+
+    fn expert(&self, name: &str, intermediate: usize) -> Result<Expert> {
+        let hidden = self.config.hidden;
+        let [gate, up, down] = self.config.family.tensor_names().expert.map(|part| format!("{name}.{part}.weight"));
+        Ok(Expert {
+            gate: self.tensor(&gate)?.matrix(intermediate, hidden)?,
+            up: self.tensor(&up)?.matrix(intermediate, hidden)?,
+            down: self.tensor(&down)?.matrix(hidden, intermediate)?,
+        })
+    }
+
+    fn experts(&self) -> Result<Vec<Expert>> {
+        let expert = |id: usize| self.expert(&format!("experts.{id}"), self.config.intermediate);
+        (0..self.config.experts).into_par_iter().map(expert).collect()
+    }
+
+    fn shared_experts(&self) -> Result<Vec<Expert>> {
+        let (count, intermediate) = (self.config.shared_experts, self.config.intermediate);
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        Ok(self.expert("shared_experts", count * intermediate)?.cut(count, intermediate))
+    }
+
+    fn router(&self, kind: LayerKind) -> Result<Router> {
+        let config = self.config;
+        let by_id = kind == LayerKind::HashMoe;
+        let bias = |name: &str| self.tensor(name)?.shaped(&[config.experts])?.f32();
+        let bias_name = config.family.tensor_names().correction_bias.filter(|_| !by_id);
+        Ok(Router {
+            hidden: config.hidden,
+            weight: self.tensor("gate.weight")?.shaped(&[config.experts, config.hidden])?.f32()?,
+            top_k: config.top_k,
+            scoring: config.scoring,
+            correction_bias: bias_name.map(bias).transpose()?,
+            groups: config.groups,
+            normalize: config.normalize,
+            scaling: config.scaling,
+            expert_of_id: if by_id { Some(self.expert_table()?) } else { None },
+        })
+    }
+
+    /// The table [vocabulary, K] of a hash-routed layer.
+    fn expert_table(&self) -> Result<Vec<i32>> {
+        let config = self.config;
+        let tensor = self.tensor("gate.tid2eid")?.shaped(&[config.vocabulary, config.top_k])?;
+        let id = |id: i64| match usize::try_from(id) {
+            Ok(expert) if expert < config.experts => Ok(expert as i32),
+            _ => Err(tensor.value_error(format!("it has expert {id}; ids must be 0 to {}", config.experts - 1))),
+        };
+        tensor.i64()?.into_iter().map(id).collect()
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|source| Error::Io { action: "read", path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use safetensors::tensor::TensorView;
+    use safetensors::{Dtype, SafeTensors};
+    use serde_json::{Value, json};
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::testing::{FIXTURES, fixture};
+
+    /// A copy of a fixture's checkpoint, for a test to break.
+    fn copy(name: &str) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for file in [CONFIG, SINGLE] {
+            fs::copy(fixture(name).join(file), dir.path().join(file)).unwrap();
+        }
+        dir
+    }
+
+    fn edit_config(dir: &TempDir, field: &str, value: Value) {
+        let path = dir.path().join(CONFIG);
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config[field] = value;
+        fs::write(&path, config.to_string()).unwrap();
+    }
+
+    /// Rewrites the tensors of a file: the change gives each tensor's new dtype, shape and bytes, or drops it.
+    fn edit_tensors(dir: &TempDir, change: impl Fn(&str, &TensorView) -> Option<(Dtype, Vec<usize>, Vec<u8>)>) {
+        let path = dir.path().join(SINGLE);
+        let bytes = fs::read(&path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let changed: BTreeMap<_, _> =
+            file.iter().filter_map(|(name, view)| Some((name.to_owned(), change(name, &view)?))).collect();
+        fs::write(&path, serialized(changed.iter())).unwrap();
+    }
+
+    fn serialized<'a>(tensors: impl Iterator<Item = (&'a String, &'a (Dtype, Vec<usize>, Vec<u8>))>) -> Vec<u8> {
+        let view = |(name, (dtype, shape, data)): (&'a String, &'a (Dtype, Vec<usize>, Vec<u8>))| {
+            (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+        };
+        safetensors::serialize(tensors.map(view), None).unwrap()
+    }
+
+    fn unchanged(view: &TensorView) -> Option<(Dtype, Vec<usize>, Vec<u8>)> {
+        Some((view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+    }
+
+    fn assert_same(a: &HfLayer, b: &HfLayer) {
+        let (experts, others) = (&a.weights, &b.weights);
+        assert_eq!(experts.experts.len(), others.experts.len());
+        assert_eq!(experts.shared.len(), others.shared.len());
+        let pairs = experts.experts.iter().zip(&others.experts).chain(experts.shared.iter().zip(&others.shared));
+        for (a, b) in pairs {
+            for (a, b) in [(&a.gate, &b.gate), (&a.up, &b.up), (&a.down, &b.down)] {
+                assert!((0..a.rows()).all(|row| a.row(row) == b.row(row)));
+            }
+        }
+        assert_eq!(a.router.weight, b.router.weight);
+        assert_eq!(a.router.correction_bias, b.router.correction_bias);
+    }
+
+    fn message(dir: &TempDir, layer: usize) -> String {
+        HfLayer::open(dir.path(), layer).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_fixtures_open() {
+        for (name, layer) in FIXTURES.into_iter().zip([0, 0, 0, 1]) {
+            let open = HfLayer::open(&fixture(name), layer).unwrap();
+            let config = open.config(32);
+            config.validate(8).unwrap();
+            open.weights.check(&config).unwrap();
+            assert_eq!(open.router.correction_bias.is_some(), name.starts_with("deepseek"));
+        }
+        assert_eq!(HfLayer::open(&fixture("deepseek-v4"), 0).unwrap().router.vocabulary(), Some(256));
+    }
+
+    #[test]
+    fn bf16_weights_stay_in_the_mapped_file() {
+        let open = HfLayer::open(&fixture("mixtral"), 0).unwrap();
+        assert!(open.weights.experts.iter().all(|expert| expert.gate.is_in_place() && expert.down.is_in_place()));
+    }
+
+    #[test]
+    fn a_sharded_checkpoint_is_the_same_layer() {
+        for (name, layer) in FIXTURES.into_iter().zip([0, 0, 0, 1]) {
+            let dir = copy(name);
+            let bytes = fs::read(dir.path().join(SINGLE)).unwrap();
+            fs::remove_file(dir.path().join(SINGLE)).unwrap();
+            let mut shards: [BTreeMap<String, _>; 3] = Default::default();
+            let mut weight_map = serde_json::Map::new();
+            for (index, (tensor, view)) in SafeTensors::deserialize(&bytes).unwrap().iter().enumerate() {
+                let shard = index % shards.len();
+                shards[shard].insert(tensor.to_owned(), unchanged(&view).unwrap());
+                weight_map.insert(tensor.to_owned(), format!("model-{shard}.safetensors").into());
+            }
+            for (shard, tensors) in shards.iter().enumerate() {
+                let path = dir.path().join(format!("model-{shard}.safetensors"));
+                fs::write(path, serialized(tensors.iter())).unwrap();
+            }
+            fs::write(dir.path().join(INDEX), json!({ "weight_map": weight_map }).to_string()).unwrap();
+            assert_same(&HfLayer::open(dir.path(), layer).unwrap(), &HfLayer::open(&fixture(name), layer).unwrap());
+
+            fs::remove_file(dir.path().join("model-1.safetensors")).unwrap();
+            let error = message(&dir, layer);
+            assert!(error.starts_with("cannot read") && error.contains("model-1.safetensors"), "{error}");
+        }
+    }
+
+    #[test]
+    fn shards_of_other_layers_are_not_opened() {
+        let dir = copy("mixtral");
+        fs::rename(dir.path().join(SINGLE), dir.path().join("a.safetensors")).unwrap();
+        let names: Vec<String> = {
+            let bytes = fs::read(dir.path().join("a.safetensors")).unwrap();
+            SafeTensors::deserialize(&bytes).unwrap().names().into_iter().map(str::to_owned).collect()
+        };
+        let mut weight_map: serde_json::Map<String, Value> =
+            names.into_iter().map(|name| (name, "a.safetensors".into())).collect();
+        weight_map.insert("model.layers.1.block_sparse_moe.gate.weight".into(), "absent.safetensors".into());
+        fs::write(dir.path().join(INDEX), json!({ "weight_map": weight_map }).to_string()).unwrap();
+        HfLayer::open(dir.path(), 0).unwrap();
+    }
+
+    #[test]
+    fn f32_tensors_are_converted() {
+        let dir = copy("mixtral");
+        edit_tensors(&dir, |_, view| {
+            let values = view.data().as_chunks::<2>().0;
+            let data = values.iter().flat_map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32().to_le_bytes());
+            Some((Dtype::F32, view.shape().to_vec(), data.collect()))
+        });
+        assert_same(&HfLayer::open(dir.path(), 0).unwrap(), &HfLayer::open(&fixture("mixtral"), 0).unwrap());
+    }
+
+    #[test]
+    fn a_wide_shared_expert_is_cut() {
+        let dir = copy("deepseek-v3");
+        edit_config(&dir, "n_shared_experts", json!(2));
+        edit_tensors(&dir, |name, view| match name.contains("shared_experts") {
+            // [I, H] twice below each other; [H, I] twice beside each other.
+            true if name.contains("down") => {
+                let data = view.data().chunks_exact(2 * view.shape()[1]).flat_map(|row| [row, row].concat());
+                Some((view.dtype(), vec![view.shape()[0], 2 * view.shape()[1]], data.collect()))
+            }
+            true => Some((view.dtype(), vec![2 * view.shape()[0], view.shape()[1]], view.data().repeat(2))),
+            false => unchanged(view),
+        });
+        let (cut, whole) = (HfLayer::open(dir.path(), 0).unwrap(), HfLayer::open(&fixture("deepseek-v3"), 0).unwrap());
+        assert_eq!(cut.config(1).shared_experts, 2);
+        let expected = &whole.weights.shared[0];
+        for part in &cut.weights.shared {
+            assert!((0..64).all(|row| part.gate.row(row) == expected.gate.row(row)));
+            assert!((0..64).all(|row| part.up.row(row) == expected.up.row(row)));
+            assert!((0..192).all(|row| part.down.row(row) == expected.down.row(row)));
+        }
+    }
+
+    #[test]
+    fn missing_and_broken_files_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(message(&dir, 0).contains("config.json"));
+        fs::copy(fixture("mixtral").join(CONFIG), dir.path().join(CONFIG)).unwrap();
+        let error = message(&dir, 0);
+        assert!(error.contains("neither model.safetensors nor model.safetensors.index.json"), "{error}");
+        let bytes = fs::read(fixture("mixtral").join(SINGLE)).unwrap();
+        fs::write(dir.path().join(SINGLE), &bytes[..bytes.len() / 2]).unwrap();
+        assert!(message(&dir, 0).contains("not a complete safetensors file"));
+        fs::remove_file(dir.path().join(SINGLE)).unwrap();
+        for (index, expected) in [
+            ("{", "not valid JSON"),
+            ("{}", "`weight_map` is missing"),
+            (r#"{"weight_map": {"x": 1}}"#, "it must be a file name"),
+            (r#"{"weight_map": {}}"#, "has no tensor `model.layers.0.block_sparse_moe.experts.0.w1.weight`"),
+        ] {
+            fs::write(dir.path().join(INDEX), index).unwrap();
+            let error = message(&dir, 0);
+            assert!(error.contains(expected), "{error:?} lacks {expected:?}");
+        }
+    }
+
+    #[test]
+    fn layers_that_do_not_exist_or_are_dense_are_named() {
+        let dir = copy("deepseek-v3");
+        assert_eq!(message(&dir, 3), "layer 3 does not exist: the model has layers 0 to 0");
+        edit_config(&dir, "num_hidden_layers", json!(4));
+        edit_config(&dir, "first_k_dense_replace", json!(2));
+        assert_eq!(message(&dir, 1), "layer 1 is dense, it has no experts; the first layer with experts is 2");
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().first_moe_layer(), Some(2));
+    }
+
+    #[test]
+    fn wrong_tensors_are_named() {
+        let gate = "model.layers.0.mlp.gate.weight";
+        let down = "model.layers.0.mlp.experts.7.down_proj.weight";
+        for (target, change, expected) in [
+            (gate, None, "has no tensor `model.layers.0.mlp.gate.weight`"),
+            (
+                down,
+                Some((Dtype::F8_E4M3, vec![128, 192], vec![0; 128 * 192])),
+                "is F8_E4M3; it must be BF16, F16 or F32",
+            ),
+            (
+                down,
+                Some((Dtype::BF16, vec![192, 128], vec![0; 2 * 128 * 192])),
+                "has shape [192, 128]; it must be [128, 192]",
+            ),
+        ] {
+            let dir = copy("qwen3-moe");
+            edit_tensors(&dir, |name, view| if name == target { change.clone() } else { unchanged(view) });
+            let error = message(&dir, 0);
+            assert!(error.contains(target) && error.contains(expected), "{error:?} lacks {expected:?}");
+        }
+        let dir = copy("deepseek-v4");
+        edit_tensors(&dir, |name, view| {
+            let data =
+                if name.ends_with("tid2eid") { 16i64.to_le_bytes().repeat(256 * 6) } else { view.data().to_vec() };
+            Some((view.dtype(), view.shape().to_vec(), data))
+        });
+        let error = message(&dir, 0);
+        assert!(error.contains("tid2eid") && error.contains("expert 16; ids must be 0 to 15"), "{error}");
+    }
+}

@@ -1,0 +1,214 @@
+//! What one `ferromoe run` has to do: a layer, its input and routing, cut over the ranks.
+
+use std::ops::Range;
+
+use ferromoe::{Checkpoint, Error, HfLayer, MoeConfig, MoeInput, Result, Routing, example, reference, split_tokens};
+use half::bf16;
+
+use super::args::{RouteArg, RunArgs};
+
+/// Random tokens where no input is given.
+const RANDOM_TOKENS: usize = 64;
+
+/// A checked job: nothing about it can still be wrong but the expert ids, which the device checks.
+pub struct Job {
+    /// The checkpoint's folder, or what stands for it.
+    pub checkpoint: String,
+    pub layer: HfLayer,
+    pub config: MoeConfig,
+    pub input: MoeInput,
+    pub routing: Routing,
+    pub route: RouteArg,
+    /// Tokens with the experts that the file records, where the routing is computed though the file has one.
+    pub same_experts: Option<usize>,
+    /// The tokens of each rank.
+    pub shares: Vec<Range<usize>>,
+}
+
+/// What a result is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compared {
+    /// The input file's `output_f32`.
+    OutputF32,
+    /// `reference::forward`.
+    Reference,
+}
+
+impl Job {
+    /// Reads and checks everything.
+    pub fn prepare(args: &RunArgs) -> Result<Self> {
+        let (checkpoint, name) = match &args.checkpoint {
+            Some(dir) => (Checkpoint::open(dir)?, dir.display().to_string()),
+            None => (example::checkpoint()?, example::NAME.to_owned()),
+        };
+        let input = match &args.input {
+            Some(path) => Some(MoeInput::open(path)?),
+            None if args.checkpoint.is_none() => Some(example::input()?),
+            None => None,
+        };
+        let recorded_at = input.as_ref().and_then(|input| input.layer);
+        let number = args.layer.or(recorded_at).or_else(|| checkpoint.first_moe_layer()).unwrap_or(0);
+        let layer = checkpoint.layer(number)?;
+        let input = input.unwrap_or_else(|| {
+            MoeInput::random(RANDOM_TOKENS, layer.config(1).hidden, layer.router.vocabulary(), args.seed)
+        });
+
+        let config = layer.config(input.tokens.div_ceil(args.ranks.max(1)).max(1));
+        config.validate(args.ranks)?;
+        check_fit(&config, &input)?;
+        let (routing, route, same_experts) = route_tokens(args.route, &layer, &input)?;
+        let shares = split_tokens(input.tokens, args.ranks);
+        Ok(Self { checkpoint: name, layer, config, input, routing, route, same_experts, shares })
+    }
+
+    /// What the output should be. The file's `output_f32` counts where it belongs to the layer and experts that ran.
+    pub fn expected(&self) -> Result<(Vec<f64>, Compared)> {
+        let same_layer = self.input.layer.is_none_or(|layer| layer == self.layer.layer);
+        let same_routing = self.same_experts.is_none_or(|same| same == self.input.tokens);
+        match &self.input.output_f32 {
+            Some(output) if same_layer && same_routing => {
+                Ok((output.iter().map(|&value| f64::from(value)).collect(), Compared::OutputF32))
+            }
+            _ => {
+                let output =
+                    reference::forward(&self.config, &self.layer.weights, &self.input.hidden_states, &self.routing)?;
+                Ok((output, Compared::Reference))
+            }
+        }
+    }
+
+    /// Rank `rank`'s tokens: hidden states [T, H], expert ids [T, K] and weights [T, K].
+    pub fn share(&self, rank: usize) -> (&[bf16], &[i32], &[f32]) {
+        let tokens = &self.shares[rank];
+        let of = |width: usize| tokens.start * width..tokens.end * width;
+        let (hidden, top_k) = (self.config.hidden, self.config.top_k);
+        (
+            &self.input.hidden_states[of(hidden)],
+            &self.routing.topk_idx()[of(top_k)],
+            &self.routing.topk_weights()[of(top_k)],
+        )
+    }
+}
+
+/// Checks the input against the layer.
+fn check_fit(config: &MoeConfig, input: &MoeInput) -> Result<()> {
+    let wrong = |what: &str, found, expected| Error::Size {
+        what: what.into(),
+        found: format!("[T, {found}] values"),
+        expected: format!("[T, {expected}] for this checkpoint's layer"),
+    };
+    if input.hidden != config.hidden {
+        return Err(wrong("`hidden_states` of the input", input.hidden, config.hidden));
+    }
+    match &input.routing {
+        Some(routing) if routing.top_k() != config.top_k => {
+            Err(wrong("`topk_idx` of the input", routing.top_k(), config.top_k))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The routing, where it comes from, and [`Job::same_experts`].
+fn route_tokens(
+    asked: Option<RouteArg>,
+    layer: &HfLayer,
+    input: &MoeInput,
+) -> Result<(Routing, RouteArg, Option<usize>)> {
+    match (asked, &input.routing) {
+        (None | Some(RouteArg::File), Some(recorded)) => Ok((recorded.clone(), RouteArg::File, None)),
+        (Some(RouteArg::File), None) => Err(Error::Size {
+            what: "the input".into(),
+            found: "no `topk_idx` and `topk_weights`".into(),
+            expected: "both for --route file; --route compute asks the checkpoint's router".into(),
+        }),
+        (_, recorded) => {
+            let routing = layer.router.route(&input.hidden_states, input.input_ids.as_deref())?;
+            let same_experts = recorded.as_ref().map(|recorded| routing.same_experts(recorded));
+            Ok((routing, RouteArg::Compute, same_experts))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+
+    const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures");
+
+    fn prepare(options: &str) -> Result<Job> {
+        let words = options.replace('@', FIXTURES);
+        let words = ["ferromoe", "run"].into_iter().chain(words.split_whitespace());
+        let Command::Run(args) = Cli::try_parse_from(words).unwrap().command;
+        Job::prepare(&args)
+    }
+
+    #[test]
+    fn without_arguments_the_example_runs() {
+        let job = prepare("").unwrap();
+        assert_eq!((job.layer.layer, job.config.hidden, job.route), (0, 192, RouteArg::File));
+        assert_eq!(job.shares, [0..25, 25..50]);
+        assert_eq!(job.config.max_tokens_per_rank, 25);
+        let (states, ids, weights) = job.share(1);
+        assert_eq!((states.len(), ids.len(), weights.len()), (25 * 192, 25 * 4, 25 * 4));
+        assert_eq!(ids, &job.routing.topk_idx()[100..]);
+        assert_eq!(job.expected().unwrap().1, Compared::OutputF32);
+    }
+
+    #[test]
+    fn the_layer_is_the_recorded_one_or_the_first_with_experts() {
+        let v4 = "--checkpoint @/deepseek-v4";
+        assert_eq!(prepare(&format!("{v4} --input @/deepseek-v4/moe_io.safetensors")).unwrap().layer.layer, 1);
+        let hashed = prepare(v4).unwrap();
+        assert_eq!((hashed.layer.layer, hashed.input.tokens, hashed.route), (0, 64, RouteArg::Compute));
+        assert_eq!(hashed.expected().unwrap().1, Compared::Reference);
+        assert_eq!(prepare(&format!("{v4} --layer 1")).unwrap().layer.layer, 1);
+    }
+
+    #[test]
+    fn recorded_outputs_count_only_for_their_layer() {
+        let input = "--checkpoint @/deepseek-v4 --input @/deepseek-v4/moe_io.safetensors";
+        let compared = |options: &str| prepare(&format!("{input} {options}")).unwrap().expected().unwrap().1;
+        assert_eq!(compared(""), Compared::OutputF32);
+        assert_eq!(compared("--layer 0"), Compared::Reference);
+        assert_eq!(compared("--route compute"), Compared::OutputF32);
+    }
+
+    #[test]
+    fn computed_routing_is_held_against_the_recorded_one() {
+        for name in ["mixtral", "qwen3-moe", "deepseek-v3", "deepseek-v4"] {
+            let io = format!("--checkpoint @/{name} --input @/{name}/moe_io.safetensors --ranks 4 --route compute");
+            let job = prepare(&io).unwrap();
+            assert!(100 * job.same_experts.unwrap() >= 97 * job.input.tokens, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_seed_makes_the_random_tokens() {
+        let states = |seed: u64| prepare(&format!("--checkpoint @/mixtral --seed {seed}")).unwrap().input.hidden_states;
+        assert_eq!(states(1), states(1));
+        assert_ne!(states(1), states(2));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        for (options, expected) in [
+            ("--ranks 0", "0 ranks are not possible"),
+            ("--ranks 9", "9 ranks are not possible"),
+            ("--ranks 3", "16 experts cannot be cut evenly over 3 ranks"),
+            ("--layer 1", "layer 1 does not exist"),
+            ("--checkpoint @/absent", "absent/config.json"),
+            ("--input @/absent", "absent"),
+            ("--input @/mixtral/config.json", "not a complete safetensors file"),
+            ("--input @/mixtral/moe_io.safetensors", "[T, 256] values; it must have [T, 192]"),
+            ("--checkpoint @/mixtral --input @/deepseek-v4/moe_io.safetensors --layer 0", "`topk_idx`"),
+            ("--checkpoint @/mixtral --route file", "--route compute"),
+        ] {
+            let error = prepare(options).err().unwrap().to_string();
+            assert!(error.contains(expected), "{options}: {error:?} lacks {expected:?}");
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! What a run tells: for people, and as JSON.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
+use std::time::Duration;
+
+use ptx_sim::Cost;
+use serde::{Serialize, Serializer};
+
+use super::args::RouteArg;
+use super::job::{Compared, Job};
+
+/// The largest relative L2 error of a right result.
+pub const ERROR_LIMIT: f64 = 1e-2;
+
+/// The counters of a rank: the name in JSON, the name for people, the value.
+const COUNTERS: [Counter; 11] = [
+    ("instructions", "warp instructions", |cost| cost.instructions),
+    ("thread_instructions", "thread instructions", |cost| cost.thread_instructions),
+    ("hbm_read_bytes", "HBM bytes read", |cost| cost.hbm_read),
+    ("hbm_write_bytes", "HBM bytes written", |cost| cost.hbm_write),
+    ("l2_bytes", "L2 bytes", |cost| cost.l2_bytes),
+    ("nvlink_read_bytes", "NVLink bytes read", |cost| cost.nvlink_read),
+    ("nvlink_write_bytes", "NVLink bytes written", |cost| cost.nvlink_write),
+    ("tensor_ops", "tensor-core operations", |cost| cost.tensor_ops),
+    ("waits", "waits", |cost| cost.waits),
+    ("polls", "polls", |cost| cost.polls),
+    ("simulated_ns", "simulated ns", |cost| cost.simulated_ns),
+];
+
+type Counter = (&'static str, &'static str, fn(&Cost) -> u64);
+
+/// What came of a job. Its JSON form is the output of `ferromoe run --json`.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub checkpoint: String,
+    pub model_type: &'static str,
+    pub layer: usize,
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub experts: usize,
+    pub top_k: usize,
+    pub shared_experts: usize,
+    pub swiglu_limit: Option<f32>,
+    pub tokens: usize,
+    pub tokens_per_rank: Vec<usize>,
+    pub ranks: usize,
+    pub device: String,
+    pub seed: u64,
+    /// "file" or "compute".
+    pub route: &'static str,
+    /// Tokens that got the experts which the input file records; null where that was not compared.
+    pub same_experts: Option<usize>,
+    pub compared_with: Compared,
+    /// Null where the output or what it is compared with is not finite.
+    pub relative_l2_error: Option<f64>,
+    pub error_limit: f64,
+    pub passed: bool,
+    /// Each rank's counters; empty on a GPU.
+    #[serde(serialize_with = "costs_by_name")]
+    pub cost: Vec<Cost>,
+    /// Each rank's time of the launch: measured on a GPU, simulated time in the simulator.
+    pub rank_seconds: Vec<f64>,
+    /// Wall time of the forward pass on this machine.
+    pub seconds: f64,
+}
+
+/// How a job ran.
+pub struct Execution {
+    pub device: String,
+    pub cost: Vec<Cost>,
+    pub rank_elapsed: Vec<Duration>,
+    pub elapsed: Duration,
+}
+
+impl Report {
+    pub fn new(job: &Job, seed: u64, execution: Execution, compared_with: Compared, error: f64) -> Self {
+        let config = &job.config;
+        Self {
+            checkpoint: job.checkpoint.clone(),
+            model_type: job.layer.family.model_type(),
+            layer: job.layer.layer,
+            hidden: config.hidden,
+            intermediate: config.intermediate,
+            experts: config.experts,
+            top_k: config.top_k,
+            shared_experts: config.shared_experts,
+            swiglu_limit: config.swiglu_limit,
+            tokens: job.input.tokens,
+            tokens_per_rank: job.shares.iter().map(ExactSizeIterator::len).collect(),
+            ranks: job.shares.len(),
+            device: execution.device,
+            seed,
+            route: match job.route {
+                RouteArg::File => "file",
+                RouteArg::Compute => "compute",
+            },
+            same_experts: job.same_experts,
+            compared_with,
+            relative_l2_error: error.is_finite().then_some(error),
+            error_limit: ERROR_LIMIT,
+            passed: error <= ERROR_LIMIT,
+            cost: execution.cost,
+            rank_seconds: execution.rank_elapsed.iter().map(Duration::as_secs_f64).collect(),
+            seconds: execution.elapsed.as_secs_f64(),
+        }
+    }
+}
+
+impl Display for Report {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(f, "layer    {} of {} ({})", self.layer, self.checkpoint, self.model_type)?;
+        write!(f, "         hidden {}, intermediate {}, ", self.hidden, self.intermediate)?;
+        write!(f, "{} experts, top-{}, {} shared", self.experts, self.top_k, self.shared_experts)?;
+        match self.swiglu_limit {
+            Some(limit) => writeln!(f, ", SwiGLU limit {limit}")?,
+            None => writeln!(f)?,
+        }
+        let shares: Vec<String> = self.tokens_per_rank.iter().map(usize::to_string).collect();
+        writeln!(f, "tokens   {} on {} ranks: {}", self.tokens, self.ranks, shares.join(" + "))?;
+        match (self.route, self.same_experts) {
+            ("file", _) => writeln!(f, "routing  as in the input file")?,
+            (_, None) => writeln!(f, "routing  by the checkpoint's router")?,
+            (_, Some(same)) => writeln!(
+                f,
+                "routing  by the checkpoint's router; {same} of {} tokens get the experts that the input file records",
+                self.tokens
+            )?,
+        }
+        writeln!(f, "device   {}", self.device)?;
+        self.write_costs(f)?;
+        let against = match self.compared_with {
+            Compared::OutputF32 => "output_f32 of the input file",
+            Compared::Reference => "the f64 reference",
+        };
+        let slowest = self.rank_seconds.iter().copied().fold(0.0, f64::max);
+        writeln!(
+            f,
+            "time     {:.3} s on this machine; the slowest rank's launch took {:.1} us",
+            self.seconds,
+            1e6 * slowest
+        )?;
+        let verdict = if self.passed { "right" } else { "WRONG" };
+        match self.relative_l2_error {
+            Some(error) => {
+                write!(
+                    f,
+                    "result   {verdict}: relative L2 error {error:.2e} against {against}, limit {:.0e}",
+                    self.error_limit
+                )
+            }
+            None => write!(f, "result   {verdict}: not finite, compared with {against}"),
+        }
+    }
+}
+
+impl Report {
+    /// A table with a line for every counter and a column for every rank.
+    fn write_costs(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        if self.cost.is_empty() {
+            return Ok(());
+        }
+        let name_width = COUNTERS.iter().map(|(_, name, _)| name.len()).max().unwrap_or(0);
+        let cell_width =
+            |cost: &Cost| COUNTERS.iter().map(|(_, _, value)| grouped(value(cost)).len()).max().unwrap_or(0);
+        let widths: Vec<usize> = self.cost.iter().map(|cost| cell_width(cost).max("rank 0".len())).collect();
+        write!(f, "cost     {:name_width$}", "")?;
+        for (rank, width) in widths.iter().enumerate() {
+            write!(f, "  {:>width$}", format!("rank {rank}"))?;
+        }
+        writeln!(f)?;
+        for (_, name, value) in COUNTERS {
+            write!(f, "         {name:name_width$}")?;
+            for (cost, width) in self.cost.iter().zip(&widths) {
+                write!(f, "  {:>width$}", grouped(value(cost)))?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
+
+/// Each rank's counters as an object.
+fn costs_by_name<S: Serializer>(costs: &[Cost], serializer: S) -> Result<S::Ok, S::Error> {
+    let by_name = |cost| COUNTERS.iter().map(|&(name, _, value)| (name, value(cost))).collect::<BTreeMap<_, _>>();
+    serializer.collect_seq(costs.iter().map(by_name))
+}
+
+/// A number with its digits in groups of three.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+
+    fn report(error: f64) -> Report {
+        let Command::Run(args) = Cli::try_parse_from(["ferromoe", "run"]).unwrap().command;
+        let job = Job::prepare(&args).unwrap();
+        let cost = |instructions| Cost { instructions, ..Cost::default() };
+        let execution = Execution {
+            device: "2 ranks".into(),
+            cost: vec![cost(12), cost(3_456_789)],
+            rank_elapsed: vec![Duration::from_micros(5), Duration::from_micros(9)],
+            elapsed: Duration::from_millis(1500),
+        };
+        Report::new(&job, 3, execution, Compared::OutputF32, error)
+    }
+
+    #[test]
+    fn people_read_what_ran_and_how_right_it_is() {
+        let text = report(3.21e-3).to_string();
+        for line in [
+            "layer    0 of bundled deepseek-v3 example (deepseek_v3)",
+            "         hidden 192, intermediate 64, 16 experts, top-4, 1 shared",
+            "tokens   50 on 2 ranks: 25 + 25",
+            "routing  as in the input file",
+            "cost                             rank 0     rank 1",
+            "         warp instructions           12  3,456,789",
+            "         NVLink bytes read            0          0",
+            "time     1.500 s on this machine; the slowest rank's launch took 9.0 us",
+            "result   right: relative L2 error 3.21e-3 against output_f32 of the input file, limit 1e-2",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{text}\nlacks {line:?}");
+        }
+        assert!(report(1.01e-2).to_string().contains("result   WRONG: relative L2 error 1.01e-2"));
+    }
+
+    #[test]
+    fn programs_read_one_object() {
+        let json = serde_json::to_value(report(1e-2)).unwrap();
+        assert_eq!(json["passed"], true);
+        assert_eq!(json["relative_l2_error"], 1e-2);
+        assert_eq!(json["compared_with"], "output_f32");
+        assert_eq!(json["tokens_per_rank"], json!([25, 25]));
+        assert_eq!(json["cost"][1]["instructions"], 3_456_789);
+    }
+
+    #[test]
+    fn an_error_that_is_no_number_does_not_pass() {
+        for error in [f64::NAN, f64::INFINITY] {
+            let report = report(error);
+            assert!(!report.passed && report.to_string().contains("WRONG: not finite"));
+            assert_eq!(serde_json::to_value(report).unwrap()["relative_l2_error"], Value::Null);
+        }
+    }
+
+    #[test]
+    fn digits_are_grouped() {
+        let texts = [0, 999, 1000, 1_234_567].map(grouped);
+        assert_eq!(texts, ["0", "999", "1,000", "1,234,567"]);
+    }
+}

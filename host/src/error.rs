@@ -1,0 +1,260 @@
+//! Everything that can go wrong, as one enum: what was wrong, the value, and what would be right.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::config::{MAX_LOCAL_EXPERTS, MAX_RANKS, MAX_TOP_K, SIZE_STEP};
+
+/// A result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read, mapped or written.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// "read", "write", ...
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A file is not a safetensors file, or only a part of one.
+    #[error("{path} is not a complete safetensors file: {source}")]
+    NotSafetensors {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        source: safetensors::SafeTensorError,
+    },
+    /// A JSON file cannot be parsed.
+    #[error("{path} is not valid JSON: {source}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        source: serde_json::Error,
+    },
+    /// A field of a JSON file is missing, of another type, or has a value that is not supported.
+    #[error("{path}: `{field}` {problem}")]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// The field's name.
+        field: String,
+        /// What is wrong with it, and what would be right.
+        problem: String,
+    },
+    /// A folder holds no checkpoint.
+    #[error("{dir} has neither model.safetensors nor model.safetensors.index.json")]
+    NoModel {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// The checkpoint has fewer layers.
+    #[error("layer {layer} does not exist: the model has layers 0 to {}", layers.saturating_sub(1))]
+    NoSuchLayer {
+        /// The layer asked for.
+        layer: usize,
+        /// The model's number of layers.
+        layers: usize,
+    },
+    /// The layer has no experts.
+    #[error("layer {layer} is dense, it has no experts; {}", first_moe.map_or("no layer of this model has any".to_owned(), |first| format!("the first layer with experts is {first}")))]
+    DenseLayer {
+        /// The layer asked for.
+        layer: usize,
+        /// The first layer that has experts, if one has.
+        first_moe: Option<usize>,
+    },
+    /// A tensor is not in the file that should hold it.
+    #[error("{path} has no tensor `{name}`")]
+    TensorMissing {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+    /// A tensor has an element type that cannot be used.
+    #[error("tensor `{name}` of {path} is {found}; it must be {expected}")]
+    TensorDtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its element type.
+        found: String,
+        /// The element types that would do.
+        expected: &'static str,
+    },
+    /// A tensor has another shape than its place needs.
+    #[error("tensor `{name}` of {path} has shape {found:?}; it must be {expected}")]
+    TensorShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that would do.
+        expected: String,
+    },
+    /// A tensor has values that cannot be used.
+    #[error("tensor `{name}` of {path}: {problem}")]
+    TensorValue {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// What is wrong with it, and what would be right.
+        problem: String,
+    },
+    /// A slice or a matrix given by the caller has another size than the configuration needs.
+    #[error("{what} has {found}; it must have {expected}")]
+    Size {
+        /// What has the wrong size.
+        what: String,
+        /// Its size.
+        found: String,
+        /// The size that would be right.
+        expected: String,
+    },
+    /// Number of ranks out of range.
+    #[error("{ranks} ranks are not possible; it must be from 1 to {MAX_RANKS}")]
+    Ranks {
+        /// The number asked for.
+        ranks: usize,
+    },
+    /// The experts cannot be cut evenly.
+    #[error("{experts} experts cannot be cut evenly over {ranks} ranks; the ranks must divide the experts")]
+    ExpertsNotDivisible {
+        /// Number of experts.
+        experts: usize,
+        /// Number of ranks.
+        ranks: usize,
+    },
+    /// Hidden or intermediate size that does not fit the tiles.
+    #[error("the {what} size is {value}; it must be a positive multiple of {SIZE_STEP}")]
+    SizeStep {
+        /// "hidden" or "intermediate".
+        what: &'static str,
+        /// The size.
+        value: usize,
+    },
+    /// Top-k out of range.
+    #[error("top-k is {top_k}; with {experts} experts it must be from 1 to {}", (*experts).min(MAX_TOP_K))]
+    TopK {
+        /// The top-k.
+        top_k: usize,
+        /// Number of experts.
+        experts: usize,
+    },
+    /// More experts on a rank than the kernel keeps count of.
+    #[error(
+        "{local} experts on each of {ranks} ranks, shared ones included, are too many; it must be at most {MAX_LOCAL_EXPERTS}"
+    )]
+    LocalExperts {
+        /// Number of ranks.
+        ranks: usize,
+        /// Experts on one rank, shared ones included.
+        local: usize,
+    },
+    /// The configured maximum of tokens is out of range.
+    #[error(
+        "a maximum of {max} tokens per rank is not possible; with this top-k and these experts it must be from 1 to {most}"
+    )]
+    MaxTokens {
+        /// `MoeConfig::max_tokens_per_rank`.
+        max: usize,
+        /// The largest that would do.
+        most: usize,
+    },
+    /// More tokens than buffers were made for.
+    #[error("rank {rank} has {tokens} tokens; the configured maximum is {max} per rank")]
+    TooManyTokens {
+        /// The rank.
+        rank: usize,
+        /// Its tokens.
+        tokens: usize,
+        /// `MoeConfig::max_tokens_per_rank`.
+        max: usize,
+    },
+    /// The clamp is not usable.
+    #[error("the SwiGLU limit is {limit}; it must be a finite number above 0, or none")]
+    SwigluLimit {
+        /// The limit.
+        limit: f32,
+    },
+    /// A token is routed to an expert that does not exist.
+    #[error("rank {rank}, token {token}, k {k}: expert {}does not exist; ids are 0 to {}, or -1 for no expert", expert.map_or(String::new(), |id| format!("{id} ")), experts.saturating_sub(1))]
+    ExpertId {
+        /// The rank that holds the token.
+        rank: usize,
+        /// The token, counted within its rank.
+        token: usize,
+        /// The place in the token's top-k.
+        k: usize,
+        /// The expert id, where it is known: not after a queued launch.
+        expert: Option<i32>,
+        /// Number of experts.
+        experts: usize,
+    },
+    /// A token names an expert twice.
+    #[error("rank {rank}, token {token}, k {k}: expert {}is there a second time; a token's experts must differ", expert.map_or(String::new(), |id| format!("{id} ")))]
+    RepeatedExpert {
+        /// The rank that holds the token.
+        rank: usize,
+        /// The token, counted within its rank.
+        token: usize,
+        /// The place in the token's top-k.
+        k: usize,
+        /// The expert id, where it is known: not after a queued launch.
+        expert: Option<i32>,
+    },
+    /// A wait of the kernel ran past its deadline.
+    #[error("rank {rank} waited in vain for rank {missing}: {}; did every rank launch?", waited_for(*stage, *subject))]
+    Deadline {
+        /// The rank that waited.
+        rank: usize,
+        /// What it waited for.
+        stage: ferromoe_kernel::status::Stage,
+        /// The rank that should have delivered it.
+        missing: usize,
+        /// The expert (for counts and results) or the tile (for rows and columns).
+        subject: u32,
+    },
+    /// GPUs are missing, or the CUDA driver failed.
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
+    /// The processes of a group did not meet.
+    #[error(transparent)]
+    Rendezvous(#[from] crate::rendezvous::RendezvousError),
+    /// The simulator found an error in the kernel, or cannot go on.
+    #[error("simulator: {0}")]
+    Simulator(#[from] ptx_sim::SimError),
+    /// The simulator cannot read the PTX.
+    #[error("simulator: {0}")]
+    Ptx(#[from] ptx_sim::ParseError),
+    /// A tensor map that the simulator refuses.
+    #[error("tensor map: {0}")]
+    TensorMap(#[from] ptx_sim::tensor_map::TensorMapError),
+    /// A hash-routed layer was given no token ids, or one outside its table.
+    #[error("this layer routes by token id, and {problem}")]
+    InputIds {
+        /// What is wrong with them, and what would be right.
+        problem: String,
+    },
+}
+
+fn waited_for(stage: ferromoe_kernel::status::Stage, subject: u32) -> String {
+    use ferromoe_kernel::status::Stage;
+    match stage {
+        Stage::Counts => format!("dispatch had no token counts for expert {subject}"),
+        Stage::Rows => format!("linear 1 had not all rows of tile {subject}"),
+        Stage::Columns => format!("linear 2 had not all columns of tile {subject}"),
+        Stage::Results => format!("combine had no results of expert {subject}"),
+    }
+}

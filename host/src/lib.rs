@@ -1,0 +1,42 @@
+//! Fused Mixture-of-Experts inference on NVIDIA Hopper GPUs: one kernel launch per GPU for the whole
+//! expert-parallel layer.
+//!
+//! [`HfLayer::open`] reads the MoE block of a Hugging Face checkpoint, its [`Router`] chooses experts,
+//! [`ExpertWeights::prepare`] lays the weights out for a rank, and [`reference::forward`] is the plain definition that
+//! results are held against.
+
+mod backend;
+mod checkpoint;
+mod config;
+pub mod cuda;
+mod error;
+pub mod example;
+mod fused;
+mod group;
+mod input;
+mod maps;
+mod matrix;
+mod model;
+mod ptx;
+pub mod reference;
+mod rendezvous;
+mod router;
+mod simulated;
+mod tensors;
+#[cfg(test)]
+mod testing;
+mod weights;
+
+pub use checkpoint::{Checkpoint, HfLayer};
+pub use config::{MAX_LOCAL_EXPERTS, MAX_RANKS, MAX_TOP_K, MoeConfig, SIZE_STEP, split_tokens};
+pub use cuda::CudaError;
+pub use error::{Error, Result};
+pub use fused::{DEFAULT_DEADLINE, FusedMoe, RankBatch, RankInputs, RankOutput};
+pub use group::{Device, DeviceGroup, SimOptions};
+pub use input::MoeInput;
+pub use matrix::Matrix;
+pub use model::Family;
+pub use ptx::PTX;
+pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};
+pub use router::{ExpertGroups, Router, Routing, Scoring};
+pub use weights::{Expert, ExpertWeights, RankWeights};

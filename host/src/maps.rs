@@ -1,0 +1,62 @@
+//! The tensor maps of a rank's weights and pools.
+
+use ferromoe_kernel::layout::{BF16_BYTES, Shape, WorkspaceLayout};
+use ferromoe_kernel::params::{TensorMap, TensorMaps};
+use ferromoe_kernel::shared::LINEAR1_STAGING_TOKENS;
+use ferromoe_kernel::tile::{K_BLOCK, MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE};
+
+use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType, TensorMapSpec};
+
+use crate::backend::Backend;
+use crate::error::Result;
+
+/// Intermediate columns that one warpgroup stores at once.
+const ACTIVATION_COLUMNS: u32 = 32;
+
+/// Encodes all maps of one rank. The addresses are those of its workspace and of its two weight buffers.
+pub(crate) fn tensor_maps(
+    backend: &dyn Backend,
+    shape: &Shape,
+    layout: &WorkspaceLayout,
+    workspace: u64,
+    linear1: u64,
+    linear2: u64,
+) -> Result<TensorMaps> {
+    let (hidden, intermediate) = (u64::from(shape.hidden), u64::from(shape.intermediate));
+    let (tokens, activations) = (workspace + layout.tokens, workspace + layout.intermediate);
+    let weights = |address, columns, rows| {
+        let dims = vec![columns, rows, shape.local_experts().into()];
+        encode(backend, address, dims, vec![K_BLOCK, WEIGHT_TILE, 1], Swizzle::B128)
+    };
+    let pool = |address, columns, tile_columns, most_rows: u32, swizzle| -> Result<[TensorMap; TOKEN_TILES.len()]> {
+        let mut maps = [TensorMap([0; 16]); TOKEN_TILES.len()];
+        for (map, rows) in maps.iter_mut().zip(TOKEN_TILES) {
+            let dims = vec![columns, shape.pool_rows().into()];
+            *map = encode(backend, address, dims, vec![tile_columns, rows.min(most_rows)], swizzle)?;
+        }
+        Ok(maps)
+    };
+    Ok(TensorMaps {
+        linear1: weights(linear1, hidden, 2 * intermediate)?,
+        linear2: weights(linear2, intermediate, hidden)?,
+        tokens: pool(tokens, hidden, K_BLOCK, MAX_TOKEN_TILE, Swizzle::B128)?,
+        intermediate: pool(activations, intermediate, K_BLOCK, MAX_TOKEN_TILE, Swizzle::B128)?,
+        activation: pool(activations, intermediate, ACTIVATION_COLUMNS, LINEAR1_STAGING_TOKENS, Swizzle::B64)?,
+    })
+}
+
+/// The map of a dense bf16 tensor, innermost dimension first.
+fn encode(backend: &dyn Backend, address: u64, dims: Vec<u64>, tile: Vec<u32>, swizzle: Swizzle) -> Result<TensorMap> {
+    let strides = (1..dims.len()).map(|outer| dims[..outer].iter().product::<u64>() * BF16_BYTES).collect();
+    let spec = TensorMapSpec {
+        data_type: TensorMapDataType::Bf16,
+        global_address: address,
+        element_strides: vec![1; dims.len()],
+        dims,
+        strides,
+        box_dims: tile,
+        swizzle,
+        fill: OutOfBoundsFill::Zero,
+    };
+    Ok(TensorMap(bytemuck::cast(backend.encode_tensor_map(&spec)?)))
+}

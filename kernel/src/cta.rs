@@ -1,0 +1,197 @@
+//! A CTA's shared memory by name, and the rings that its roles walk.
+
+use crate::device::address::SharedAddress;
+use crate::device::barrier::bar_warp_sync;
+use crate::device::mbarrier::Mbarrier;
+use crate::schedule::Task;
+use crate::shared::*;
+use crate::tile::MAX_TOKEN_TILE;
+
+/// The CTA's dynamic shared memory.
+#[derive(Clone, Copy)]
+pub struct Cta(SharedAddress);
+
+macro_rules! mbarriers {
+    ($($(#[$doc:meta])* $name:ident at $offset:ident;)*) => {
+        $(
+            $(#[$doc])*
+            #[inline(always)]
+            pub fn $name(self, index: u32) -> Mbarrier {
+                Mbarrier(self.0.offset($offset + index * 8))
+            }
+        )*
+    };
+}
+
+impl Cta {
+    /// This CTA's.
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self(SharedAddress::dynamic())
+    }
+
+    mbarriers! {
+        /// A stage holds its weight and token tiles.
+        stage_full at STAGE_FULL_OFFSET;
+        /// A stage was read by every consumer warp.
+        stage_empty at STAGE_EMPTY_OFFSET;
+        /// A task slot holds a task.
+        task_full at TASK_FULL_OFFSET;
+        /// A task slot was read by every role.
+        task_empty at TASK_EMPTY_OFFSET;
+        /// A pull buffer holds its piece.
+        pull_full at PULL_FULL_OFFSET;
+        /// A combine buffer holds its piece.
+        combine_full at COMBINE_FULL_OFFSET;
+    }
+
+    /// The weight tile of a stage: `[128][64]` bf16, 128-byte swizzle.
+    #[inline(always)]
+    pub fn weight_stage(self, stage: u32) -> SharedAddress {
+        self.0.offset(STAGES_OFFSET + stage * STAGE_BYTES)
+    }
+
+    /// The token tile of a stage: `[width][64]` bf16, 128-byte swizzle.
+    #[inline(always)]
+    pub fn token_stage(self, stage: u32) -> SharedAddress {
+        self.weight_stage(stage).offset(WEIGHT_STAGE_BYTES)
+    }
+
+    /// The staging buffer of a consumer warpgroup.
+    #[inline(always)]
+    pub fn staging(self, warpgroup: u32) -> SharedAddress {
+        self.0.offset(STAGING_OFFSET + warpgroup * STAGING_BYTES)
+    }
+
+    /// A pull buffer.
+    #[inline(always)]
+    pub fn pull_buffer(self, index: u32) -> SharedAddress {
+        self.0.offset(PULL_OFFSET + index * PULL_BYTES)
+    }
+
+    /// A combine buffer.
+    #[inline(always)]
+    pub fn combine_buffer(self, index: u32) -> SharedAddress {
+        self.0.offset(COMBINE_OFFSET + index * COMBINE_BYTES)
+    }
+
+    /// The meta of a row of the tile that a consumer warpgroup works on.
+    #[inline(always)]
+    pub fn row_meta(self, warpgroup: u32, row: u32) -> SharedAddress {
+        self.0.offset(ROW_META_OFFSET + (warpgroup * MAX_TOKEN_TILE + row) * 8)
+    }
+
+    /// The count of rows of a local expert.
+    #[inline(always)]
+    pub fn expert_rows(self, expert: u32) -> SharedAddress {
+        self.0.offset(EXPERT_ROWS_OFFSET + expert * 4)
+    }
+
+    /// A task slot.
+    #[inline(always)]
+    fn task_slot(self, slot: u32) -> SharedAddress {
+        self.0.offset(TASKS_OFFSET + slot * size_of::<Task>() as u32)
+    }
+}
+
+/// A position in a ring of `N` slots, and the parity of the phase that its next use completes.
+#[derive(Clone, Copy)]
+pub struct Ring<const N: u32> {
+    /// The slot.
+    pub slot: u32,
+    /// 0 in the first round, then 1, and so on.
+    pub parity: u32,
+}
+
+impl<const N: u32> Ring<N> {
+    /// The first slot.
+    #[inline(always)]
+    pub const fn new() -> Self {
+        Self { slot: 0, parity: 0 }
+    }
+
+    /// Steps to the next slot.
+    #[inline(always)]
+    pub fn advance(&mut self) {
+        self.slot += 1;
+        if self.slot == N {
+            self.slot = 0;
+            self.parity ^= 1;
+        }
+    }
+}
+
+/// The scheduler's end of the task slots.
+pub struct TaskWriter {
+    cta: Cta,
+    ring: Ring<TASK_SLOTS>,
+}
+
+impl TaskWriter {
+    /// At the first slot.
+    #[inline(always)]
+    pub fn new(cta: Cta) -> Self {
+        Self { cta, ring: Ring::new() }
+    }
+
+    /// Hands a task to the other roles. One thread calls this.
+    #[inline(always)]
+    pub fn put(&mut self, task: Task) {
+        let Ring { slot, parity } = self.ring;
+        self.cta.task_empty(slot).wait(parity ^ 1);
+        let address = self.cta.task_slot(slot);
+        // SAFETY: the slot is this thread's until it arrives below.
+        unsafe {
+            address.store_v4([task.phase, task.expert, task.weight_row, task.pool_row]);
+            address.offset(16).store_v4([task.rows, task.tile, task.width, task.expert_tasks]);
+        }
+        self.cta.task_full(slot).arrive();
+        self.ring.advance();
+    }
+}
+
+/// A role's end of the task slots.
+pub struct TaskReader {
+    cta: Cta,
+    ring: Ring<TASK_SLOTS>,
+}
+
+impl TaskReader {
+    /// At the first slot.
+    #[inline(always)]
+    pub fn new(cta: Cta) -> Self {
+        Self { cta, ring: Ring::new() }
+    }
+
+    /// The next task, read by a single thread.
+    #[inline(always)]
+    pub fn take(&mut self) -> Task {
+        let task = self.read();
+        self.cta.task_empty(self.ring.slot).arrive();
+        self.ring.advance();
+        task
+    }
+
+    /// The next task, read by all lanes of a warp.
+    #[inline(always)]
+    pub fn take_warp(&mut self, lane: u32) -> Task {
+        let task = self.read();
+        bar_warp_sync();
+        if lane == 0 {
+            self.cta.task_empty(self.ring.slot).arrive();
+        }
+        self.ring.advance();
+        task
+    }
+
+    #[inline(always)]
+    fn read(&self) -> Task {
+        let Ring { slot, parity } = self.ring;
+        self.cta.task_full(slot).wait(parity);
+        let address = self.cta.task_slot(slot);
+        // SAFETY: the slot is full, and stays so until this role arrives on `task_empty`.
+        let ([phase, expert, weight_row, pool_row], [rows, tile, width, expert_tasks]) =
+            unsafe { (address.load_v4(), address.offset(16).load_v4()) };
+        Task { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks }
+    }
+}

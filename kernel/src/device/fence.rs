@@ -1,0 +1,24 @@
+//! Fences.
+
+use core::arch::asm;
+
+/// `fence.acq_rel.sys`.
+#[inline(always)]
+pub fn fence_acq_rel_sys() {
+    // SAFETY: orders memory.
+    unsafe { asm!("fence.acq_rel.sys;") };
+}
+
+/// `fence.proxy.async`: orders this thread's ordinary accesses and those of the asynchronous proxy (bulk copies, wgmma).
+#[inline(always)]
+pub fn fence_proxy_async() {
+    // SAFETY: orders memory.
+    unsafe { asm!("fence.proxy.async;") };
+}
+
+/// `fence.mbarrier_init`: makes initialised mbarriers visible to the asynchronous proxy.
+#[inline(always)]
+pub fn fence_mbarrier_init() {
+    // SAFETY: orders memory.
+    unsafe { asm!("fence.mbarrier_init.release.cluster;") };
+}

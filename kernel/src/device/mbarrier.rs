@@ -1,0 +1,59 @@
+//! mbarrier objects in shared memory (PTX ISA 8.6, "mbarrier").
+
+use core::arch::asm;
+
+use super::address::SharedAddress;
+
+/// An mbarrier object.
+#[derive(Clone, Copy)]
+pub struct Mbarrier(pub SharedAddress);
+
+impl Mbarrier {
+    /// `mbarrier.init`: a phase completes after `arrivals` arrivals and all bytes expected.
+    ///
+    /// # Safety
+    /// Eight bytes of shared memory at the address are this barrier's, and nobody uses it yet.
+    #[inline(always)]
+    pub unsafe fn init(self, arrivals: u32) {
+        // SAFETY: the caller's.
+        unsafe { asm!("mbarrier.init.shared::cta.b64 [{0}], {1};", in(reg32) self.0.0, in(reg32) arrivals) };
+    }
+
+    /// `mbarrier.arrive`, release at CTA scope.
+    #[inline(always)]
+    pub fn arrive(self) {
+        // SAFETY: an `Mbarrier` names an initialised object.
+        unsafe { asm!("mbarrier.arrive.shared::cta.b64 _, [{0}];", in(reg32) self.0.0) };
+    }
+
+    /// `mbarrier.arrive.expect_tx`: arrives, and the phase also waits for `bytes` bytes of bulk copies.
+    #[inline(always)]
+    pub fn arrive_expect_tx(self, bytes: u32) {
+        // SAFETY: an `Mbarrier` names an initialised object.
+        unsafe {
+            asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};", in(reg32) self.0.0, in(reg32) bytes)
+        };
+    }
+
+    /// `mbarrier.try_wait.parity`, acquire at CTA scope: whether the phase of this parity is complete.
+    #[inline(always)]
+    fn try_wait_parity(self, parity: u32) -> bool {
+        let complete: u32;
+        // SAFETY: an `Mbarrier` names an initialised object.
+        unsafe {
+            asm!("{{",
+                ".reg .pred complete;",
+                "mbarrier.try_wait.parity.shared::cta.b64 complete, [{1}], {2};",
+                "selp.u32 {0}, 1, 0, complete;",
+                "}}",
+                out(reg32) complete, in(reg32) self.0.0, in(reg32) parity)
+        };
+        complete != 0
+    }
+
+    /// Waits for the phase of this parity. Only for what this CTA itself brings about: there is no deadline.
+    #[inline(always)]
+    pub fn wait(self, parity: u32) {
+        while !self.try_wait_parity(parity) {}
+    }
+}

@@ -1,0 +1,55 @@
+//! Special registers, clocks and the register file.
+
+use core::arch::asm;
+use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
+
+/// `%tid.x`.
+#[inline(always)]
+pub fn thread() -> u32 {
+    // SAFETY: reads a special register.
+    (unsafe { _thread_idx_x() }) as u32
+}
+
+/// `%ctaid.x`.
+#[inline(always)]
+pub fn cta() -> u32 {
+    // SAFETY: reads a special register.
+    (unsafe { _block_idx_x() }) as u32
+}
+
+/// `%nctaid.x`.
+#[inline(always)]
+pub fn ctas() -> u32 {
+    // SAFETY: reads a special register.
+    (unsafe { _grid_dim_x() }) as u32
+}
+
+/// `%globaltimer`, in nanoseconds.
+#[inline(always)]
+pub fn globaltimer() -> u64 {
+    let time: u64;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u64 {0}, %globaltimer;", out(reg64) time) };
+    time
+}
+
+/// `nanosleep.u32`: sleeps for about this long, at most a millisecond.
+#[inline(always)]
+pub fn nanosleep(nanoseconds: u32) {
+    // SAFETY: sleeps.
+    unsafe { asm!("nanosleep.u32 {0};", in(reg32) nanoseconds) };
+}
+
+/// `setmaxnreg.inc.sync.aligned.u32`: waits for registers.
+#[inline(always)]
+pub fn setmaxnreg_inc<const REGISTERS: u32>() {
+    // SAFETY: every warp of the warpgroup comes here once.
+    unsafe { asm!("setmaxnreg.inc.sync.aligned.u32 {0};", const REGISTERS) };
+}
+
+/// `setmaxnreg.dec.sync.aligned.u32`: gives registers back.
+#[inline(always)]
+pub fn setmaxnreg_dec<const REGISTERS: u32>() {
+    // SAFETY: every warp of the warpgroup comes here once.
+    unsafe { asm!("setmaxnreg.dec.sync.aligned.u32 {0};", const REGISTERS) };
+}

@@ -1,0 +1,106 @@
+//! The kernel's entry: sets the CTA up, starts its roles, and ends the launch.
+
+use crate::device::atomic::atom_add_acq_rel_gpu;
+use crate::device::barrier::{bar_sync, bar_warp_sync};
+use crate::device::fence::{fence_mbarrier_init, fence_proxy_async};
+use crate::device::global::st_weak_u32;
+use crate::device::special::{ctas, setmaxnreg_dec, setmaxnreg_inc, thread};
+use crate::device::warp::shfl_idx;
+use crate::launch::{CTA_BARRIER, Launch};
+use crate::params::Arguments;
+use crate::roles::{combine, consume, produce, pull, route, schedule};
+use crate::shared::{
+    CONSUMER_REGISTERS, CONSUMER_WARPS, DISPATCH_REGISTERS, DISPATCH_WARPS, PULL_BUFFERS, STAGES, TASK_SLOTS, THREADS,
+    WARP, WARPGROUP,
+};
+use crate::{cta::Cta, shared::COMBINE_BUFFERS};
+
+/// One rank's whole layer: dispatch, linear 1, SwiGLU, linear 2, combine and top-k reduction.
+///
+/// Launch with [`THREADS`] threads a CTA, any number of CTAs and [`crate::shared::SHARED_BYTES`] of dynamic shared memory.
+///
+/// # Safety
+/// The arguments are as [`Arguments`] says, and every rank of the group launches the kernel.
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn ferromoe_forward(
+    params: u64,
+    hidden_states: u64,
+    topk_ids: u64,
+    topk_weights: u64,
+    tokens: u64,
+    output: u64,
+) {
+    let thread = thread();
+    // The same value in all lanes, and known to be: roles are branches of whole warps.
+    let warp = shfl_idx(thread / WARP, 0);
+    let lane = thread % WARP;
+    let cta = Cta::new();
+    if thread == 0 {
+        // SAFETY: the barriers' memory is the CTA's, and no other thread has passed the barrier below.
+        unsafe { init_mbarriers(cta) };
+    }
+    bar_sync::<CTA_BARRIER>(THREADS);
+    // SAFETY: the caller's.
+    let launch = unsafe { Launch::new(Arguments { params, hidden_states, topk_ids, topk_weights, tokens, output }) };
+
+    if warp < WARPGROUP / WARP {
+        setmaxnreg_dec::<DISPATCH_REGISTERS>();
+        if warp < DISPATCH_WARPS {
+            route::route(&launch, lane);
+            pull::pull(&launch, cta, warp, lane);
+        } else if warp == DISPATCH_WARPS {
+            produce::produce(&launch, cta, lane);
+        } else {
+            schedule::schedule(&launch, cta, lane);
+        }
+    } else {
+        setmaxnreg_inc::<CONSUMER_REGISTERS>();
+        consume::consume(&launch, cta, warp - WARPGROUP / WARP, lane);
+    }
+
+    bar_warp_sync();
+    bar_sync::<CTA_BARRIER>(THREADS);
+    if thread == 0 {
+        end_launch(&launch);
+    }
+}
+
+/// # Safety
+/// One thread of the CTA calls this, before any other use of the barriers.
+#[inline(always)]
+unsafe fn init_mbarriers(cta: Cta) {
+    // SAFETY: the caller's, and the offsets are those of barriers.
+    unsafe {
+        for stage in 0..STAGES {
+            cta.stage_full(stage).init(1);
+            cta.stage_empty(stage).init(CONSUMER_WARPS);
+        }
+        for slot in 0..TASK_SLOTS {
+            cta.task_full(slot).init(1);
+            cta.task_empty(slot).init(produce::READERS + CONSUMER_WARPS);
+        }
+        for buffer in 0..DISPATCH_WARPS * PULL_BUFFERS {
+            cta.pull_full(buffer).init(1);
+        }
+        for buffer in 0..CONSUMER_WARPS * COMBINE_BUFFERS {
+            cta.combine_full(buffer).init(1);
+        }
+    }
+    fence_mbarrier_init();
+    fence_proxy_async();
+    const _: () = assert!(combine::COLUMNS_PER_PIECE * 2 == crate::shared::COMBINE_BYTES);
+}
+
+/// The last CTA to end moves the epoch on.
+#[inline(always)]
+fn end_launch(launch: &Launch) {
+    let epoch = launch.epoch_address();
+    // SAFETY: the workspace holds the epoch and, behind it, the count of ended CTAs.
+    unsafe {
+        let ended = epoch.add(1);
+        if atom_add_acq_rel_gpu(ended, 1) + 1 == ctas() {
+            st_weak_u32(ended, 0);
+            st_weak_u32(epoch, launch.epoch);
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! One rank's launch as its warps see it: addresses, the epoch, and waits with a deadline.
+
+use crate::device::atomic::atom_cas_relaxed_gpu_u64;
+use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32};
+use crate::device::special::{globaltimer, nanosleep};
+use crate::layout::BF16_BYTES;
+use crate::params::{Arguments, Params};
+use crate::status::{Status, Timeout};
+
+/// Named barrier of the whole CTA.
+pub const CTA_BARRIER: u32 = 0;
+/// Named barrier of the scheduler and dispatch warps: the row counts are in shared memory.
+pub const COUNTS_BARRIER: u32 = 1;
+/// Named barrier of all consumer warps.
+pub const CONSUMERS_BARRIER: u32 = 2;
+/// Named barrier of the first consumer warpgroup; the second has the next.
+pub const WARPGROUP_BARRIER: u32 = 3;
+
+/// Longest pause between two looks at a condition, in nanoseconds.
+const MAX_PAUSE_NS: u32 = 1024;
+
+/// What every role gets.
+#[derive(Clone, Copy)]
+pub struct Launch {
+    arguments: Arguments,
+    /// Number of this launch, from 1; the same on every rank.
+    pub epoch: u32,
+    /// Tokens of this rank; 0 if the caller's count exceeds the maximum.
+    pub tokens: u32,
+}
+
+impl Launch {
+    /// # Safety
+    /// The arguments are valid for the whole launch.
+    #[inline(always)]
+    pub unsafe fn new(arguments: Arguments) -> Self {
+        let mut launch = Self { arguments, epoch: 0, tokens: 0 };
+        // SAFETY: both are initialised device memory; the epoch changes only after every CTA of the launch has ended.
+        unsafe {
+            launch.epoch = ld_weak_u32(launch.epoch_address()) + 1;
+            let tokens = ld_weak_u32(arguments.tokens as *const u32);
+            launch.tokens = if tokens <= launch.params().shape.max_tokens { tokens } else { 0 };
+        }
+        launch
+    }
+
+    /// The parameter block.
+    #[inline(always)]
+    pub fn params(&self) -> &Params {
+        // SAFETY: valid for the launch, and nobody writes it meanwhile.
+        unsafe { &*(self.arguments.params as *const Params) }
+    }
+
+    /// 0 or 1, by turns from launch to launch.
+    #[inline(always)]
+    pub fn parity(&self) -> u32 {
+        self.epoch & 1
+    }
+
+    /// The caller's count of tokens, unchecked.
+    #[inline(always)]
+    pub fn claimed_tokens(&self) -> u32 {
+        // SAFETY: initialised device memory.
+        unsafe { ld_weak_u32(self.arguments.tokens as *const u32) }
+    }
+
+    /// Base of a rank's symmetric buffer, as this rank sees it.
+    #[inline(always)]
+    pub fn symmetric_base(&self, rank: u32) -> u64 {
+        let bases = (&raw const self.params().symmetric_bases).cast::<u64>();
+        // SAFETY: `rank` is a rank of the group.
+        unsafe { *bases.add(rank as usize) }
+    }
+
+    /// Element `index` of the array at `offset` in a rank's symmetric buffer.
+    #[inline(always)]
+    pub fn symmetric<T>(&self, rank: u32, offset: u64, index: u64) -> *mut T {
+        (self.symmetric_base(rank) + offset + index * size_of::<T>() as u64) as *mut T
+    }
+
+    /// Index of (source rank, local expert) in a rank's counts, for this launch's parity.
+    #[inline(always)]
+    pub fn count_index(&self, source: u32, expert: u32) -> u64 {
+        let shape = &self.params().shape;
+        ((self.parity() * shape.ranks + source) * shape.routed_experts() + expert) as u64
+    }
+
+    /// Where a rank finds the distance of `source`'s hidden states in this launch.
+    #[inline(always)]
+    pub fn hidden_distance(&self, rank: u32, source: u32) -> *mut u64 {
+        let index = self.parity() * self.params().shape.ranks + source;
+        self.symmetric(rank, self.params().symmetric.hidden, index as u64)
+    }
+
+    /// Element `index` of the array at `offset` in the workspace.
+    #[inline(always)]
+    pub fn workspace<T>(&self, offset: u64, index: u64) -> *mut T {
+        (self.params().workspace_base + offset + index * size_of::<T>() as u64) as *mut T
+    }
+
+    /// Element `index` of a counter array of this launch's set.
+    #[inline(always)]
+    pub fn counter(&self, offset: u64, index: u32) -> *mut u32 {
+        let layout = &self.params().workspace;
+        self.workspace(layout.counters + self.parity() as u64 * layout.counter.bytes + offset, index as u64)
+    }
+
+    /// Element `index` of the whole set that the next launch uses.
+    #[inline(always)]
+    pub fn next_counter(&self, index: u32) -> *mut u32 {
+        let layout = &self.params().workspace;
+        self.workspace(layout.counters + (self.parity() ^ 1) as u64 * layout.counter.bytes, index as u64)
+    }
+
+    /// The epoch of the last finished launch.
+    #[inline(always)]
+    pub fn epoch_address(&self) -> *mut u32 {
+        self.workspace(self.params().workspace.epoch, 0)
+    }
+
+    /// The status words.
+    #[inline(always)]
+    pub fn status(&self) -> *mut Status {
+        self.workspace(self.params().workspace.status, 0)
+    }
+
+    /// Row `token` of this rank's hidden states.
+    #[inline(always)]
+    pub fn hidden_states(&self) -> u64 {
+        self.arguments.hidden_states
+    }
+
+    /// Bytes of a row of hidden states.
+    #[inline(always)]
+    pub fn row_bytes(&self) -> u32 {
+        self.params().shape.hidden * BF16_BYTES as u32
+    }
+
+    /// Expert id at (token, k).
+    #[inline(always)]
+    pub fn topk_id(&self, index: u32) -> *const u32 {
+        (self.arguments.topk_ids as *const u32).wrapping_add(index as usize)
+    }
+
+    /// Routing weight at (token, k).
+    #[inline(always)]
+    pub fn topk_weight(&self, index: u32) -> *const f32 {
+        (self.arguments.topk_weights as *const f32).wrapping_add(index as usize)
+    }
+
+    /// Row `token` of the output.
+    #[inline(always)]
+    pub fn output_row(&self, token: u32) -> *mut u8 {
+        (self.arguments.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
+    }
+
+    /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.
+    ///
+    /// Every wait on another CTA or rank goes through here.
+    #[inline(always)]
+    pub fn wait_until(&self, missing: impl Fn() -> Timeout, ready: impl Fn() -> bool) {
+        if ready() {
+            return;
+        }
+        // SAFETY: the status words lie in the workspace.
+        let timeout = unsafe { &raw mut (*self.status()).timeout };
+        let start = globaltimer();
+        let mut pause = 32;
+        while !ready() {
+            // SAFETY: as above.
+            if unsafe { ld_relaxed_gpu_u64(timeout) } != 0 {
+                return;
+            }
+            if globaltimer() - start > self.params().deadline_ns {
+                // SAFETY: as above.
+                unsafe { atom_cas_relaxed_gpu_u64(timeout, 0, missing().pack()) };
+                return;
+            }
+            nanosleep(pause);
+            if pause < MAX_PAUSE_NS {
+                pause *= 2;
+            }
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Layouts of the buffers in device memory, computed once by the host and carried in the parameter block.
+
+use crate::status::Status;
+use crate::tile::{MAX_PADDING, MAX_TOKEN_TILE};
+
+/// The most ranks of one group.
+pub const MAX_RANKS: u32 = 8;
+
+/// The most choices of one token: a warp looks at one choice a lane.
+pub const MAX_TOP_K: u32 = 32;
+
+/// The most experts on one rank, shared ones included: their row counts lie in shared memory.
+pub const MAX_LOCAL_EXPERTS: u32 = 512;
+
+/// The most rows of a combine buffer: a row's number and its rank share 32 bits of a [`RowMeta`].
+pub const MAX_COMBINE_ROWS: u64 = 1 << 28;
+
+/// Bytes of one bf16 element.
+pub const BF16_BYTES: u64 = 2;
+
+/// Alignment of every part of a buffer, in bytes.
+const PART_ALIGNMENT: u64 = 256;
+
+/// The sizes of a layer and of the group that runs it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Shape {
+    /// Elements of a hidden state, a multiple of 64.
+    pub hidden: u32,
+    /// Elements of an expert's intermediate state, a multiple of 64.
+    pub intermediate: u32,
+    /// Routed experts of the whole layer, a multiple of `ranks`.
+    pub experts: u32,
+    /// Shared experts: every rank holds all of them and runs them on its own tokens.
+    pub shared_experts: u32,
+    /// Choices of a token, 1 to [`MAX_TOP_K`].
+    pub top_k: u32,
+    /// The most tokens of one rank.
+    pub max_tokens: u32,
+    /// Ranks of the group, 1 to [`MAX_RANKS`].
+    pub ranks: u32,
+}
+
+impl Shape {
+    /// Routed experts that one rank owns.
+    pub const fn routed_experts(&self) -> u32 {
+        self.experts / self.ranks
+    }
+
+    /// Experts whose weights one rank holds: its routed ones, then the shared ones.
+    pub const fn local_experts(&self) -> u32 {
+        self.routed_experts() + self.shared_experts
+    }
+
+    /// Rows of the combine buffer for one token: one a choice, then one a shared expert.
+    pub const fn slots(&self) -> u32 {
+        self.top_k + self.shared_experts
+    }
+
+    /// Rows of the token pool and of the intermediate pool: the most that any routing can need, padding included.
+    pub const fn pool_rows(&self) -> u32 {
+        let choices = if self.top_k < self.routed_experts() { self.top_k } else { self.routed_experts() };
+        self.max_tokens * (self.ranks * choices + self.shared_experts) + self.local_experts() * MAX_PADDING
+    }
+
+    /// Tiles that the pools can hold: each expert ends with at most one that is not full.
+    pub const fn pool_tiles(&self) -> u32 {
+        self.pool_rows() / MAX_TOKEN_TILE + self.local_experts()
+    }
+}
+
+/// Where a pool row comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
+///
+/// Bits 0..28 are the combine row (`token * slots + k`), bits 28..32 the rank, bits 32..64 the routing weight as f32. Entries of the
+/// dispatch lists have the same form; their rank bits are zero, for the list says the rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowMeta {
+    /// Row in the owner's combine buffer.
+    pub combine_row: u32,
+    /// Rank that owns the token.
+    pub rank: u32,
+    /// Routing weight of this (token, expert).
+    pub weight: f32,
+}
+
+impl RowMeta {
+    /// The 64-bit form.
+    pub const fn pack(self) -> u64 {
+        (self.weight.to_bits() as u64) << 32 | (self.rank as u64) << 28 | self.combine_row as u64
+    }
+
+    /// Reads the 64-bit form.
+    pub const fn unpack(word: u64) -> Self {
+        Self {
+            combine_row: word as u32 & 0x0fff_ffff,
+            rank: (word >> 28) as u32 & 0xf,
+            weight: f32::from_bits((word >> 32) as u32),
+        }
+    }
+}
+
+/// Byte offsets in the symmetric buffer, the same on every rank. Other ranks write all of it.
+///
+/// Counts and flags carry the epoch, so that a stale one is never taken for a new one. The counts are double-buffered by the
+/// epoch's parity: a rank may begin launch n + 1 while a late CTA elsewhere still reads the counts of launch n. Lists and combine rows
+/// need no second copy: a rank ends launch n after all its own rows were pulled and all its own results have arrived,
+/// and only its own next launch causes them to be written again.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct SymmetricLayout {
+    /// u64 `[2][ranks][routed_experts]`: rows that a source rank sends to an expert of this rank, below the epoch in the upper half.
+    pub counts: u64,
+    /// u64 `[2][ranks]`: distance of a source rank's hidden states from the base of its symmetric buffer.
+    pub hidden: u64,
+    /// u32 `[experts + shared_experts]`: epoch of an expert's last complete result.
+    pub flags: u64,
+    /// u64 `[ranks][routed_experts][max_tokens]`: [`RowMeta`] of what a source rank sends to an expert of this rank.
+    pub lists: u64,
+    /// bf16 `[max_tokens][slots][hidden]`: results for this rank's tokens.
+    pub combine: u64,
+    /// Size of the buffer.
+    pub bytes: u64,
+}
+
+/// Byte offsets in a rank's workspace, which no other rank touches.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct WorkspaceLayout {
+    /// [`Status`].
+    pub status: u64,
+    /// u32: the epoch of the last finished launch, then u32: CTAs of the running launch that have ended.
+    pub epoch: u64,
+    /// Two sets of u32 counters, one a parity: a launch uses one and zeroes the other. See [`CounterLayout`].
+    pub counters: u64,
+    /// Offsets in one set.
+    pub counter: CounterLayout,
+    /// u64 `[pool_rows]`: [`RowMeta`].
+    pub row_meta: u64,
+    /// bf16 `[pool_rows][hidden]`: tokens in expert order.
+    pub tokens: u64,
+    /// bf16 `[pool_rows][intermediate]`: results of linear 1.
+    pub intermediate: u64,
+    /// Size of the buffer.
+    pub bytes: u64,
+}
+
+/// Byte offsets in one set of counters (all u32).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct CounterLayout {
+    /// Next chunk of tokens to route.
+    pub route_ticket: u64,
+    /// Chunks routed.
+    pub routed_chunks: u64,
+    /// Next row to pull.
+    pub pull_ticket: u64,
+    /// Next task of the schedule.
+    pub task_ticket: u64,
+    /// `[experts]`: rows that this rank sends to an expert.
+    pub sent: u64,
+    /// `[pool_tiles]`: rows pulled into a tile.
+    pub rows_ready: u64,
+    /// `[pool_tiles]`: blocks of intermediate columns stored for a tile, two (one a warpgroup) for each linear 1 task.
+    pub columns_ready: u64,
+    /// `[local_experts]`: linear 2 stores of an expert, two for each task.
+    pub expert_done: u64,
+    /// Size of one set, a multiple of 4.
+    pub bytes: u64,
+}
+
+/// Lays parts out one after the other.
+struct Parts(u64);
+
+impl Parts {
+    const fn take(&mut self, bytes: u64, alignment: u64) -> u64 {
+        let offset = self.0.next_multiple_of(alignment);
+        self.0 = offset + bytes;
+        offset
+    }
+}
+
+impl SymmetricLayout {
+    /// The layout for `shape`.
+    pub const fn new(shape: &Shape) -> Self {
+        let (ranks, routed) = (shape.ranks as u64, shape.routed_experts() as u64);
+        let combine_rows = shape.max_tokens as u64 * shape.slots() as u64;
+        let mut parts = Parts(0);
+        Self {
+            counts: parts.take(2 * ranks * routed * 8, PART_ALIGNMENT),
+            hidden: parts.take(2 * ranks * 8, PART_ALIGNMENT),
+            flags: parts.take((shape.experts + shape.shared_experts) as u64 * 4, PART_ALIGNMENT),
+            lists: parts.take(ranks * routed * shape.max_tokens as u64 * 8, PART_ALIGNMENT),
+            combine: parts.take(combine_rows * shape.hidden as u64 * BF16_BYTES, PART_ALIGNMENT),
+            bytes: parts.take(0, PART_ALIGNMENT),
+        }
+    }
+}
+
+impl CounterLayout {
+    const fn new(shape: &Shape) -> Self {
+        let mut parts = Parts(0);
+        // Tickets lie in lines of their own: every CTA of the GPU adds to them.
+        Self {
+            route_ticket: parts.take(4, PART_ALIGNMENT),
+            routed_chunks: parts.take(4, PART_ALIGNMENT),
+            pull_ticket: parts.take(4, PART_ALIGNMENT),
+            task_ticket: parts.take(4, PART_ALIGNMENT),
+            sent: parts.take(shape.experts as u64 * 4, PART_ALIGNMENT),
+            rows_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
+            columns_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
+            expert_done: parts.take(shape.local_experts() as u64 * 4, PART_ALIGNMENT),
+            bytes: parts.take(0, PART_ALIGNMENT),
+        }
+    }
+}
+
+impl WorkspaceLayout {
+    /// The layout for `shape`.
+    pub const fn new(shape: &Shape) -> Self {
+        let rows = shape.pool_rows() as u64;
+        let counter = CounterLayout::new(shape);
+        let mut parts = Parts(0);
+        Self {
+            status: parts.take(size_of::<Status>() as u64, PART_ALIGNMENT),
+            epoch: parts.take(8, PART_ALIGNMENT),
+            counters: parts.take(2 * counter.bytes, PART_ALIGNMENT),
+            counter,
+            row_meta: parts.take(rows * 8, PART_ALIGNMENT),
+            tokens: parts.take(rows * shape.hidden as u64 * BF16_BYTES, PART_ALIGNMENT),
+            intermediate: parts.take(rows * shape.intermediate as u64 * BF16_BYTES, PART_ALIGNMENT),
+            bytes: parts.take(0, PART_ALIGNMENT),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn row_meta_keeps_what_was_packed() {
+        let meta = RowMeta { combine_row: (1 << 28) - 1, rank: 7, weight: -0.37 };
+        assert_eq!(RowMeta::unpack(meta.pack()), meta);
+    }
+}

@@ -1,0 +1,80 @@
+//! The parameter block of a launch, in device memory, and the arguments that change from launch to launch.
+
+use crate::layout::{MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
+use crate::tile::TOKEN_TILES;
+
+/// Name of the kernel's entry in the PTX module.
+pub const ENTRY: &str = "ferromoe_forward";
+
+/// A tensor map as the driver encodes it (CUDA driver API, `CUtensorMap`): 128 bytes, 64-byte aligned.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct TensorMap(pub [u64; 16]);
+
+/// The tensor maps of one rank. All are bf16, innermost dimension first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct TensorMaps {
+    /// Linear 1 weights `[hidden, 2 * intermediate, local_experts]`, box 64 x 128 x 1, 128-byte swizzle.
+    pub linear1: TensorMap,
+    /// Linear 2 weights `[intermediate, hidden, local_experts]`, box 64 x 128 x 1, 128-byte swizzle.
+    pub linear2: TensorMap,
+    /// Token pool `[hidden, pool_rows]`, box 64 x token tile, 128-byte swizzle; one map a token tile.
+    pub tokens: [TensorMap; TOKEN_TILES.len()],
+    /// Intermediate pool `[intermediate, pool_rows]`, box 64 x token tile, 128-byte swizzle, for loads.
+    pub intermediate: [TensorMap; TOKEN_TILES.len()],
+    /// Intermediate pool, box 32 x token tile (at most what one warpgroup stages at once), 64-byte swizzle, for stores.
+    pub activation: [TensorMap; TOKEN_TILES.len()],
+}
+
+/// What stays the same from launch to launch. One block a rank, in device memory.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Params {
+    /// Tensor maps of the weights and pools.
+    pub maps: TensorMaps,
+    /// Base address of every rank's symmetric buffer, as this rank sees it.
+    pub symmetric_bases: [u64; MAX_RANKS as usize],
+    /// Base address of this rank's workspace.
+    pub workspace_base: u64,
+    /// How long one wait may last, in nanoseconds.
+    pub deadline_ns: u64,
+    /// Offsets in the symmetric buffers.
+    pub symmetric: SymmetricLayout,
+    /// Offsets in the workspace.
+    pub workspace: WorkspaceLayout,
+    /// Sizes.
+    pub shape: Shape,
+    /// This rank.
+    pub rank: u32,
+    /// SwiGLU clamp: gate at most this, up within plus and minus this. Infinity for none.
+    pub swiglu_limit: f32,
+    /// Experts of one wave, at least 1.
+    pub wave_experts: u32,
+    /// Zeros: fills the block up to its alignment.
+    pub reserved: [u32; 6],
+}
+
+/// The kernel's arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Arguments {
+    /// [`Params`] of this rank.
+    pub params: u64,
+    /// bf16 `[tokens][hidden]`, 16-byte aligned; read by every rank.
+    pub hidden_states: u64,
+    /// i32 `[tokens][top_k]`; -1 is "no expert".
+    pub topk_ids: u64,
+    /// f32 `[tokens][top_k]`.
+    pub topk_weights: u64,
+    /// u32: the number of tokens, at most the maximum.
+    pub tokens: u64,
+    /// bf16 `[tokens][hidden]`, 16-byte aligned; written.
+    pub output: u64,
+}
+
+const _: () = assert!(size_of::<TensorMap>() == 128);

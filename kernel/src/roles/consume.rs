@@ -1,0 +1,164 @@
+//! The consumer warpgroups: the tensor-core products, then linear 1's or linear 2's results, then combine.
+//!
+//! A warpgroup has 64 of a task's 128 weight rows. The two work side by side and never wait for each other.
+
+use crate::cta::{Cta, Ring, TaskReader};
+use crate::device::barrier::{bar_sync, bar_sync_id, bar_warp_sync};
+use crate::device::global::ld_weak_u64;
+use crate::device::wgmma::{
+    Accumulators, MatrixDescriptor, MmaAsync, wgmma_commit_group, wgmma_fence, wgmma_wait_group,
+};
+use crate::launch::{CONSUMERS_BARRIER, Launch, WARPGROUP_BARRIER};
+use crate::layout::RowMeta;
+use crate::roles::combine::Combiner;
+use crate::roles::{linear1, linear2};
+use crate::schedule::{Phase, Task};
+use crate::shared::{CONSUMER_WARPS, STAGES, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
+use crate::tile::{K_BLOCK, K_STEP, MAX_TOKEN_TILE, token_tile};
+
+const _: () = assert!(token_tile(0) == 8 * 2 && MAX_TOKEN_TILE == 8 * 32);
+
+/// One consumer warp.
+#[derive(Clone, Copy)]
+pub struct Consumer<'a> {
+    /// The launch.
+    pub launch: &'a Launch,
+    /// The CTA's shared memory.
+    pub cta: Cta,
+    /// Consumer warpgroup of the CTA, 0 or 1.
+    pub warpgroup: u32,
+    /// Warp of the warpgroup, 0 to 3.
+    pub warp: u32,
+    /// Lane of the warp.
+    pub lane: u32,
+}
+
+impl Consumer<'_> {
+    /// Waits for the other warps of the warpgroup.
+    #[inline(always)]
+    pub fn sync(&self) {
+        bar_sync_id(WARPGROUP_BARRIER + self.warpgroup, WARPGROUP);
+    }
+
+    /// Thread of the warpgroup.
+    #[inline(always)]
+    pub fn thread(&self) -> u32 {
+        self.warp * WARP + self.lane
+    }
+
+    /// The meta of a row of the current tile.
+    #[inline(always)]
+    pub fn row_meta(&self, row: u32) -> RowMeta {
+        // SAFETY: `fetch_row_meta` wrote it, before the last `sync`.
+        RowMeta::unpack(unsafe { self.cta.row_meta(self.warpgroup, row).load_u64() })
+    }
+
+    /// Copies the metas of the tile's rows into shared memory, zeros behind the last.
+    #[inline(always)]
+    fn fetch_row_meta<const QUADS: usize>(&self, task: &Task) {
+        let metas = self.launch.params().workspace.row_meta;
+        let mut row = self.thread();
+        while row < 8 * QUADS as u32 {
+            let pool_row = (task.pool_row + row) as u64;
+            // SAFETY: the row lies in the pool; its meta was written before it was counted into the tile, which the producer has seen.
+            let meta = if row < task.rows { unsafe { ld_weak_u64(self.launch.workspace(metas, pool_row)) } } else { 0 };
+            // SAFETY: the array has a place for every row of the widest tile, and the last tile's readers have passed a `sync`.
+            unsafe { self.cta.row_meta(self.warpgroup, row).store_u64(meta) };
+            row += WARPGROUP;
+        }
+    }
+}
+
+/// Works on tasks until none is left. `warp` counts all consumer warps of the CTA.
+#[inline(always)]
+pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
+    let warps = WARPGROUP / WARP;
+    let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
+    let mut tasks = TaskReader::new(cta);
+    let mut ring = Ring::new();
+    let mut combiner = Combiner::new(launch, cta, warp, lane);
+    let mut combining = false;
+    loop {
+        let task = tasks.take_warp(lane);
+        if task.phase == Phase::End as u32 {
+            return;
+        }
+        if task.phase == Phase::Combine as u32 {
+            // The combine buffers are the stages: every warp must be done with its last product.
+            if !combining {
+                bar_sync::<CONSUMERS_BARRIER>(CONSUMER_WARPS * WARP);
+                combining = true;
+            }
+            combiner.combine(task.expert);
+        } else {
+            match task.width {
+                0 => run::<2>(consumer, &task, &mut ring),
+                1 => run::<4>(consumer, &task, &mut ring),
+                2 => run::<8>(consumer, &task, &mut ring),
+                3 => run::<16>(consumer, &task, &mut ring),
+                _ => run::<32>(consumer, &task, &mut ring),
+            }
+        }
+    }
+}
+
+/// One task with a token tile of `8 * QUADS` tokens.
+#[inline(always)]
+fn run<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, ring: &mut Ring<STAGES>)
+where
+    Accumulators<QUADS>: MmaAsync,
+{
+    // A full stage means that the tile's rows, and so their metas, are there.
+    consumer.cta.stage_full(ring.slot).wait(ring.parity);
+    consumer.fetch_row_meta::<QUADS>(task);
+    let shape = &consumer.launch.params().shape;
+    if task.phase == Phase::Linear1 as u32 {
+        let accumulators = multiply::<QUADS>(consumer, shape.hidden / K_BLOCK, ring);
+        linear1::finish(consumer, task, &accumulators);
+    } else {
+        let accumulators = multiply::<QUADS>(consumer, shape.intermediate / K_BLOCK, ring);
+        linear2::finish(consumer, task, &accumulators);
+    }
+}
+
+/// The product of this warpgroup's 64 weight rows with the tile's tokens. One stage's products stay in flight while the next are issued.
+#[inline(always)]
+fn multiply<const QUADS: usize>(consumer: Consumer<'_>, k_blocks: u32, ring: &mut Ring<STAGES>) -> Accumulators<QUADS>
+where
+    Accumulators<QUADS>: MmaAsync,
+{
+    let Consumer { cta, warpgroup, lane, .. } = consumer;
+    // SAFETY: zeros are valid f32. An array expression would be built in local memory, and stay there.
+    let mut accumulators: Accumulators<QUADS> = unsafe { core::mem::zeroed() };
+    let mut previous = ring.slot;
+    for k_block in 0..k_blocks {
+        cta.stage_full(ring.slot).wait(ring.parity);
+        let weights = MatrixDescriptor::new(cta.weight_stage(ring.slot).offset(warpgroup * (WEIGHT_STAGE_BYTES / 2)));
+        let tokens = MatrixDescriptor::new(cta.token_stage(ring.slot));
+        wgmma_fence();
+        unroll!(STEP < (K_BLOCK / K_STEP) as usize, {
+            let bytes = STEP as u32 * K_STEP * 2;
+            // SAFETY: the stage is full, and released only after the group was waited for.
+            unsafe { accumulators.mma_async(weights.offset(bytes), tokens.offset(bytes), STEP > 0 || k_block > 0) };
+        });
+        wgmma_commit_group();
+        wgmma_wait_group::<1>();
+        if k_block > 0 {
+            release(cta, previous, lane);
+        }
+        previous = ring.slot;
+        ring.advance();
+    }
+    wgmma_wait_group::<0>();
+    release(cta, previous, lane);
+    accumulators
+}
+
+/// Gives a stage back to the producer.
+#[inline(always)]
+fn release(cta: Cta, stage: u32, lane: u32) {
+    bar_warp_sync();
+    if lane == 0 {
+        cta.stage_empty(stage).arrive();
+    }
+}

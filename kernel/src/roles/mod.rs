@@ -1,0 +1,11 @@
+//! The warp roles, one file each, in the order of a token's way through the layer.
+
+pub mod choice;
+pub mod combine;
+pub mod consume;
+pub mod linear1;
+pub mod linear2;
+pub mod produce;
+pub mod pull;
+pub mod route;
+pub mod schedule;

@@ -1,0 +1,121 @@
+//! The producer warp: keeps the stages full of weight and token tiles.
+
+use crate::cta::{Cta, Ring, TaskReader};
+use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_3d};
+use crate::device::fence::fence_proxy_async;
+use crate::device::global::ld_acquire_gpu_u32;
+use crate::launch::Launch;
+use crate::params::TensorMap;
+use crate::schedule::{Phase, Task};
+use crate::shared::{STAGES, WEIGHT_STAGE_BYTES};
+use crate::status::{Stage, Timeout};
+use crate::tile::{K_BLOCK, token_tile};
+
+/// Threads of this role that read tasks.
+pub const READERS: u32 = 1;
+
+/// Loads the operands of every task.
+#[inline(always)]
+pub fn produce(launch: &Launch, cta: Cta, lane: u32) {
+    if lane != 0 {
+        return;
+    }
+    let maps = &launch.params().maps;
+    // SAFETY: tensor maps in the parameter block.
+    unsafe {
+        prefetch_tensormap(&maps.linear1);
+        prefetch_tensormap(&maps.linear2);
+    }
+    let mut tasks = TaskReader::new(cta);
+    let mut ring = Ring::new();
+    loop {
+        let task = tasks.take();
+        if task.phase == Phase::Linear1 as u32 {
+            load_linear1(launch, cta, &task, &mut ring);
+        } else if task.phase == Phase::Linear2 as u32 {
+            load_linear2(launch, cta, &task, &mut ring);
+        } else if task.phase == Phase::End as u32 {
+            return;
+        }
+    }
+}
+
+/// Linear 1 multiplies pulled rows: waits until all of the tile's rows are in the pool.
+#[inline(always)]
+fn load_linear1(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>) {
+    let params = launch.params();
+    let pulled = launch.counter(params.workspace.counter.rows_ready, task.tile);
+    let operands = Operands {
+        weights: &params.maps.linear1,
+        tokens: (&raw const params.maps.tokens).cast::<TensorMap>().wrapping_add(task.width as usize),
+        k_blocks: params.shape.hidden / K_BLOCK,
+    };
+    operands.load(cta, task, ring, || {
+        let missing = || Timeout { stage: Stage::Rows, rank: params.rank, subject: task.tile };
+        // SAFETY: a counter of this launch.
+        launch.wait_until(missing, || unsafe { ld_acquire_gpu_u32(pulled) } >= task.rows);
+    });
+}
+
+/// Linear 2 multiplies intermediate rows: waits until all of the tile's columns are in the pool.
+#[inline(always)]
+fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>) {
+    let params = launch.params();
+    let stored = launch.counter(params.workspace.counter.columns_ready, task.tile);
+    let k_blocks = params.shape.intermediate / K_BLOCK;
+    let operands = Operands {
+        weights: &params.maps.linear2,
+        tokens: (&raw const params.maps.intermediate).cast::<TensorMap>().wrapping_add(task.width as usize),
+        k_blocks,
+    };
+    operands.load(cta, task, ring, || {
+        let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
+        // SAFETY: a counter of this launch. A linear 1 task makes 64 columns, in two stores.
+        launch.wait_until(missing, || unsafe { ld_acquire_gpu_u32(stored) } >= 2 * k_blocks);
+    });
+}
+
+/// The two operands of a task.
+struct Operands {
+    weights: *const TensorMap,
+    tokens: *const TensorMap,
+    k_blocks: u32,
+}
+
+impl Operands {
+    /// Loads all k-blocks. The weights of the first stages are on their way before the tokens are waited for.
+    #[inline(always)]
+    fn load(&self, cta: Cta, task: &Task, ring: &mut Ring<STAGES>, wait_for_tokens: impl Fn()) {
+        let early = self.k_blocks.min(STAGES);
+        let mut weights_ring = *ring;
+        for k_block in 0..early {
+            self.load_weights(cta, task, weights_ring, k_block);
+            weights_ring.advance();
+        }
+        wait_for_tokens();
+        // The rows were acquired by ordinary loads, and will be read by bulk copies.
+        fence_proxy_async();
+        for k_block in 0..self.k_blocks {
+            if k_block >= early {
+                self.load_weights(cta, task, *ring, k_block);
+            }
+            let destination = cta.token_stage(ring.slot);
+            // SAFETY: the stage is free; its barrier expects these bytes.
+            unsafe {
+                tensor_load_2d(destination, self.tokens, [k_block * K_BLOCK, task.pool_row], cta.stage_full(ring.slot))
+            };
+            ring.advance();
+        }
+    }
+
+    /// Waits until a stage is free, announces both tiles, and loads the weight tile.
+    #[inline(always)]
+    fn load_weights(&self, cta: Cta, task: &Task, ring: Ring<STAGES>, k_block: u32) {
+        cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
+        let full = cta.stage_full(ring.slot);
+        full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
+        let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
+        // SAFETY: the stage is free; its barrier expects these bytes.
+        unsafe { tensor_load_3d(cta.weight_stage(ring.slot), self.weights, coordinates, full) };
+    }
+}

@@ -1,0 +1,100 @@
+//! The scheduler warp: waits for all ranks' counts, then claims tickets and hands tasks to the other roles.
+
+use crate::cta::{Cta, TaskWriter};
+use crate::device::atomic::atom_add_relaxed_gpu;
+use crate::device::barrier::bar_sync;
+use crate::device::global::{ld_acquire_sys_u64, st_weak_u32, st_weak_u64};
+use crate::device::special::{cta as cta_index, ctas};
+use crate::launch::{COUNTS_BARRIER, Launch};
+use crate::roles::pull::count_from;
+use crate::schedule::{Phase, ScheduleShape, TaskCursor, combine_chunks};
+use crate::shared::{DISPATCH_WARPS, WARP};
+use crate::status::{Stage, Timeout};
+
+/// Threads that meet when the counts are in shared memory: the scheduler and dispatch warps.
+pub const COUNTS_THREADS: u32 = (1 + DISPATCH_WARPS) * WARP;
+
+/// Schedules until no task is left.
+#[inline(always)]
+pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
+    check_tokens(launch, lane);
+    zero_next_counters(launch, lane);
+    gather_counts(launch, cta, lane);
+    bar_sync::<COUNTS_BARRIER>(COUNTS_THREADS);
+    if lane == 0 {
+        hand_out_tasks(launch, cta);
+    }
+}
+
+/// Reports a count of tokens beyond the maximum; such a rank runs as one without tokens.
+#[inline(always)]
+fn check_tokens(launch: &Launch, lane: u32) {
+    let claimed = launch.claimed_tokens();
+    if lane == 0 && claimed > launch.params().shape.max_tokens {
+        // SAFETY: the status words lie in the workspace; every writer writes the same value.
+        unsafe { st_weak_u64(&raw mut (*launch.status()).excess_tokens, claimed as u64) };
+    }
+}
+
+/// Zeroes this CTA's share of the counters that the next launch uses.
+#[inline(always)]
+fn zero_next_counters(launch: &Launch, lane: u32) {
+    let words = (launch.params().workspace.counter.bytes / 4) as u32;
+    let mut word = cta_index() * WARP + lane;
+    while word < words {
+        // SAFETY: a word of the other set of counters, which no CTA uses in this launch.
+        unsafe { st_weak_u32(launch.next_counter(word), 0) };
+        word += ctas() * WARP;
+    }
+}
+
+/// Waits for every rank's counts, and writes the rows of every local expert to shared memory.
+#[inline(always)]
+fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
+    let params = launch.params();
+    let shape = &params.shape;
+    let routed = shape.routed_experts();
+    let mut expert = lane;
+    while expert < shape.local_experts() {
+        let mut rows = 0;
+        if expert < routed {
+            for source in 0..shape.ranks {
+                let place = launch.symmetric(params.rank, params.symmetric.counts, launch.count_index(source, expert));
+                let missing = || Timeout { stage: Stage::Counts, rank: source, subject: params.rank * routed + expert };
+                // SAFETY: a place in the counts.
+                launch.wait_until(missing, || (unsafe { ld_acquire_sys_u64(place) } >> 32) as u32 == launch.epoch);
+                rows += count_from(launch, source, expert);
+            }
+        } else {
+            rows = launch.tokens;
+        }
+        // SAFETY: the array holds all local experts, and each has one writer.
+        unsafe { cta.expert_rows(expert).store_u32(rows) };
+        expert += WARP;
+    }
+}
+
+/// Claims tickets and puts their tasks into the slots, in order, until the tasks end.
+#[inline(always)]
+fn hand_out_tasks(launch: &Launch, cta: Cta) {
+    let params = launch.params();
+    let shape = &params.shape;
+    let mut cursor = TaskCursor::new(ScheduleShape {
+        experts: shape.local_experts(),
+        wave_experts: params.wave_experts,
+        linear1_rows: 2 * shape.intermediate,
+        linear2_rows: shape.hidden,
+        combine_chunks: combine_chunks(launch.tokens, ctas()),
+    });
+    let mut writer = TaskWriter::new(cta);
+    loop {
+        // SAFETY: a counter of this launch.
+        let ticket = unsafe { atom_add_relaxed_gpu(launch.counter(params.workspace.counter.task_ticket, 0), 1) };
+        // SAFETY: this warp wrote the counts.
+        let task = cursor.seek(ticket, |expert| unsafe { cta.expert_rows(expert).load_u32() });
+        writer.put(task);
+        if task.phase == Phase::End as u32 {
+            return;
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! The order of work: which rows, tiles and tasks there are, the same for every CTA of a rank.
+//!
+//! GEMM tasks are claimed from one ticket. Ticket by ticket, experts come in waves: linear 1 of waves 0 and 1, linear 2 of wave 0, linear 1
+//! of wave 2, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
+
+use crate::tile::{MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_tiles};
+
+/// Tokens that one route ticket stands for.
+pub const ROUTE_TOKENS: u32 = 16;
+
+/// The most tokens that one combine task stands for.
+pub const MAX_COMBINE_TOKENS: u32 = 8;
+
+/// Chunks that `tokens` tokens are routed in: at least one, for a rank without tokens publishes its counts too.
+pub const fn route_chunks(tokens: u32) -> u32 {
+    let chunks = tokens.div_ceil(ROUTE_TOKENS);
+    if chunks == 0 { 1 } else { chunks }
+}
+
+/// Tokens of one combine task, so that few tokens spread over all CTAs and many need few tickets.
+pub const fn combine_tokens(tokens: u32, ctas: u32) -> u32 {
+    let even = tokens.div_ceil(ctas);
+    if even < 1 {
+        1
+    } else if even > MAX_COMBINE_TOKENS {
+        MAX_COMBINE_TOKENS
+    } else {
+        even
+    }
+}
+
+/// Combine tasks for `tokens` tokens.
+pub const fn combine_chunks(tokens: u32, ctas: u32) -> u32 {
+    tokens.div_ceil(combine_tokens(tokens, ctas))
+}
+
+/// What a task does.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Token rows times linear 1 weights, SwiGLU, routing weight, into the intermediate pool.
+    Linear1 = 0,
+    /// Intermediate rows times linear 2 weights, into the combine buffers.
+    Linear2 = 1,
+    /// A chunk of tokens: sum of their results.
+    Combine = 2,
+    /// No work is left.
+    End = 3,
+}
+
+/// One unit of work of a CTA.
+#[repr(C, align(16))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// What to do. As a word, for it goes through shared memory.
+    pub phase: u32,
+    /// Local expert; for [`Phase::Combine`] the chunk.
+    pub expert: u32,
+    /// First weight row.
+    pub weight_row: u32,
+    /// First row in the pools.
+    pub pool_row: u32,
+    /// Rows of the tile that hold tokens, 1 to [`MAX_TOKEN_TILE`].
+    pub rows: u32,
+    /// Number of the tile in the pools.
+    pub tile: u32,
+    /// Index of its width in [`crate::tile::TOKEN_TILES`].
+    pub width: u32,
+    /// GEMM tasks of this expert in this phase.
+    pub expert_tasks: u32,
+}
+
+const _: () = assert!(size_of::<Task>() == 32);
+
+impl Task {
+    /// A task that is not a matrix product.
+    pub const fn plain(phase: Phase, chunk: u32) -> Self {
+        Self {
+            phase: phase as u32,
+            expert: chunk,
+            weight_row: 0,
+            pool_row: 0,
+            rows: 0,
+            tile: 0,
+            width: 0,
+            expert_tasks: 0,
+        }
+    }
+}
+
+/// Where an expert's rows and tiles begin in the pools. Experts follow each other in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolPosition {
+    /// Local expert.
+    pub expert: u32,
+    /// Its first pool row.
+    pub pool_row: u32,
+    /// Its first tile.
+    pub tile: u32,
+}
+
+impl PoolPosition {
+    /// Before the first expert's rows.
+    pub const START: Self = Self { expert: 0, pool_row: 0, tile: 0 };
+
+    /// The position behind this expert, which has `rows` rows.
+    #[inline(always)]
+    pub const fn next(self, rows: u32) -> Self {
+        Self {
+            expert: self.expert + 1,
+            pool_row: self.pool_row + padded_rows(rows),
+            tile: self.tile + token_tiles(rows),
+        }
+    }
+}
+
+/// Walks the rows to pull in ticket order: expert by expert.
+pub struct RowCursor {
+    position: PoolPosition,
+    first_ticket: u32,
+}
+
+/// The row of one pull ticket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Local expert.
+    pub expert: u32,
+    /// Number of the row within its expert.
+    pub row: u32,
+    /// Row in the pools.
+    pub pool_row: u32,
+    /// Tile that holds it.
+    pub tile: u32,
+}
+
+impl RowCursor {
+    /// Before the first row.
+    pub const fn new() -> Self {
+        Self { position: PoolPosition::START, first_ticket: 0 }
+    }
+
+    /// The row of `ticket`, `None` behind the last. Tickets must not decrease from call to call. `rows` gives an expert's rows.
+    #[inline(always)]
+    pub fn seek(&mut self, ticket: u32, experts: u32, rows: impl Fn(u32) -> u32) -> Option<Row> {
+        while self.position.expert < experts {
+            let count = rows(self.position.expert);
+            let row = ticket - self.first_ticket;
+            if row < count {
+                return Some(Row {
+                    expert: self.position.expert,
+                    row,
+                    pool_row: self.position.pool_row + row,
+                    tile: self.position.tile + row / MAX_TOKEN_TILE,
+                });
+            }
+            self.first_ticket += count;
+            self.position = self.position.next(count);
+        }
+        None
+    }
+}
+
+impl Default for RowCursor {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The sizes that the task order depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScheduleShape {
+    /// Local experts, shared ones included.
+    pub experts: u32,
+    /// Experts of one wave, at least 1.
+    pub wave_experts: u32,
+    /// Rows of the linear 1 weights of one expert: twice the intermediate size.
+    pub linear1_rows: u32,
+    /// Rows of the linear 2 weights of one expert: the hidden size.
+    pub linear2_rows: u32,
+    /// Combine tasks.
+    pub combine_chunks: u32,
+}
+
+/// Walks the tasks in ticket order.
+pub struct TaskCursor {
+    shape: ScheduleShape,
+    /// The next expert of each GEMM phase.
+    next: [PoolPosition; 2],
+    /// The expert whose tasks the cursor stands at.
+    current: PoolPosition,
+    phase: Phase,
+    first_ticket: u32,
+    tasks: u32,
+}
+
+impl TaskCursor {
+    /// Before the first task.
+    pub const fn new(shape: ScheduleShape) -> Self {
+        Self {
+            shape,
+            next: [PoolPosition::START; 2],
+            current: PoolPosition::START,
+            phase: Phase::Linear1,
+            first_ticket: 0,
+            tasks: 0,
+        }
+    }
+
+    /// The task of `ticket`. Tickets must not decrease from call to call. `rows` gives an expert's rows.
+    #[inline(always)]
+    pub fn seek(&mut self, ticket: u32, rows: impl Fn(u32) -> u32) -> Task {
+        while ticket - self.first_ticket >= self.tasks {
+            if !self.advance(&rows) {
+                return Task::plain(Phase::End, 0);
+            }
+        }
+        let index = ticket - self.first_ticket;
+        if self.phase as u32 == Phase::Combine as u32 {
+            return Task::plain(Phase::Combine, index);
+        }
+        // Tiles first: neighbouring CTAs share a block of weights.
+        let count = rows(self.current.expert);
+        let tiles = token_tiles(count);
+        let (block, tile) = (index / tiles, index % tiles);
+        let rest = count - tile * MAX_TOKEN_TILE;
+        let rows = if rest < MAX_TOKEN_TILE { rest } else { MAX_TOKEN_TILE };
+        Task {
+            phase: self.phase as u32,
+            expert: self.current.expert,
+            weight_row: block * WEIGHT_TILE,
+            pool_row: self.current.pool_row + tile * MAX_TOKEN_TILE,
+            rows,
+            tile: self.current.tile + tile,
+            width: tile_index(rows),
+            expert_tasks: self.tasks,
+        }
+    }
+
+    /// Steps to the next expert of the next phase; false behind the last task.
+    #[inline(always)]
+    fn advance(&mut self, rows: &impl Fn(u32) -> u32) -> bool {
+        self.first_ticket += self.tasks;
+        let [linear1, linear2] = self.next;
+        let wave = linear2.expert / self.shape.wave_experts;
+        let ahead = (wave + 2) * self.shape.wave_experts;
+        let weight_rows;
+        if linear1.expert < self.shape.experts && linear1.expert < ahead {
+            self.phase = Phase::Linear1;
+            self.current = linear1;
+            self.next[0] = linear1.next(rows(linear1.expert));
+            weight_rows = self.shape.linear1_rows;
+        } else if linear2.expert < self.shape.experts {
+            self.phase = Phase::Linear2;
+            self.current = linear2;
+            self.next[1] = linear2.next(rows(linear2.expert));
+            weight_rows = self.shape.linear2_rows;
+        } else if self.phase as u32 != Phase::Combine as u32 {
+            self.phase = Phase::Combine;
+            self.tasks = self.shape.combine_chunks;
+            return true;
+        } else {
+            return false;
+        }
+        self.tasks = token_tiles(rows(self.current.expert)) * weight_rows.div_ceil(WEIGHT_TILE);
+        true
+    }
+}

@@ -1,0 +1,90 @@
+//! The layout of a CTA's dynamic shared memory, and the shape of a CTA.
+
+use crate::layout::MAX_LOCAL_EXPERTS;
+use crate::schedule::Task;
+use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, WEIGHT_TILE};
+
+/// Threads of a warp.
+pub const WARP: u32 = 32;
+/// Threads of a warpgroup.
+pub const WARPGROUP: u32 = 128;
+/// Warps that route and pull.
+pub const DISPATCH_WARPS: u32 = 2;
+/// Warpgroups that multiply, store and combine.
+pub const CONSUMER_WARPGROUPS: u32 = 2;
+/// Warps of all consumer warpgroups.
+pub const CONSUMER_WARPS: u32 = CONSUMER_WARPGROUPS * WARPGROUP / WARP;
+/// Threads of a CTA: one warpgroup of dispatch, producer and scheduler warps, then the consumers.
+pub const THREADS: u32 = WARPGROUP * (1 + CONSUMER_WARPGROUPS);
+
+/// Registers of a thread in the first warpgroup, after `setmaxnreg`.
+pub const DISPATCH_REGISTERS: u32 = 88;
+/// Registers of a consumer thread, after `setmaxnreg`.
+pub const CONSUMER_REGISTERS: u32 = 208;
+
+/// Stages of the TMA pipeline.
+pub const STAGES: u32 = 4;
+/// Bytes of one stage's weight tile.
+pub const WEIGHT_STAGE_BYTES: u32 = WEIGHT_TILE * K_BLOCK * 2;
+/// Bytes of one stage: the weight tile, then room for the widest token tile.
+pub const STAGE_BYTES: u32 = WEIGHT_STAGE_BYTES + MAX_TOKEN_TILE * K_BLOCK * 2;
+/// Bytes in which one consumer warpgroup transposes its results, some tokens at a time.
+pub const STAGING_BYTES: u32 = 8192;
+/// Tokens that fit the staging buffer in linear 1: 32 bf16 each.
+pub const LINEAR1_STAGING_TOKENS: u32 = STAGING_BYTES / 64;
+/// Tokens that fit the staging buffer in linear 2: 64 bf16 each.
+pub const LINEAR2_STAGING_TOKENS: u32 = STAGING_BYTES / 128;
+/// Bytes of one buffer for pulling a row, piece by piece.
+pub const PULL_BYTES: u32 = 3072;
+/// Pull buffers of one dispatch warp.
+pub const PULL_BUFFERS: u32 = 2;
+/// Tasks that the scheduler may be ahead of the slowest role.
+pub const TASK_SLOTS: u32 = 4;
+/// Bytes of one piece of a combine row.
+pub const COMBINE_BYTES: u32 = 2048;
+/// Pieces that one consumer warp has in flight while it combines.
+pub const COMBINE_BUFFERS: u32 = 8;
+
+/// Bytes of an mbarrier object.
+const MBARRIER_BYTES: u32 = 8;
+
+/// Byte offset of the pipeline stages; 1024-byte aligned for the 128-byte swizzle.
+pub const STAGES_OFFSET: u32 = 0;
+/// Byte offset of the consumer warps' combine buffers: the stages' memory, which is free once a CTA combines.
+pub const COMBINE_OFFSET: u32 = STAGES_OFFSET;
+/// Byte offset of the staging buffers, one a consumer warpgroup.
+pub const STAGING_OFFSET: u32 = STAGES_OFFSET + STAGES * STAGE_BYTES;
+/// Byte offset of the pull buffers, [`PULL_BUFFERS`] a dispatch warp.
+pub const PULL_OFFSET: u32 = STAGING_OFFSET + CONSUMER_WARPGROUPS * STAGING_BYTES;
+/// Byte offset of the row metas of the current tile (u64), one array a consumer warpgroup.
+pub const ROW_META_OFFSET: u32 = PULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * PULL_BYTES;
+/// Byte offset of the row counts (u32) of the local experts.
+pub const EXPERT_ROWS_OFFSET: u32 = ROW_META_OFFSET + CONSUMER_WARPGROUPS * MAX_TOKEN_TILE * 8;
+/// Byte offset of the task slots.
+pub const TASKS_OFFSET: u32 = EXPERT_ROWS_OFFSET + MAX_LOCAL_EXPERTS * 4;
+/// Byte offset of the mbarriers that say a stage is full.
+pub const STAGE_FULL_OFFSET: u32 = TASKS_OFFSET + TASK_SLOTS * size_of::<Task>() as u32;
+/// Byte offset of the mbarriers that say a stage is free.
+pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + STAGES * MBARRIER_BYTES;
+/// Byte offset of the mbarriers that say a task slot is full.
+pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + STAGES * MBARRIER_BYTES;
+/// Byte offset of the mbarriers that say a task slot is free.
+pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+/// Byte offset of the mbarriers of the pull buffers.
+pub const PULL_FULL_OFFSET: u32 = TASK_EMPTY_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+/// Byte offset of the mbarriers of the combine buffers.
+pub const COMBINE_FULL_OFFSET: u32 = PULL_FULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * MBARRIER_BYTES;
+/// Bytes of dynamic shared memory of a CTA.
+pub const SHARED_BYTES: u32 = COMBINE_FULL_OFFSET + CONSUMER_WARPS * COMBINE_BUFFERS * MBARRIER_BYTES;
+
+/// Dynamic shared memory of a CTA on Hopper (CUDA programming guide, compute capability 9.0: 227 KB).
+const SHARED_LIMIT: u32 = 227 * 1024;
+
+const _: () = assert!(SHARED_BYTES <= SHARED_LIMIT);
+const _: () = assert!(STAGE_BYTES.is_multiple_of(1024) && WEIGHT_STAGE_BYTES.is_multiple_of(1024));
+const _: () = assert!(STAGING_OFFSET.is_multiple_of(1024) && STAGING_BYTES.is_multiple_of(1024));
+const _: () = assert!(TASKS_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
+const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= STAGES * STAGE_BYTES);
+// The register file holds 64 Ki registers, and setmaxnreg takes multiples of 8 (PTX ISA 8.6, setmaxnreg).
+const _: () = assert!(WARPGROUP * (DISPATCH_REGISTERS + CONSUMER_WARPGROUPS * CONSUMER_REGISTERS) <= 65536);
+const _: () = assert!(DISPATCH_REGISTERS.is_multiple_of(8) && CONSUMER_REGISTERS.is_multiple_of(8));

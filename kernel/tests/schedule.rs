@@ -1,0 +1,203 @@
+//! Properties of the order of work and of the layouts, over random shapes and token counts.
+
+use std::collections::{HashMap, HashSet};
+
+use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
+use ferromoe_kernel::schedule::{
+    Phase, RowCursor, ScheduleShape, Task, TaskCursor, combine_chunks, combine_tokens, route_chunks,
+};
+use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
+use proptest::prelude::*;
+
+const LINEAR1: u32 = Phase::Linear1 as u32;
+const LINEAR2: u32 = Phase::Linear2 as u32;
+const COMBINE: u32 = Phase::Combine as u32;
+
+fn tasks(shape: ScheduleShape, rows: &[u32]) -> Vec<Task> {
+    let mut cursor = TaskCursor::new(shape);
+    (0..)
+        .map(|ticket| cursor.seek(ticket, |expert| rows[expert as usize]))
+        .take_while(|task| task.phase != Phase::End as u32)
+        .collect()
+}
+
+fn schedule() -> impl Strategy<Value = (ScheduleShape, Vec<u32>)> {
+    let rows = prop::collection::vec(prop_oneof![Just(0u32), 1..40u32, 60..300u32], 1..12);
+    (rows, 1..6u32, 1..6u32, 1..9u32, 0..5u32).prop_map(|(rows, wave_experts, intermediate, hidden, combine_chunks)| {
+        let shape = ScheduleShape {
+            experts: rows.len() as u32,
+            wave_experts,
+            linear1_rows: 128 * intermediate,
+            linear2_rows: 64 * hidden,
+            combine_chunks,
+        };
+        (shape, rows)
+    })
+}
+
+proptest! {
+    #[test]
+    fn every_task_comes_once((shape, rows) in schedule()) {
+        let mut seen = HashSet::new();
+        for task in tasks(shape, &rows) {
+            prop_assert!(seen.insert((task.phase, task.expert, task.weight_row, task.tile)), "{task:?} comes twice");
+        }
+        let tiles: u32 = rows.iter().map(|&rows| token_tiles(rows)).sum();
+        let blocks = shape.linear1_rows.div_ceil(WEIGHT_TILE) + shape.linear2_rows.div_ceil(WEIGHT_TILE);
+        prop_assert_eq!(seen.len() as u32, tiles * blocks + shape.combine_chunks);
+    }
+
+    #[test]
+    fn dependencies_have_smaller_tickets((shape, rows) in schedule()) {
+        let tasks = tasks(shape, &rows);
+        let last = |phase| tasks.iter().enumerate().filter(|(_, task)| task.phase == phase)
+            .map(|(ticket, task)| (task.tile, ticket)).collect::<HashMap<_, _>>();
+        let linear1 = last(LINEAR1);
+        let mut linear2_end = 0;
+        for (ticket, task) in tasks.iter().enumerate().filter(|(_, task)| task.phase == LINEAR2) {
+            prop_assert!(linear1[&task.tile] < ticket, "{task:?} precedes its tile's linear 1");
+            linear2_end = ticket;
+        }
+        for (ticket, task) in tasks.iter().enumerate().filter(|(_, task)| task.phase == COMBINE) {
+            prop_assert!(ticket >= linear2_end, "{task:?} precedes linear 2");
+        }
+    }
+
+    /// Linear 1 of a wave lies before linear 2 of the wave before, and not more than one wave further ahead.
+    #[test]
+    fn waves_interleave((shape, rows) in schedule()) {
+        let wave = |task: &Task| task.expert / shape.wave_experts;
+        let mut linear1_wave = 0;
+        for task in tasks(shape, &rows).iter().filter(|task| task.phase != COMBINE) {
+            if task.phase == LINEAR1 {
+                linear1_wave = wave(task);
+            } else {
+                let next = rows.iter().enumerate().skip(((wave(task) + 1) * shape.wave_experts) as usize)
+                    .take(shape.wave_experts as usize).any(|(_, &rows)| rows > 0);
+                prop_assert!(!next || linear1_wave == wave(task) + 1, "{task:?} while linear 1 is at wave {linear1_wave}");
+            }
+        }
+    }
+
+    /// Each CTA sees only the tickets it claims; what it makes of them does not depend on which those are.
+    #[test]
+    fn a_cursor_that_skips_tickets_finds_the_same_tasks((shape, rows) in schedule(), stride in 1..9usize, first in 0..9usize) {
+        let all = tasks(shape, &rows);
+        let mut cursor = TaskCursor::new(shape);
+        for ticket in (first..all.len()).step_by(stride) {
+            prop_assert_eq!(cursor.seek(ticket as u32, |expert| rows[expert as usize]), all[ticket]);
+        }
+    }
+
+    /// Tiles cover the pulled rows of their expert, and share no pool row with each other.
+    #[test]
+    fn tiles_and_rows_agree((shape, rows) in schedule()) {
+        let mut cursor = RowCursor::new();
+        let pulled: Vec<_> = (0..rows.iter().sum()).map(|ticket| {
+            cursor.seek(ticket, shape.experts, |expert| rows[expert as usize]).expect("a row for every ticket")
+        }).collect();
+        prop_assert_eq!(cursor.seek(pulled.len() as u32, shape.experts, |expert| rows[expert as usize]), None);
+        let mut tiles: Vec<_> = tasks(shape, &rows).into_iter().filter(|task| task.phase == LINEAR1 && task.weight_row == 0).collect();
+        tiles.sort_by_key(|task| task.tile);
+        let mut row = pulled.iter();
+        let mut end = 0;
+        for (number, tile) in tiles.iter().enumerate() {
+            prop_assert_eq!(tile.tile as usize, number);
+            prop_assert!(tile.pool_row >= end);
+            end = tile.pool_row + TOKEN_TILES[tile.width as usize];
+            prop_assert!(tile.rows >= 1 && tile.rows <= TOKEN_TILES[tile.width as usize]);
+            for offset in 0..tile.rows {
+                let row = row.next().expect("a pulled row for every row of a tile");
+                prop_assert_eq!((row.expert, row.tile, row.pool_row), (tile.expert, tile.tile, tile.pool_row + offset));
+            }
+        }
+        prop_assert_eq!(row.next(), None);
+        prop_assert_eq!(end, rows.iter().map(|&rows| padded_rows(rows)).sum::<u32>());
+    }
+
+    #[test]
+    fn chunks_cover_all_tokens(tokens in 0..5000u32, ctas in 1..200u32) {
+        prop_assert!(route_chunks(tokens) >= 1);
+        let per_chunk = combine_tokens(tokens, ctas);
+        prop_assert!((1..=8).contains(&per_chunk));
+        let chunks = combine_chunks(tokens, ctas);
+        prop_assert!(chunks * per_chunk >= tokens && tokens >= chunks.saturating_sub(1) * per_chunk);
+    }
+
+    /// Any routing fits the pools: the one that pads most, and the one that has all tokens at the fewest experts.
+    #[test]
+    fn pools_hold_any_routing(shape in shape(), draws in prop::collection::vec(0..1000u32, 1..64)) {
+        let routed = shape.routed_experts();
+        let choices = shape.ranks * shape.max_tokens * shape.top_k.min(routed);
+        let mut left = choices;
+        let mut rows = vec![0u32; routed as usize];
+        for (expert, draw) in draws.iter().cycle().take(routed as usize).enumerate() {
+            rows[expert] = (draw * shape.max_tokens * shape.ranks / 1000).min(left);
+            left -= rows[expert];
+        }
+        rows.extend(vec![shape.max_tokens; shape.shared_experts as usize]);
+        prop_assert!(rows.iter().map(|&rows| padded_rows(rows)).sum::<u32>() <= shape.pool_rows());
+        prop_assert!(rows.iter().map(|&rows| token_tiles(rows)).sum::<u32>() <= shape.pool_tiles());
+    }
+
+    #[test]
+    fn parts_of_a_layout_do_not_overlap(shape in shape()) {
+        let layout = SymmetricLayout::new(&shape);
+        let (ranks, routed, slots) = (shape.ranks as u64, shape.routed_experts() as u64, shape.slots() as u64);
+        let (tokens, hidden, rows) = (shape.max_tokens as u64, shape.hidden as u64, shape.pool_rows() as u64);
+        in_order(&[
+            (layout.counts, 2 * ranks * routed * 8),
+            (layout.hidden, 2 * ranks * 8),
+            (layout.flags, (shape.experts + shape.shared_experts) as u64 * 4),
+            (layout.lists, ranks * routed * tokens * 8),
+            (layout.combine, tokens * slots * hidden * 2),
+            (layout.bytes, 0),
+        ])?;
+        let layout = WorkspaceLayout::new(&shape);
+        let counter = layout.counter;
+        let tiles = shape.pool_tiles() as u64 * 4;
+        in_order(&[
+            (layout.status, 24),
+            (layout.epoch, 8),
+            (layout.counters, 2 * counter.bytes),
+            (layout.row_meta, rows * 8),
+            (layout.tokens, rows * hidden * 2),
+            (layout.intermediate, rows * shape.intermediate as u64 * 2),
+            (layout.bytes, 0),
+        ])?;
+        in_order(&[
+            (counter.route_ticket, 4),
+            (counter.routed_chunks, 4),
+            (counter.pull_ticket, 4),
+            (counter.task_ticket, 4),
+            (counter.sent, shape.experts as u64 * 4),
+            (counter.rows_ready, tiles),
+            (counter.columns_ready, tiles),
+            (counter.expert_done, shape.local_experts() as u64 * 4),
+            (counter.bytes, 0),
+        ])?;
+    }
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    (1..9u32, 1..9u32, 0..3u32, 1..33u32, 0..300u32, 1..5u32, 1..5u32).prop_map(
+        |(ranks, routed, shared_experts, top_k, max_tokens, hidden, intermediate)| Shape {
+            hidden: 64 * hidden,
+            intermediate: 64 * intermediate,
+            experts: ranks * routed,
+            shared_experts,
+            top_k: top_k.min(ranks * routed),
+            max_tokens,
+            ranks,
+        },
+    )
+}
+
+/// Each part (offset, bytes) begins aligned, behind the one before.
+fn in_order(parts: &[(u64, u64)]) -> Result<(), TestCaseError> {
+    for (part, pair) in parts.windows(2).enumerate() {
+        prop_assert!(pair[0].0 + pair[0].1 <= pair[1].0, "part {part} overlaps the next: {pair:?}");
+        prop_assert!(pair[1].0.is_multiple_of(256), "part {} is misaligned", part + 1);
+    }
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! Copies and matrix products that are under way, each due at a moment the seed chose.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+
+use crate::memory::Copied;
+use crate::program::{AtomicOperation, AtomicType, CopyKind};
+
+/// Where a copied range lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    Global(u64),
+    Shared(u32),
+    /// A source outside the tensor: what to fill with, repeated.
+    Fill([u8; 2]),
+}
+
+/// A contiguous part of a copy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CopyPart {
+    pub from: Place,
+    pub to: Place,
+    pub bytes: u32,
+}
+
+/// Who is told when a copy is done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Completion {
+    /// Complete these bytes on the mbarrier at this shared address.
+    Mbarrier { address: u32, bytes: u32 },
+    /// A group of a lane.
+    Group(CopyKind),
+}
+
+/// Who issued an operation.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Issuer {
+    /// Slot of the CTA, and its identity.
+    pub slot: usize,
+    pub cta: u64,
+    pub warp: usize,
+    pub lanes: u32,
+    pub pc: u32,
+}
+
+/// A copy under way.
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    pub issuer: Issuer,
+    pub launch: usize,
+    pub device: usize,
+    pub parts: Vec<CopyPart>,
+    pub completion: Completion,
+    pub reduction: Option<(AtomicOperation, AtomicType, u32)>,
+    /// What was read, once it was, part after part.
+    pub data: Option<Copied>,
+}
+
+/// What is due.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// The next stage of a copy: read the source, or write the destination.
+    Transfer(Transfer),
+    /// The oldest wgmma of a warpgroup.
+    Wgmma { issuer: Issuer, group: usize },
+    /// `cp.async.mbarrier.arrive`: arrives once these copies are done.
+    Arrive { issuer: Issuer, address: u32, after: Vec<u64> },
+}
+
+/// How far a copy has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Issued,
+    Read,
+}
+
+/// All operations under way, by the step at which they are due.
+#[derive(Debug, Default)]
+pub(crate) struct AsyncQueue {
+    due: BinaryHeap<Reverse<(u64, u64)>>,
+    events: HashMap<u64, Event>,
+    stages: HashMap<u64, Stage>,
+    next: u64,
+}
+
+impl AsyncQueue {
+    /// Adds an operation and returns its number.
+    pub fn push(&mut self, due: u64, event: Event) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        if matches!(event, Event::Transfer(_)) {
+            self.stages.insert(number, Stage::Issued);
+        }
+        self.events.insert(number, event);
+        self.due.push(Reverse((due, number)));
+        number
+    }
+
+    /// Puts an operation back, for its next stage.
+    pub fn again(&mut self, due: u64, number: u64, event: Event) {
+        self.stages.insert(number, Stage::Read);
+        self.events.insert(number, event);
+        self.due.push(Reverse((due, number)));
+    }
+
+    pub fn finish(&mut self, number: u64) {
+        self.stages.remove(&number);
+    }
+
+    /// Whether a copy has read its source (`read`), or is done.
+    pub fn is_done(&self, number: u64, read: bool) -> bool {
+        match self.stages.get(&number) {
+            None => true,
+            Some(Stage::Read) => read,
+            Some(Stage::Issued) => false,
+        }
+    }
+
+    /// The next operation due at `now`, or at any time.
+    pub fn pop(&mut self, now: Option<u64>) -> Option<(u64, Event)> {
+        let Reverse((due, _)) = self.due.peek()?;
+        if now.is_some_and(|now| *due > now) {
+            return None;
+        }
+        let Reverse((_, number)) = self.due.pop()?;
+        Some((number, self.events.remove(&number)?))
+    }
+
+    /// When the next operation is due.
+    pub fn next_due(&self) -> Option<u64> {
+        self.due.peek().map(|Reverse((due, _))| *due)
+    }
+
+    pub fn len(&self) -> usize {
+        self.events.len()
+    }
+
+    /// An operation of a CTA that still needs its shared memory or registers.
+    pub fn needs(&self, cta: u64) -> Option<Issuer> {
+        let mut found: Vec<(u64, Issuer)> = self
+            .events
+            .iter()
+            .filter_map(|(number, event)| match event {
+                Event::Transfer(transfer) => {
+                    let shared = match &transfer.data {
+                        None => true,
+                        Some(_) => matches!(transfer.completion, Completion::Mbarrier { .. }),
+                    };
+                    (transfer.issuer.cta == cta && shared).then_some((*number, transfer.issuer))
+                }
+                Event::Wgmma { issuer, .. } | Event::Arrive { issuer, .. } => {
+                    (issuer.cta == cta).then_some((*number, *issuer))
+                }
+            })
+            .collect();
+        found.sort_by_key(|(number, _)| *number);
+        found.first().map(|(_, issuer)| *issuer)
+    }
+}

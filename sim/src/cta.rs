@@ -1,0 +1,216 @@
+//! The state of a running CTA: shared memory, barriers, and its warps.
+
+use std::collections::VecDeque;
+
+use crate::memory::TrackedBytes;
+use crate::program::{CopyKind, WaitPhase};
+use crate::registers::Registers;
+
+/// The barrier that stands for the cluster's, after the sixteen named ones.
+pub(crate) const CLUSTER_BARRIER: u32 = 16;
+/// Registers of an SM.
+const SM_REGISTERS: u32 = 65536;
+
+/// What a group of lanes waits for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Wait {
+    /// The other lanes of a `.sync` mask, at the same instruction.
+    Lanes { members: u32 },
+    /// The other lanes of a `bar.warp.sync` mask.
+    WarpBarrier { members: u32 },
+    /// A barrier of the CTA.
+    Barrier { id: u32 },
+    /// An mbarrier's phase, until a time.
+    Mbarrier { address: u32, phase: Phase },
+    /// All but the last few groups of copies of some lanes.
+    Groups { kind: CopyKind, pending: u32, read: bool },
+    /// Products of the warpgroup, up to a number.
+    Wgmma { executed: u64 },
+    /// Registers from the CTA's pool.
+    MaxRegisters { count: u32 },
+    /// Time to pass.
+    Time,
+}
+
+/// A phase as a wait names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Parity(u32),
+    State(u64),
+}
+
+impl Phase {
+    pub fn of(phase: WaitPhase, registers: &Registers, lane: usize) -> Self {
+        match phase {
+            WaitPhase::Parity(r) => Self::Parity(registers.r32[r.0 as usize][lane]),
+            WaitPhase::State(r) => Self::State(registers.r64[r.0 as usize][lane]),
+        }
+    }
+}
+
+/// Lanes of a warp that are at the same instruction.
+#[derive(Debug, Clone)]
+pub(crate) struct Fragment {
+    pub pc: u32,
+    pub mask: u32,
+    pub wait: Option<Wait>,
+    /// The wait may end at this time, in nanoseconds.
+    pub until: u64,
+    /// The wait has ended by time.
+    pub timed_out: bool,
+    /// The scheduler knows of `until`.
+    pub armed: bool,
+    /// Return addresses.
+    pub stack: Vec<u32>,
+}
+
+/// Groups of asynchronous copies that a lane has committed, oldest first; and the open one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct CopyGroups {
+    pub open: Vec<u64>,
+    pub committed: VecDeque<Vec<u64>>,
+}
+
+/// A warp.
+#[derive(Debug)]
+pub(crate) struct Warp {
+    pub registers: Registers,
+    pub fragments: Vec<Fragment>,
+    /// Lanes that exist and have not exited.
+    pub live: u32,
+    pub local: TrackedBytes,
+    /// Groups of each lane that has made a copy: `cp.async`, `cp.async.bulk`.
+    pub copies: [Vec<(usize, CopyGroups)>; 2],
+    /// wgmma instructions issued, and how many there were at each commit.
+    pub wgmma_issued: u64,
+    pub wgmma_commits: Vec<u64>,
+    pub max_registers: u32,
+    /// Already in the list of warps that can run.
+    pub queued: bool,
+    /// Slices run while diverged, for fairness.
+    pub diverged: u32,
+    pub polls: Polls,
+}
+
+/// The last polling reads: place, and a digest of where and what was read.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Polls {
+    pub seen: [(u32, u64); 4],
+    pub next: usize,
+    /// Repeats in a row.
+    pub repeats: u32,
+}
+
+impl Polls {
+    /// Whether the same instruction has read the same as last time, with nothing written in between.
+    pub fn repeated(&mut self, pc: u32, digest: u64) -> bool {
+        match self.seen.iter_mut().find(|(seen, _)| *seen == pc + 1) {
+            Some((_, last)) => std::mem::replace(last, digest) == digest,
+            None => {
+                self.seen[self.next % 4] = (pc + 1, digest);
+                self.next += 1;
+                false
+            }
+        }
+    }
+
+    pub fn reset(&mut self) {
+        self.seen = Default::default();
+        self.repeats = 0;
+    }
+}
+
+/// A wgmma that not every warp has issued, or that has not been executed.
+#[derive(Debug, Clone)]
+pub(crate) struct QueuedWgmma {
+    pub pc: u32,
+    /// One bit for each warp of the group.
+    pub issued: u32,
+    pub a: u64,
+    pub b: u64,
+    pub scale_d: bool,
+}
+
+/// Four warps that issue wgmma together.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Warpgroup {
+    pub queue: VecDeque<QueuedWgmma>,
+    /// Number of the first in the queue, which is how many were executed.
+    pub executed: u64,
+    /// When the last of those scheduled is due.
+    pub last_due: u64,
+}
+
+/// A named barrier.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct NamedBarrier {
+    /// Threads that have arrived, in whole warps.
+    pub arrived: u32,
+    /// Threads that must arrive; none yet, or all of the CTA.
+    pub expected: Option<u32>,
+    pub waiting: bool,
+    /// `bar.red`: lanes whose predicate was true, and lanes that took part.
+    pub truths: u32,
+    pub votes: u32,
+}
+
+/// What is shared by the warps of a CTA.
+#[derive(Debug)]
+pub(crate) struct CtaState {
+    /// Unique in the run.
+    pub id: u64,
+    pub launch: usize,
+    pub device: usize,
+    pub index: [u32; 3],
+    /// Which of the device's places it runs in.
+    pub sm: u32,
+    pub shared: TrackedBytes,
+    pub dynamic_bytes: u32,
+    pub barriers: Vec<NamedBarrier>,
+    pub warpgroups: Vec<Warpgroup>,
+    /// Registers that no warp holds.
+    pub free_registers: u32,
+    /// Something changed that a waiting warp may wait for.
+    pub changed: bool,
+}
+
+/// A running CTA.
+#[derive(Debug)]
+pub(crate) struct Cta {
+    pub state: CtaState,
+    pub warps: Vec<Warp>,
+}
+
+impl Cta {
+    pub fn live_warps(&self) -> u32 {
+        self.warps.iter().filter(|warp| warp.live != 0).count() as u32
+    }
+}
+
+/// Registers each thread of a CTA starts with, as ptxas chooses them for one CTA per SM.
+pub(crate) fn initial_registers(threads: u32) -> u32 {
+    let share = SM_REGISTERS / threads.next_multiple_of(128).max(128);
+    (share / 8 * 8).min(248)
+}
+
+impl Warp {
+    /// Bytes of groups that a wait must see done: of each lane in `mask`, all but the last `pending`.
+    pub fn outstanding(&self, kind: CopyKind, mask: u32, pending: u32) -> impl Iterator<Item = u64> + '_ {
+        self.copies[kind as usize].iter().filter(move |(lane, _)| mask >> lane & 1 != 0).flat_map(move |(_, groups)| {
+            let count = groups.committed.len().saturating_sub(pending as usize);
+            groups.committed.iter().take(count).flatten().copied()
+        })
+    }
+
+    pub fn groups(&mut self, kind: CopyKind, lane: usize) -> &mut CopyGroups {
+        let list = &mut self.copies[kind as usize];
+        let index = match list.iter().position(|(owner, _)| *owner == lane) {
+            Some(index) => index,
+            None => {
+                list.push((lane, CopyGroups::default()));
+                list.len() - 1
+            }
+        };
+        &mut list[index].1
+    }
+}

@@ -1,0 +1,474 @@
+//! From a parsed module to its decoded form: lays out variables, resolves names, compiles instructions.
+
+mod asynchronous;
+mod compare;
+mod control;
+mod convert;
+mod float;
+mod integer;
+mod lanes;
+mod memory;
+mod moves;
+mod opcode;
+mod operands;
+mod scope;
+mod synchronisation;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::ast::{self, Ast, InitialValue, StateSpace, Statement, Variable};
+use crate::error::ParseError;
+use crate::program::*;
+use crate::registers::RegisterCounts;
+use opcode::Opcode;
+use scope::{Scopes, Symbol};
+
+/// Shared addresses below this one belong to the system, so that null is not a buffer.
+pub(crate) const SHARED_START: u32 = 1024;
+
+/// Why an instruction cannot be decoded.
+pub(crate) type Decoded<T> = Result<T, String>;
+
+/// Decodes a module.
+pub(crate) fn decode(ast: &Ast) -> Result<Module, ParseError> {
+    let mut decoder = Decoder::new(ast)?;
+    for function in &ast.functions {
+        if let Some(body) = &function.body {
+            decoder.function(function, body)?;
+        }
+    }
+    decoder.finish()
+}
+
+/// A function's place, and the local memory its parameters are passed in.
+#[derive(Debug, Clone, Default)]
+struct FunctionInfo {
+    name: String,
+    start: Option<u32>,
+    /// (local offset, bytes) of each return value and parameter.
+    returns: Vec<(u32, u32)>,
+    parameters: Vec<(u32, u32)>,
+}
+
+struct Decoder {
+    module: Module,
+    scopes: Scopes,
+    functions: Vec<FunctionInfo>,
+    files: HashMap<u32, String>,
+    constants: HashMap<(u32, u64), u32>,
+    locations: HashMap<ast::Location, u32>,
+    location: u32,
+    line: u32,
+    guard: Option<Guard>,
+    name: Arc<str>,
+    names: HashMap<String, Arc<str>>,
+    shared_next: u32,
+    /// Labels of the function being decoded: the place of each, once known.
+    labels: Vec<Option<u32>>,
+    branch_tables: HashMap<String, Vec<String>>,
+    is_entry: bool,
+}
+
+fn align_up(value: u64, align: u64) -> u64 {
+    value.next_multiple_of(align.max(1))
+}
+
+/// Static shared memory of a body, laid out in order after `start`.
+fn shared_end(body: &[Statement], start: u64, align: &mut u64) -> u64 {
+    body.iter().fold(start, |end, statement| match statement {
+        Statement::Block(inner) => shared_end(inner, end, align),
+        Statement::Variable(variable, _) if variable.space == StateSpace::Shared => {
+            *align = (*align).max(variable.align);
+            align_up(end, variable.align) + variable.bytes
+        }
+        _ => end,
+    })
+}
+
+impl Decoder {
+    fn new(ast: &Ast) -> Result<Self, ParseError> {
+        let mut decoder = Self {
+            module: Module {
+                id: Module::next_id(),
+                code: Vec::new(),
+                entries: Vec::new(),
+                functions: Vec::new(),
+                variables: Vec::new(),
+                locations: Vec::new(),
+                registers: RegisterCounts::default(),
+                constants: Constants::default(),
+                local_bytes: 0,
+                dynamic_shared: SHARED_START,
+            },
+            scopes: Scopes::default(),
+            functions: Vec::new(),
+            files: ast.files.iter().cloned().collect(),
+            constants: HashMap::new(),
+            locations: HashMap::new(),
+            location: u32::MAX,
+            line: 0,
+            guard: None,
+            name: Arc::from(""),
+            names: HashMap::new(),
+            shared_next: SHARED_START,
+            labels: Vec::new(),
+            branch_tables: HashMap::new(),
+            is_entry: false,
+        };
+        decoder.lay_out_shared(ast)?;
+        for (variable, line) in &ast.variables {
+            decoder.line = *line;
+            decoder.declare(variable, *line)?;
+        }
+        for function in &ast.functions {
+            decoder.declare_function(function)?;
+        }
+        decoder.resolve_initialisers(ast)?;
+        Ok(decoder)
+    }
+
+    fn syntax<T>(&self, message: impl Into<String>) -> Result<T, ParseError> {
+        Err(ParseError::syntax(self.line, message))
+    }
+
+    fn lay_out_shared(&mut self, ast: &Ast) -> Result<(), ParseError> {
+        let (mut end, mut align) = (u64::from(SHARED_START), 16);
+        for (variable, _) in &ast.variables {
+            if variable.space != StateSpace::Shared {
+                continue;
+            }
+            align = align.max(variable.align);
+            if variable.bytes > 0 {
+                end = align_up(end, variable.align) + variable.bytes;
+            }
+        }
+        for body in ast.functions.iter().filter_map(|function| function.body.as_ref()) {
+            end = shared_end(body, end, &mut align);
+        }
+        if end > 1 << 24 {
+            return self.syntax(format!("{end} bytes of static shared memory"));
+        }
+        self.module.dynamic_shared = align_up(end, align) as u32;
+        Ok(())
+    }
+
+    /// Gives a variable or a range of registers its place and name.
+    fn declare(&mut self, variable: &Variable, line: u32) -> Result<(), ParseError> {
+        self.line = line;
+        let symbol = match variable.space {
+            StateSpace::Register => return self.declare_registers(variable),
+            StateSpace::Shared if variable.bytes == 0 => Symbol::Shared(self.module.dynamic_shared),
+            StateSpace::Shared => {
+                let offset = align_up(u64::from(self.shared_next), variable.align);
+                self.shared_next = (offset + variable.bytes) as u32;
+                Symbol::Shared(offset as u32)
+            }
+            StateSpace::Local | StateSpace::Param => {
+                Symbol::Local(self.allocate_local(variable.bytes, variable.align)?)
+            }
+            StateSpace::Global | StateSpace::Const => {
+                if variable.is_extern {
+                    return self.syntax(format!("`{}` is external: modules are not linked", variable.name));
+                }
+                self.module.variables.push(GlobalVariable {
+                    name: variable.name.clone(),
+                    bytes: variable.bytes,
+                    element_bytes: variable.element.bytes(),
+                    initial: variable.initial.clone(),
+                    references: Vec::new(),
+                });
+                Symbol::Global(self.module.variables.len() as u32 - 1)
+            }
+        };
+        self.scopes.insert(variable.name.clone(), symbol);
+        Ok(())
+    }
+
+    fn allocate_local(&mut self, bytes: u64, align: u64) -> Result<u32, ParseError> {
+        let offset = align_up(u64::from(self.module.local_bytes), align);
+        if offset + bytes > 1 << 24 {
+            return self
+                .syntax(format!("{} bytes of local memory a lane; at most 16 MiB are supported", offset + bytes));
+        }
+        self.module.local_bytes = (offset + bytes) as u32;
+        Ok(offset as u32)
+    }
+
+    fn declare_registers(&mut self, variable: &Variable) -> Result<(), ParseError> {
+        let number = variable.count.unwrap_or(1);
+        let counts = &mut self.module.registers;
+        let counter = match variable.element.bytes() {
+            _ if variable.element == ast::Type::Pred => &mut counts.predicates,
+            1 | 2 => &mut counts.r16,
+            4 => &mut counts.r32,
+            8 => &mut counts.r64,
+            _ => {
+                return self.syntax(format!("registers of type {:?} are not supported", variable.element));
+            }
+        };
+        let first = *counter;
+        *counter += number;
+        if *counter > 1 << 22 {
+            return self.syntax("more than 2^22 registers");
+        }
+        let symbol = Symbol::register(variable.element, first);
+        match variable.count {
+            Some(count) => self.scopes.insert_range(variable.name.clone(), symbol, count),
+            None => self.scopes.insert(variable.name.clone(), symbol),
+        }
+        Ok(())
+    }
+
+    fn declare_function(&mut self, function: &ast::Function) -> Result<(), ParseError> {
+        self.line = function.line;
+        if self.functions.iter().any(|known| known.name == function.name) {
+            return Ok(());
+        }
+        let mut info = FunctionInfo { name: function.name.clone(), ..FunctionInfo::default() };
+        if !function.is_entry {
+            for (list, places) in [(&function.returns, &mut info.returns), (&function.parameters, &mut info.parameters)]
+            {
+                for variable in list {
+                    if variable.space == StateSpace::Register {
+                        return self.syntax(format!(
+                            "parameter `{}` of `{}` is a register; it must be in `.param`",
+                            variable.name, function.name
+                        ));
+                    }
+                    let offset = self.allocate_local(variable.bytes, variable.align)?;
+                    places.push((offset, variable.bytes as u32));
+                }
+            }
+        }
+        self.functions.push(info);
+        self.scopes.insert(function.name.clone(), Symbol::Function(self.functions.len() as u32 - 1));
+        Ok(())
+    }
+
+    fn resolve_initialisers(&mut self, ast: &Ast) -> Result<(), ParseError> {
+        for index in 0..self.module.variables.len() {
+            let mut references = Vec::new();
+            for value in &self.module.variables[index].initial {
+                let InitialValue::Address { symbol, .. } = value else {
+                    continue;
+                };
+                references.push(match self.scopes.find(symbol) {
+                    Some(Symbol::Global(variable)) => Reference::Variable(variable),
+                    Some(Symbol::Function(function)) => Reference::Function(function),
+                    _ => {
+                        self.line = ast.variables.get(index).map_or(0, |variable| variable.1);
+                        return self.syntax(format!("`{symbol}` in an initialiser is no global variable or function"));
+                    }
+                });
+            }
+            self.module.variables[index].references = references;
+        }
+        Ok(())
+    }
+
+    fn function(&mut self, function: &ast::Function, body: &[Statement]) -> Result<(), ParseError> {
+        self.line = function.line;
+        self.location = u32::MAX;
+        self.is_entry = function.is_entry;
+        self.labels.clear();
+        let start = self.module.code.len() as u32;
+        self.scopes.enter();
+        if function.is_entry {
+            let mut parameters = Vec::new();
+            let mut end = 0u64;
+            for variable in &function.parameters {
+                let offset = align_up(end, variable.align);
+                end = offset + variable.bytes;
+                if end > 32764 {
+                    return self.syntax(format!("{end} bytes of parameters; at most 32764 are allowed"));
+                }
+                parameters.push(Parameter {
+                    name: variable.name.clone(),
+                    offset: offset as u32,
+                    bytes: variable.bytes as u32,
+                });
+                self.scopes.insert(variable.name.clone(), Symbol::KernelParameter(offset as u32));
+            }
+            self.module.entries.push(Entry {
+                name: function.name.clone(),
+                start,
+                parameters,
+                max_threads: function.max_threads,
+            });
+        } else {
+            let info = self.functions.iter_mut().find(|info| info.name == function.name);
+            if let Some(info) = info {
+                info.start = Some(start);
+                for (variable, place) in
+                    function.returns.iter().zip(&info.returns).chain(function.parameters.iter().zip(&info.parameters))
+                {
+                    self.scopes.insert(variable.name.clone(), Symbol::Local(place.0));
+                }
+            }
+        }
+        self.block(body)?;
+        self.line = function.line;
+        self.guard = None;
+        // A body that runs off its end returns, as ptxas makes it do.
+        self.push(if function.is_entry { Op::Exit } else { Op::Return });
+        self.scopes.leave();
+        self.patch_branches(start)
+    }
+
+    /// Branch targets are label numbers until all labels of the function have their place.
+    fn patch_branches(&mut self, start: u32) -> Result<(), ParseError> {
+        let place = |label: u32, line: u32| {
+            self.labels
+                .get(label as usize)
+                .copied()
+                .flatten()
+                .ok_or_else(|| ParseError::syntax(line, "a branch target is missing"))
+        };
+        for instruction in &mut self.module.code[start as usize..] {
+            let line = instruction.line;
+            match &mut instruction.op {
+                Op::Branch(target) => *target = place(*target, line)?,
+                Op::BranchIndex { targets, .. } => {
+                    for target in targets {
+                        *target = place(*target, line)?;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn block(&mut self, statements: &[Statement]) -> Result<(), ParseError> {
+        self.scopes.enter();
+        for statement in statements {
+            match statement {
+                Statement::Label(name) => {
+                    self.labels.push(None);
+                    let label = Symbol::Label(self.labels.len() as u32 - 1);
+                    self.scopes.insert(name.clone(), label);
+                }
+                Statement::BranchTargets(name, targets) => {
+                    self.branch_tables.insert(name.clone(), targets.clone());
+                }
+                _ => {}
+            }
+        }
+        for statement in statements {
+            match statement {
+                Statement::Label(name) => {
+                    if let Some(Symbol::Label(label)) = self.scopes.find(name) {
+                        self.labels[label as usize] = Some(self.module.code.len() as u32);
+                    }
+                }
+                Statement::Instruction(instruction) => self.instruction(instruction)?,
+                Statement::Location(location) => self.set_location(*location),
+                Statement::Variable(variable, line) => self.declare(variable, *line)?,
+                Statement::Block(inner) => self.block(inner)?,
+                Statement::BranchTargets(..) | Statement::CallPrototype(_) => {}
+            }
+        }
+        self.scopes.leave();
+        Ok(())
+    }
+
+    fn set_location(&mut self, location: ast::Location) {
+        if location.line == 0 {
+            return;
+        }
+        let file = |number: u32| self.files.get(&number).cloned().unwrap_or_else(|| format!("file {number}"));
+        let next = self.module.locations.len() as u32;
+        let index = *self.locations.entry(location).or_insert(next);
+        if index == next {
+            self.module.locations.push(SourceLocation {
+                file: file(location.file),
+                line: location.line,
+                inlined_at: location.inlined_at.map(|(number, line)| (file(number), line)),
+            });
+        }
+        self.location = index;
+    }
+
+    fn instruction(&mut self, instruction: &ast::Instruction) -> Result<(), ParseError> {
+        self.line = instruction.line;
+        self.name = match self.names.get(&instruction.opcode) {
+            Some(name) => name.clone(),
+            None => {
+                let name: Arc<str> = Arc::from(instruction.opcode.as_str());
+                self.names.insert(instruction.opcode.clone(), name.clone());
+                name
+            }
+        };
+        let unsupported = |reason| ParseError::Unsupported {
+            line: instruction.line,
+            instruction: instruction.opcode.clone(),
+            reason,
+        };
+        self.guard = match &instruction.guard {
+            Some(guard) => {
+                Some(Guard { predicate: self.predicate_named(&guard.name).map_err(unsupported)?, negate: guard.negate })
+            }
+            None => None,
+        };
+        let mut opcode = Opcode::new(&instruction.opcode);
+        self.dispatch(&mut opcode, &instruction.operands).and_then(|()| opcode.finish()).map_err(unsupported)
+    }
+
+    fn dispatch(&mut self, opcode: &mut Opcode<'_>, operands: &[ast::Operand]) -> Decoded<()> {
+        match opcode.name() {
+            "mov" | "cvta" | "isspacep" | "selp" | "slct" | "prmt" | "mapa" | "getctarank" => {
+                self.decode_move(opcode, operands)
+            }
+            "setp" | "set" | "testp" => self.decode_compare(opcode, operands),
+            "cvt" => self.decode_convert(opcode, operands),
+            "add" | "sub" | "mul" | "mad" | "div" | "rem" | "min" | "max" | "abs" | "neg" | "fma"
+                if float::is_float(opcode) =>
+            {
+                self.decode_float(opcode, operands)
+            }
+            "rcp" | "sqrt" | "rsqrt" | "sin" | "cos" | "lg2" | "ex2" | "tanh" | "copysign" => {
+                self.decode_float(opcode, operands)
+            }
+            "add" | "sub" | "mul" | "mad" | "mul24" | "mad24" | "div" | "rem" | "min" | "max" | "abs" | "neg"
+            | "and" | "or" | "xor" | "not" | "cnot" | "shl" | "shr" | "shf" | "lop3" | "bfe" | "bfi" | "bmsk"
+            | "szext" | "brev" | "clz" | "popc" | "bfind" | "fns" | "sad" | "addc" | "subc" | "madc" | "dp4a"
+            | "dp2a" => self.decode_integer(opcode, operands),
+            "ld" | "ldu" | "st" | "atom" | "red" | "prefetch" | "prefetchu" | "applypriority" | "discard"
+            | "createpolicy" => self.decode_memory(opcode, operands),
+            "bra" | "brx" | "call" | "ret" | "exit" | "trap" | "brkpt" | "pmevent" => {
+                self.decode_control(opcode, operands)
+            }
+            "shfl" | "vote" | "match" | "redux" | "elect" | "activemask" => self.decode_lanes(opcode, operands),
+            "bar" | "barrier" | "membar" | "fence" | "mbarrier" | "nanosleep" | "setmaxnreg" | "griddepcontrol" => {
+                self.decode_synchronisation(opcode, operands)
+            }
+            "cp" | "wgmma" | "ldmatrix" | "stmatrix" | "mma" => self.decode_asynchronous(opcode, operands),
+            _ => Err("no such instruction is known".to_owned()),
+        }
+    }
+
+    /// Appends an instruction at the current line under the current guard.
+    fn push(&mut self, op: Op) {
+        self.module.code.push(Instruction {
+            op,
+            guard: self.guard,
+            line: self.line,
+            location: self.location,
+            name: self.name.clone(),
+        });
+    }
+
+    fn finish(mut self) -> Result<Module, ParseError> {
+        self.module.functions = self.functions.iter().map(|info| info.start.unwrap_or(u32::MAX)).collect();
+        for instruction in &mut self.module.code {
+            if let Op::Call(target) = &mut instruction.op {
+                let info = &self.functions[*target as usize];
+                *target = info.start.ok_or_else(|| {
+                    ParseError::syntax(instruction.line, format!("`{}` is called but has no body", info.name))
+                })?;
+            }
+        }
+        Ok(self.module)
+    }
+}

@@ -1,0 +1,239 @@
+//! `ld`, `st`, `atom`, `red`, `prefetch` and the cache hints.
+
+use super::opcode::Opcode;
+use super::operands::operand;
+use super::{Decoded, Decoder};
+use crate::ast::{Operand, Type};
+use crate::program::{Access, Atomic, AtomicOperation, AtomicType, Op, Space};
+use crate::registers::Register;
+
+/// Cache operators and eviction hints, which change no value.
+pub(super) const CACHE_HINTS: [&str; 24] = [
+    "ca",
+    "cg",
+    "cs",
+    "cv",
+    "lu",
+    "wb",
+    "wt",
+    "nc",
+    "L1::evict_normal",
+    "L1::evict_unchanged",
+    "L1::evict_first",
+    "L1::evict_last",
+    "L1::no_allocate",
+    "L2::evict_normal",
+    "L2::evict_first",
+    "L2::evict_last",
+    "L2::64B",
+    "L2::128B",
+    "L2::256B",
+    "unified",
+    "mmio",
+    "evict_normal",
+    "level::eviction_priority",
+    "L2::evict_unchanged",
+];
+
+pub(super) const SCOPES: [&str; 4] = ["cta", "cluster", "gpu", "sys"];
+
+/// The state space modifier of an access.
+pub(super) fn take_space(opcode: &mut Opcode<'_>) -> Space {
+    match opcode.take_one(&[
+        "global",
+        "const",
+        "shared::cta",
+        "shared::cluster",
+        "shared",
+        "local",
+        "param::entry",
+        "param::func",
+        "param",
+    ]) {
+        None => Space::Generic,
+        Some("global" | "const") => Space::Global,
+        Some("shared::cta" | "shared::cluster" | "shared") => Space::Shared,
+        Some("local") => Space::Local,
+        Some(_) => Space::Param,
+    }
+}
+
+/// The operation and element type of an atomic.
+pub(super) fn atomic_type(kind: Type) -> Decoded<(AtomicType, u32, u32)> {
+    Ok(match kind {
+        Type::F16 => (AtomicType::F16, 2, 1),
+        Type::Bf16 => (AtomicType::Bf16, 2, 1),
+        Type::F16x2 => (AtomicType::F16, 2, 2),
+        Type::Bf16x2 => (AtomicType::Bf16, 2, 2),
+        Type::F32 => (AtomicType::F32, 4, 1),
+        Type::F64 => (AtomicType::F64, 8, 1),
+        Type::B16 | Type::B32 | Type::B64 | Type::U32 | Type::U64 => (AtomicType::Unsigned, kind.bytes(), 1),
+        Type::S32 | Type::S64 => (AtomicType::Signed, kind.bytes(), 1),
+        other => return Err(format!("type {other:?}")),
+    })
+}
+
+pub(super) fn take_atomic_operation(opcode: &mut Opcode<'_>) -> Option<AtomicOperation> {
+    opcode.take_map(|part| {
+        Some(match part {
+            "add" => AtomicOperation::Add,
+            "and" => AtomicOperation::And,
+            "or" => AtomicOperation::Or,
+            "xor" => AtomicOperation::Xor,
+            "exch" => AtomicOperation::Exchange,
+            "cas" => AtomicOperation::CompareAndSwap,
+            "inc" => AtomicOperation::Increment,
+            "dec" => AtomicOperation::Decrement,
+            "min" => AtomicOperation::Min,
+            "max" => AtomicOperation::Max,
+            _ => return None,
+        })
+    })
+}
+
+impl Decoder {
+    pub(super) fn decode_memory(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
+        match opcode.name() {
+            "ld" | "ldu" => self.decode_access(opcode, operands, false),
+            "st" => self.decode_access(opcode, operands, true),
+            "atom" | "red" => self.decode_atomic(opcode, operands),
+            "createpolicy" => self.decode_policy(opcode, operands),
+            _ => {
+                // Prefetches and priorities; `prefetch.tensormap` too.
+                take_space(opcode);
+                opcode.ignore(&["L1", "L2", "tensormap"]);
+                opcode.ignore(&CACHE_HINTS);
+                self.push(Op::Nothing);
+                Ok(())
+            }
+        }
+    }
+
+    fn decode_access(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand], store: bool) -> Decoded<()> {
+        if opcode.take("async") || opcode.take("bulk") {
+            return Err("not supported".to_owned());
+        }
+        let strong = opcode.take_one(&["volatile", "relaxed", "acquire", "release"]).is_some();
+        opcode.take("weak");
+        opcode.take_one(&SCOPES);
+        let named = take_space(opcode);
+        opcode.ignore(&CACHE_HINTS);
+        // The cache policy operand that follows is a hint too.
+        let hint = opcode.take("L2::cache_hint");
+        let count = match opcode.take_one(&["v2", "v4", "v8"]) {
+            Some("v2") => 2,
+            Some("v4") => 4,
+            Some(_) => 8,
+            None => 1,
+        };
+        let kind = opcode.need_type()?;
+        if matches!(kind, Type::Pred | Type::B128) {
+            return Err(format!("type {kind:?}"));
+        }
+        let expected = 2 + usize::from(hint);
+        if operands.len() != expected {
+            return Err(format!("{expected} operands expected"));
+        }
+        let (place, value) = if store { (&operands[0], &operands[1]) } else { (&operands[1], &operands[0]) };
+        let (address, space) = self.address(place, named)?;
+        let list = self.elements(value);
+        if list.len() != count {
+            return Err(format!("{count} registers expected, {} found", list.len()));
+        }
+        let registers: Vec<Register> = list
+            .iter()
+            .map(
+                |element| {
+                    if store { self.source(element, kind) } else { self.destination(element, kind.bytes().max(2)) }
+                },
+            )
+            .collect::<Decoded<_>>()?;
+        if registers.iter().any(|register| register.bytes() < kind.bytes()) {
+            return Err("a register is narrower than the type".to_owned());
+        }
+        let access = Box::new(Access {
+            space,
+            address,
+            registers: registers.into(),
+            element: kind.bytes(),
+            signed: kind.is_signed(),
+            strong,
+        });
+        self.push(if store { Op::Store(access) } else { Op::Load(access) });
+        Ok(())
+    }
+
+    fn decode_atomic(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
+        if opcode.take("async") {
+            return Err("not supported".to_owned());
+        }
+        let returns = opcode.name() == "atom";
+        opcode.take_one(&["relaxed", "acquire", "release", "acq_rel"]);
+        opcode.take_one(&SCOPES);
+        let named = take_space(opcode);
+        let operation = take_atomic_operation(opcode).ok_or("the operation is missing")?;
+        let hint = opcode.take("L2::cache_hint");
+        opcode.take("noftz");
+        let count = match opcode.take_one(&["v2", "v4", "v8"]) {
+            Some("v2") => 2,
+            Some("v4") => 4,
+            Some(_) => 8,
+            None => 1,
+        };
+        let type_of = opcode.need_type()?;
+        let (kind, element, packed) = atomic_type(type_of)?;
+        let float = matches!(kind, AtomicType::F16 | AtomicType::Bf16 | AtomicType::F32 | AtomicType::F64);
+        let float_min_max = matches!(kind, AtomicType::F16 | AtomicType::Bf16)
+            && matches!(operation, AtomicOperation::Min | AtomicOperation::Max);
+        if float && operation != AtomicOperation::Add && !float_min_max {
+            return Err(format!("{operation:?} of type {type_of:?}"));
+        }
+        let first = usize::from(returns);
+        let swaps = operation == AtomicOperation::CompareAndSwap;
+        let expected = first + 2 + usize::from(swaps) + usize::from(hint);
+        if operands.len() != expected {
+            return Err(format!("{expected} operands expected"));
+        }
+        let (address, space) = self.address(operand(operands, first)?, named)?;
+        let destination = if returns {
+            let list = self.elements(&operands[0]);
+            let registers: Vec<_> =
+                list.iter().map(|part| self.destination(part, type_of.bytes())).collect::<Decoded<_>>()?;
+            Some(registers.into_boxed_slice())
+        } else {
+            None
+        };
+        let sources = self.elements(operand(operands, first + 1)?);
+        if sources.len() != count {
+            return Err(format!("{count} values expected"));
+        }
+        let values: Vec<_> = sources.iter().map(|part| self.source(part, type_of)).collect::<Decoded<_>>()?;
+        let swap = if swaps { Some(self.source(&operands[first + 2], type_of)?) } else { None };
+        self.push(Op::Atomic(Box::new(Atomic {
+            space,
+            address,
+            operation,
+            kind,
+            element,
+            packed,
+            destination,
+            operand: values.into(),
+            swap,
+        })));
+        Ok(())
+    }
+
+    /// A cache policy is an opaque value that only hints read.
+    fn decode_policy(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
+        take_space(opcode);
+        opcode.ignore(&["fractional", "range", "cvt", "L2"]);
+        opcode.ignore(&CACHE_HINTS);
+        // Primary and secondary priority may be the same word.
+        opcode.ignore(&CACHE_HINTS);
+        opcode.need_type()?;
+        let d = self.destination(operand(operands, 0)?, 8)?;
+        let zero = self.constant(8, 0);
+        self.push(super::moves::copy(d, zero));
+        Ok(())
+    }
+}

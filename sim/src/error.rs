@@ -1,0 +1,170 @@
+//! What can go wrong: in the text of a module, on the host side, and while a kernel runs.
+
+use std::fmt;
+
+/// PTX that cannot be read.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub enum ParseError {
+    /// The text is not PTX.
+    #[error("PTX line {line}: {message}")]
+    Syntax {
+        /// Line in the PTX text, from 1.
+        line: u32,
+        /// What was wrong.
+        message: String,
+    },
+    /// An instruction, or a form of it, that the simulator does not know.
+    #[error("PTX line {line}: `{instruction}` is not supported: {reason}")]
+    Unsupported {
+        /// Line in the PTX text, from 1.
+        line: u32,
+        /// The opcode with its modifiers.
+        instruction: String,
+        /// What about it is not supported.
+        reason: String,
+    },
+}
+
+impl ParseError {
+    pub(crate) fn syntax(line: u32, message: impl Into<String>) -> Self {
+        Self::Syntax { line, message: message.into() }
+    }
+}
+
+/// Where a warp was: in the source, and in the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Position {
+    /// Source line as `file:line`, with the line it was inlined at; empty where the PTX has no `.loc`.
+    pub source: String,
+    /// Line in the PTX text, from 1.
+    pub ptx_line: u32,
+    /// The opcode with its modifiers.
+    pub instruction: String,
+    /// Device (rank).
+    pub device: usize,
+    /// Entry that runs.
+    pub entry: String,
+    /// CTA in the grid.
+    pub cta: [u32; 3],
+    /// Warp in the CTA.
+    pub warp: u32,
+    /// Lanes concerned, one bit each.
+    pub lanes: u32,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.source.is_empty() {
+            write!(f, "{}, ", self.source)?;
+        }
+        write!(
+            f,
+            "PTX line {} `{}`, device {}, {}, CTA ({},{},{}), warp {}, lanes {:#010x}",
+            self.ptx_line,
+            self.instruction,
+            self.device,
+            self.entry,
+            self.cta[0],
+            self.cta[1],
+            self.cta[2],
+            self.warp,
+            self.lanes
+        )
+    }
+}
+
+/// A group of lanes that could not go on, and what it waited for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stuck {
+    /// Where it is.
+    pub position: Position,
+    /// What it waits for.
+    pub waits_for: String,
+}
+
+/// A run, or a host-side access to the machine's memory, that failed.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SimError {
+    /// A kernel did something that is an error on the device.
+    #[error("{fault} ({position})")]
+    Fault {
+        /// What happened.
+        fault: Fault,
+        /// Where.
+        position: Box<Position>,
+    },
+    /// No warp can ever go on.
+    #[error("deadlock: no warp can go on{}", list(.0))]
+    Deadlock(Vec<Stuck>),
+    /// The run took more steps than [`crate::RunOptions::step_limit`].
+    #[error("the run passed its limit of {limit} warp instructions{}", list(.warps))]
+    StepLimit {
+        /// The limit, in warp instructions.
+        limit: u64,
+        /// Every group of lanes that was still running.
+        warps: Vec<Stuck>,
+    },
+    /// A launch that cannot be started.
+    #[error("launch of `{entry}`: {message}")]
+    Launch {
+        /// Entry that was to be launched.
+        entry: String,
+        /// What was wrong, and what would be right.
+        message: String,
+    },
+    /// A host-side access to the machine's memory that failed.
+    #[error("host access: {0}")]
+    Host(Fault),
+    /// A device that the machine does not have.
+    #[error("device {device} does not exist: this machine has {devices}")]
+    NoDevice {
+        /// The device asked for.
+        device: usize,
+        /// How many there are.
+        devices: usize,
+    },
+}
+
+fn list(warps: &[Stuck]) -> String {
+    warps.iter().map(|stuck| format!("\n  waits for {}: {}", stuck.waits_for, stuck.position)).collect()
+}
+
+/// What a kernel did wrong, without where.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// An access outside of every allocation.
+    #[error("out of bounds: {bytes} bytes at {place}")]
+    OutOfBounds {
+        /// The address: buffer and offset.
+        place: String,
+        /// Bytes accessed.
+        bytes: u64,
+    },
+    /// An access that is not aligned to its size.
+    #[error("misaligned: {place} is not a multiple of {align}")]
+    Misaligned {
+        /// The address: buffer and offset.
+        place: String,
+        /// Alignment that was needed, in bytes.
+        align: u64,
+    },
+    /// A read of memory that nothing has written.
+    #[error("uninitialised: {bytes} bytes read at {place}, never written")]
+    Uninitialised {
+        /// The address: buffer and offset.
+        place: String,
+        /// Bytes accessed.
+        bytes: u64,
+    },
+    /// `trap`, `brkpt`, or a call that does not return.
+    #[error("the kernel trapped")]
+    Trap,
+    /// A synchronising instruction used wrongly.
+    #[error("{0}")]
+    Synchronisation(String),
+    /// An asynchronous copy, tensor map or matrix instruction used wrongly.
+    #[error("{0}")]
+    Operand(String),
+}

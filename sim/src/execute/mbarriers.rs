@@ -1,0 +1,146 @@
+//! mbarrier instructions, lane by lane.
+
+use super::access::{shared_place, shared_range};
+use super::{Context, Executed, Flow};
+use crate::cta::{CtaState, Phase, Wait};
+use crate::error::Fault;
+use crate::mbarrier::{Mbarrier, MbarrierError};
+use crate::mbarrier_op::{MbarrierAction, MbarrierOp};
+use crate::program::WaitPhase;
+use crate::registers::{LANES, Slot, lanes};
+
+/// How long `try_wait` suspends a warp at most, in simulated nanoseconds, unless it says so itself. The device's
+/// limit is its own.
+const SUSPEND_NS: u64 = 1000;
+
+/// Applies a change to the mbarrier at a shared address; the word before it.
+pub(crate) fn update(
+    state: &mut CtaState,
+    address: u32,
+    change: impl FnOnce(Mbarrier) -> Result<Mbarrier, MbarrierError>,
+) -> Result<u64, Fault> {
+    let word = read_word(state, address)?;
+    let fail = |error: MbarrierError| {
+        Fault::Synchronisation(format!("mbarrier at {}: {error}", shared_place(&state.shared, u64::from(address))))
+    };
+    let barrier = Mbarrier::decode(word).and_then(change).map_err(fail)?;
+    state.shared.write(address as usize, &barrier.encode().to_le_bytes());
+    state.changed = true;
+    Ok(word)
+}
+
+fn read_word(state: &CtaState, address: u32) -> Result<u64, Fault> {
+    let at = shared_range(&state.shared, u64::from(address), 8)?;
+    let mut word = [0; 8];
+    word.copy_from_slice(&state.shared.data()[at..at + 8]);
+    Ok(u64::from_le_bytes(word))
+}
+
+/// Whether the phase that a wait names is complete.
+pub(crate) fn is_complete(state: &CtaState, address: u32, phase: Phase) -> Result<bool, Fault> {
+    let fail = |error: MbarrierError| {
+        Fault::Synchronisation(format!("mbarrier at {}: {error}", shared_place(&state.shared, u64::from(address))))
+    };
+    let barrier = Mbarrier::decode(read_word(state, address)?).map_err(fail)?;
+    match phase {
+        Phase::Parity(parity) if parity > 1 => {
+            Err(Fault::Synchronisation(format!("phase parity {parity}; it must be 0 or 1")))
+        }
+        Phase::Parity(parity) => Ok(barrier.test_parity(parity)),
+        Phase::State(word) => barrier.test_state(word).map_err(fail),
+    }
+}
+
+impl Context<'_> {
+    pub(super) fn mbarrier(&mut self, operation: &MbarrierOp, index: usize, active: u32) -> Executed {
+        let addresses = self.shared_addresses(operation.address, operation.generic, active)?;
+        if let MbarrierAction::Wait { done, phase, suspends, limit } = operation.action {
+            return self.mbarrier_wait(index, &addresses, done, phase, suspends, limit, active);
+        }
+        for lane in lanes(active) {
+            self.fault_lanes = 1 << lane;
+            let address = addresses[lane];
+            let registers = &self.warp.registers;
+            match &operation.action {
+                MbarrierAction::Init { count } => {
+                    let count = count.get(registers)[lane];
+                    let at = shared_range(&self.state.shared, u64::from(address), 8)?;
+                    let barrier = Mbarrier::init(count)
+                        .map_err(|error| Fault::Synchronisation(format!("mbarrier.init: {error}")))?;
+                    self.state.shared.write(at, &barrier.encode().to_le_bytes());
+                }
+                MbarrierAction::Invalidate => {
+                    update(self.state, address, Ok)?;
+                    let word = Mbarrier::INVALID.to_le_bytes();
+                    self.state.shared.write(address as usize, &word);
+                    self.state.shared.unmark(address as usize, 8);
+                }
+                MbarrierAction::ExpectBytes { bytes } => {
+                    let bytes = bytes.get(registers)[lane];
+                    update(self.state, address, |barrier| barrier.expect_tx(bytes))?;
+                }
+                MbarrierAction::CompleteBytes { bytes } => {
+                    let bytes = bytes.get(registers)[lane];
+                    update(self.state, address, |barrier| barrier.complete_tx(bytes))?;
+                }
+                MbarrierAction::Arrive { state, count, expect_bytes, drop, no_complete } => {
+                    let count = count.get(registers)[lane];
+                    let bytes = expect_bytes.map(|bytes| bytes.get(registers)[lane]);
+                    let word = update(self.state, address, |barrier| match bytes {
+                        Some(bytes) if *drop => barrier.expect_tx(bytes)?.arrive_drop(count),
+                        Some(bytes) => barrier.arrive_expect_tx(bytes),
+                        None if *drop => barrier.arrive_drop(count),
+                        None if *no_complete => barrier.arrive_no_complete(count),
+                        None => barrier.arrive(count),
+                    })?;
+                    if let Some(state) = state {
+                        state.get_mut(&mut self.warp.registers)[lane] = word;
+                    }
+                }
+                MbarrierAction::Wait { .. } => {}
+            }
+        }
+        self.fault_lanes = 0;
+        *self.progress += 1;
+        self.warp.polls.reset();
+        Ok(Flow::Next)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn mbarrier_wait(
+        &mut self,
+        index: usize,
+        addresses: &[u32; LANES],
+        done: crate::registers::Predicate,
+        phase: WaitPhase,
+        suspends: bool,
+        limit: Option<crate::registers::R32>,
+        active: u32,
+    ) -> Executed {
+        let (mut complete, mut blocking) = (0, None);
+        for lane in lanes(active) {
+            self.fault_lanes = 1 << lane;
+            let wanted = Phase::of(phase, &self.warp.registers, lane);
+            if is_complete(self.state, addresses[lane], wanted)? {
+                complete |= 1 << lane;
+            } else {
+                blocking.get_or_insert((addresses[lane], wanted, lane));
+            }
+        }
+        self.fault_lanes = 0;
+        let timed_out = std::mem::take(&mut self.warp.fragments[index].timed_out);
+        if let Some((address, phase, lane)) = blocking {
+            if suspends && !timed_out {
+                let limit = limit.map_or(SUSPEND_NS, |limit| u64::from(limit.get(&self.warp.registers)[lane]));
+                let until = self.time() + limit;
+                return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
+            }
+            self.cost.polls += 1;
+        }
+        self.warp.registers.set_predicate(done, active, complete);
+        if blocking.is_some() && !suspends {
+            return Ok(self.poll(index, u64::from(complete)));
+        }
+        Ok(Flow::Next)
+    }
+}

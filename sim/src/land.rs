@@ -1,0 +1,220 @@
+//! What happens when an asynchronous operation is due.
+
+use crate::asynchronous::{Completion, CopyPart, Event, Issuer, Place, Transfer};
+use crate::cost::Direction;
+use crate::cta::Cta;
+use crate::error::{Fault, SimError};
+use crate::execute::{GROUP_WARPS, combine, shared_place, touch, update_mbarrier};
+use crate::memory::{Copied, GlobalMemory};
+use crate::program::{AtomicOperation, AtomicType, Op, Wgmma, WgmmaA};
+use crate::registers::{LANES, R32, Slot};
+use crate::schedule::Run;
+use crate::wgmma::{self, THREADS};
+
+impl Run<'_, '_> {
+    /// Carries out the next stage of an operation.
+    pub fn land(&mut self, number: u64, event: Event) -> Result<(), SimError> {
+        self.progress += 1;
+        match event {
+            Event::Transfer(mut transfer) => {
+                let issuer = transfer.issuer;
+                if transfer.data.is_some() {
+                    self.write_parts(&transfer).map_err(|fault| self.failed(fault, issuer))?;
+                    self.queue.finish(number);
+                } else {
+                    let data = self.read_parts(&transfer).map_err(|fault| self.failed(fault, issuer))?;
+                    transfer.data = Some(data);
+                    let due = self.step + self.random.spread(12);
+                    self.queue.again(due, number, Event::Transfer(transfer));
+                }
+                self.settle(issuer.slot)
+            }
+            Event::Wgmma { issuer, group } => {
+                self.multiply(issuer, group).map_err(|fault| self.failed(fault, issuer))?;
+                self.settle(issuer.slot)
+            }
+            Event::Arrive { issuer, address, after } => {
+                if after.iter().any(|copy| !self.queue.is_done(*copy, false)) {
+                    let due = self.step + self.random.spread(12);
+                    let event = Event::Arrive { issuer, address, after };
+                    self.queue.push(due, event);
+                    return Ok(());
+                }
+                let arrived = match self.cta(issuer) {
+                    Some(cta) => update_mbarrier(&mut cta.state, address, |barrier| barrier.arrive(1)),
+                    None => Ok(0),
+                };
+                arrived.map_err(|fault| self.failed(fault, issuer))?;
+                self.settle(issuer.slot)
+            }
+        }
+    }
+
+    /// The CTA that issued an operation, while it runs.
+    fn cta(&mut self, issuer: Issuer) -> Option<&mut Cta> {
+        self.ctas[issuer.slot].as_deref_mut().filter(|cta| cta.state.id == issuer.cta)
+    }
+
+    fn read_parts(&mut self, transfer: &Transfer) -> Result<Copied, Fault> {
+        let bytes: u32 = transfer.parts.iter().map(|part| part.bytes).sum();
+        let mut copied = Copied { data: Vec::with_capacity(bytes as usize), unwritten: Vec::new() };
+        let slot = transfer.issuer.slot;
+        let Some(cta) = self.ctas[slot].as_deref() else {
+            return Ok(copied);
+        };
+        let cost = &mut self.launches[cta.state.launch].cost;
+        for CopyPart { from, bytes, .. } in &transfer.parts {
+            let length = *bytes as usize;
+            match *from {
+                Place::Fill(pattern) => {
+                    let bytes = pattern.iter().cycle().take(length);
+                    copied.data.extend(bytes);
+                }
+                Place::Shared(at) => {
+                    cta.state.shared.copy_out(at as usize, length, &mut copied);
+                }
+                Place::Global(address) => {
+                    let (allocation, offset) = self.memory.find(address, u64::from(*bytes))?;
+                    allocation.bytes.copy_out(offset, length, &mut copied);
+                    if GlobalMemory::device_of(address) == cta.state.device {
+                        touch(allocation, offset, length, Direction::Read, cost);
+                    } else {
+                        cost.nvlink_read += u64::from(*bytes);
+                    }
+                }
+            }
+        }
+        Ok(copied)
+    }
+
+    fn write_parts(&mut self, transfer: &Transfer) -> Result<(), Fault> {
+        let Some(copied) = &transfer.data else {
+            return Ok(());
+        };
+        let issuer = transfer.issuer;
+        // Writes to global memory may outlive the CTA.
+        let mut cta = self.ctas[issuer.slot].as_deref_mut().filter(|cta| cta.state.id == issuer.cta);
+        let mut start = 0;
+        for part in &transfer.parts {
+            let length = part.bytes as usize;
+            match part.to {
+                Place::Fill(_) => {}
+                Place::Shared(at) => {
+                    if let Some(cta) = &mut cta {
+                        cta.state.shared.copy_in(at as usize, copied, start, length);
+                    }
+                }
+                Place::Global(address) => {
+                    let (allocation, offset) = self.memory.find(address, u64::from(part.bytes))?;
+                    match transfer.reduction {
+                        None => allocation.bytes.copy_in(offset, copied, start, length),
+                        Some(reduction) => {
+                            if !allocation.bytes.is_written(offset, length) {
+                                return Err(Fault::Uninitialised {
+                                    place: self.memory.place(address),
+                                    bytes: u64::from(part.bytes),
+                                });
+                            }
+                            let data = &mut allocation.bytes.data_mut()[offset..offset + length];
+                            reduce(reduction, data, &copied.data[start..start + length]);
+                        }
+                    }
+                    let cost = &mut self.launches[transfer.launch].cost;
+                    if GlobalMemory::device_of(address) == transfer.device {
+                        touch(allocation, offset, length, Direction::Write, cost);
+                    } else {
+                        cost.nvlink_write += u64::from(part.bytes);
+                    }
+                }
+            }
+            start += length;
+        }
+        if let (Completion::Mbarrier { address, bytes }, Some(cta)) = (transfer.completion, cta) {
+            update_mbarrier(&mut cta.state, address, |barrier| barrier.complete_tx(bytes))?;
+        }
+        Ok(())
+    }
+
+    /// Executes the oldest product of a warpgroup.
+    fn multiply(&mut self, issuer: Issuer, group_index: usize) -> Result<(), Fault> {
+        let check = self.options.check_matrix_operands;
+        let Some(cta) = self.ctas[issuer.slot].as_deref_mut().filter(|cta| cta.state.id == issuer.cta) else {
+            return Ok(());
+        };
+        let launch = &mut self.launches[cta.state.launch];
+        let Cta { state, warps } = cta;
+        let group = &mut state.warpgroups[group_index];
+        let Some(issued) = group.queue.pop_front() else {
+            return Ok(());
+        };
+        group.executed += 1;
+        let Op::Wgmma(operation) = &launch.prepared.module.code[issued.pc as usize].op else {
+            return Ok(());
+        };
+        let Wgmma { shape, half, accumulators, a, .. } = &**operation;
+        let fail = |error: wgmma::WgmmaError| Fault::Operand(error.to_string());
+        let a_descriptor = matches!(a, WgmmaA::Descriptor(_)).then_some(issued.a);
+        if check {
+            let mut unwritten = None;
+            let shared = &state.shared;
+            wgmma::operand_ranges(shape, a_descriptor, issued.b, |range| {
+                let (at, length) = (range.start as usize, range.len());
+                if at + length <= shared.len() && !shared.is_written(at, length) {
+                    unwritten.get_or_insert(range);
+                }
+            })
+            .map_err(fail)?;
+            if let Some(range) = unwritten {
+                return Err(Fault::Uninitialised {
+                    place: shared_place(&state.shared, u64::from(range.start)),
+                    bytes: range.len() as u64,
+                });
+            }
+        }
+        let warps = &mut warps[group_index * GROUP_WARPS..(group_index + 1) * GROUP_WARPS];
+        let gather = |warps: &[crate::cta::Warp], register: R32| {
+            let mut values = [0u32; THREADS];
+            for (warp, part) in warps.iter().zip(values.chunks_exact_mut(LANES)) {
+                part.copy_from_slice(register.get(&warp.registers));
+            }
+            values
+        };
+        let from_registers;
+        let a = match a {
+            WgmmaA::Descriptor(_) => wgmma::WgmmaA::Descriptor(issued.a),
+            WgmmaA::Registers(registers) => {
+                from_registers = registers.map(|register| gather(warps, register));
+                wgmma::WgmmaA::Registers(&from_registers)
+            }
+        };
+        let shared = state.shared.data();
+        let mut values: Vec<[u32; THREADS]> = accumulators.iter().map(|register| gather(warps, *register)).collect();
+        if *half {
+            wgmma::execute_f16(shape, a, issued.b, shared, &mut values, issued.scale_d).map_err(fail)?;
+        } else {
+            let floats: &mut [[f32; THREADS]] = bytemuck::cast_slice_mut(&mut values);
+            wgmma::execute(shape, a, issued.b, shared, floats, issued.scale_d).map_err(fail)?;
+        }
+        for (register, values) in accumulators.iter().zip(&values) {
+            for (warp, part) in warps.iter_mut().zip(values.chunks_exact(LANES)) {
+                register.get_mut(&mut warp.registers).copy_from_slice(part);
+            }
+        }
+        launch.cost.tensor_ops += shape.operations();
+        Ok(())
+    }
+}
+
+/// Combines `operand` into `data`, element by element.
+fn reduce((operation, kind, element): (AtomicOperation, AtomicType, u32), data: &mut [u8], operand: &[u8]) {
+    let size = element as usize;
+    let word = |bytes: &[u8]| {
+        let mut word = [0u8; 8];
+        word[..size].copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    };
+    for (old, new) in data.chunks_exact_mut(size).zip(operand.chunks_exact(size)) {
+        let value = combine(operation, kind, element, word(old), word(new), 0);
+        old.copy_from_slice(&value.to_le_bytes()[..size]);
+    }
+}

@@ -1,0 +1,33 @@
+//! Runs PTX on the CPU: several GPUs in one address space, and Hopper's asynchronous instructions.
+//!
+//! [`Module::parse`] reads and decodes PTX once; a [`Machine`] holds the devices' memories and runs [`Launch`]es
+//! together, interleaved by a seed. See the README for what is simulated, and how.
+
+mod ast;
+mod asynchronous;
+pub mod convert;
+mod cost;
+mod cta;
+mod decode;
+mod error;
+mod execute;
+mod land;
+mod lexer;
+mod machine;
+pub mod matrix;
+pub mod mbarrier;
+mod mbarrier_op;
+mod memory;
+mod parse;
+mod program;
+mod random;
+mod registers;
+mod schedule;
+pub mod tensor_map;
+pub mod wgmma;
+
+pub use cost::Cost;
+pub use error::{Fault, ParseError, Position, SimError, Stuck};
+pub use machine::{Arg, Launch, Machine, RunOptions};
+pub use program::Module;
+pub use tensor_map::{TensorMap, TensorMapSpec};

@@ -1,0 +1,285 @@
+//! The public face: devices with memories, and launches.
+
+use std::collections::HashMap;
+
+use crate::ast::InitialValue;
+use crate::cost::Cost;
+use crate::error::{Fault, SimError};
+use crate::execute::LaunchInfo;
+use crate::memory::{CODE_WINDOW, GlobalMemory};
+use crate::program::{Entry, Module, Reference};
+use crate::schedule::{self, Prepared};
+
+/// A kernel argument.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Arg {
+    /// 32 bits.
+    U32(u32),
+    /// 64 bits, such as a device pointer.
+    U64(u64),
+    /// Single precision.
+    F32(f32),
+    /// A structure, as its bytes.
+    Bytes(Vec<u8>),
+}
+
+impl Arg {
+    fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::U32(value) => value.to_le_bytes().to_vec(),
+            Self::U64(value) => value.to_le_bytes().to_vec(),
+            Self::F32(value) => value.to_le_bytes().to_vec(),
+            Self::Bytes(bytes) => bytes.clone(),
+        }
+    }
+}
+
+/// One kernel launch on one device.
+#[derive(Debug, Clone)]
+pub struct Launch<'a> {
+    /// Device that runs it.
+    pub device: usize,
+    /// Where the kernel is.
+    pub module: &'a Module,
+    /// Name of the kernel.
+    pub entry: &'a str,
+    /// CTAs along x, y, z.
+    pub grid: [u32; 3],
+    /// Threads of a CTA along x, y, z; at most 1024 in all.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a CTA, in bytes.
+    pub shared_bytes: u32,
+    /// One for each kernel parameter, of its size.
+    pub args: Vec<Arg>,
+}
+
+/// How a run is made.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// Chooses every interleaving and every moment of an asynchronous operation.
+    pub seed: u64,
+    /// CTAs that can be resident on a device at once, 1 or more; all of the grid if absent.
+    pub residency: Option<u32>,
+    /// Ends the run with an error after so many warp instructions.
+    pub step_limit: Option<u64>,
+    /// Whether a matrix product that reads shared memory which nothing has written is an error. Copies carry the
+    /// mark along, so a tile with rows that no one needs may have it.
+    pub check_matrix_operands: bool,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self { seed: 0, residency: None, step_limit: None, check_matrix_operands: true }
+    }
+}
+
+/// One or more devices whose memories form one address space.
+#[derive(Debug)]
+pub struct Machine {
+    memory: GlobalMemory,
+    /// Addresses of each module's variables on each device.
+    variables: HashMap<(u64, usize), Vec<u64>>,
+}
+
+impl Machine {
+    /// Most shared memory a CTA can have, in bytes: static, dynamic, and 1 KiB for the system.
+    pub const SHARED_BYTES: u32 = 228 * 1024;
+
+    /// A machine with `devices` devices, all peers of each other.
+    pub fn new(devices: usize) -> Self {
+        Self { memory: GlobalMemory::new(devices), variables: HashMap::new() }
+    }
+
+    /// How many devices there are.
+    pub fn devices(&self) -> usize {
+        self.memory.devices()
+    }
+
+    /// Allocates `bytes` of a device's memory, aligned to 1024 bytes, uninitialised; `name` is for messages.
+    ///
+    /// # Errors
+    /// No such device, or its 1 TiB is exhausted.
+    pub fn alloc(&mut self, device: usize, bytes: u64, name: &str) -> Result<u64, SimError> {
+        self.memory.allocate(device, bytes, name)
+    }
+
+    /// Frees what [`Machine::alloc`] returned.
+    ///
+    /// # Errors
+    /// An address that is not the start of an allocation.
+    pub fn free(&mut self, address: u64) -> Result<(), SimError> {
+        self.memory.free(address)
+    }
+
+    /// Writes global memory of any device.
+    ///
+    /// # Errors
+    /// A range that is not in one allocation.
+    pub fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), SimError> {
+        let (allocation, offset) = self.memory.find(address, bytes.len() as u64).map_err(SimError::Host)?;
+        allocation.bytes.write(offset, bytes);
+        Ok(())
+    }
+
+    /// Reads global memory of any device.
+    ///
+    /// # Errors
+    /// A range that is not in one allocation, or that nothing has written.
+    pub fn read(&mut self, address: u64, bytes: &mut [u8]) -> Result<(), SimError> {
+        let length = bytes.len();
+        let (allocation, offset) = self.memory.find(address, length as u64).map_err(SimError::Host)?;
+        if !allocation.bytes.is_written(offset, length) {
+            let first = (offset..offset + length).find(|at| !allocation.bytes.is_written(*at, 1)).unwrap_or(offset);
+            let address = allocation.base + first as u64;
+            return Err(SimError::Host(Fault::Uninitialised {
+                place: self.memory.place(address),
+                bytes: length as u64,
+            }));
+        }
+        bytes.copy_from_slice(&allocation.bytes.data()[offset..offset + length]);
+        Ok(())
+    }
+
+    /// Fills global memory of any device with a byte.
+    ///
+    /// # Errors
+    /// A range that is not in one allocation.
+    pub fn fill(&mut self, address: u64, bytes: u64, value: u8) -> Result<(), SimError> {
+        let (allocation, offset) = self.memory.find(address, bytes).map_err(SimError::Host)?;
+        allocation.bytes.data_mut()[offset..offset + bytes as usize].fill(value);
+        allocation.bytes.mark(offset, bytes as usize);
+        Ok(())
+    }
+
+    /// Runs all launches together until all are done; the costs are in the order of the launches.
+    ///
+    /// # Errors
+    /// A launch that does not fit its kernel or the hardware, and everything that can go wrong in a kernel. Memory
+    /// then holds what was written before.
+    pub fn run(&mut self, launches: &[Launch<'_>], options: &RunOptions) -> Result<Vec<Cost>, SimError> {
+        let prepared =
+            launches.iter().map(|launch| self.prepare(launch, launches, options)).collect::<Result<Vec<_>, _>>()?;
+        self.memory.start_run();
+        schedule::run(&mut self.memory, prepared, options)
+    }
+
+    fn prepare<'a>(
+        &mut self,
+        launch: &Launch<'a>,
+        launches: &[Launch<'_>],
+        options: &RunOptions,
+    ) -> Result<Prepared<'a>, SimError> {
+        let devices = self.memory.devices();
+        if launch.device >= devices {
+            return Err(SimError::NoDevice { device: launch.device, devices });
+        }
+        let fail = |message: String| SimError::Launch { entry: launch.entry.to_owned(), message };
+        let module = launch.module;
+        let entry = module.entries.iter().find(|entry| entry.name == launch.entry).ok_or_else(|| {
+            let names: Vec<_> = module.entries().collect();
+            fail(format!("no such entry; the module has {names:?}"))
+        })?;
+        let size = |dimensions: [u32; 3]| {
+            dimensions.iter().try_fold(1u32, |product, size| product.checked_mul(*size)).filter(|product| *product > 0)
+        };
+        let threads = size(launch.block)
+            .filter(|threads| *threads <= entry.max_threads.unwrap_or(1024).min(1024))
+            .ok_or_else(|| {
+                fail(format!(
+                    "a block of {:?} threads; it must be 1 to {} in all",
+                    launch.block,
+                    entry.max_threads.unwrap_or(1024).min(1024)
+                ))
+            })?;
+        if size(launch.grid).is_none() {
+            return Err(fail(format!("a grid of {:?} CTAs", launch.grid)));
+        }
+        let shared = module.dynamic_shared.saturating_add(launch.shared_bytes);
+        if shared > Self::SHARED_BYTES {
+            return Err(fail(format!(
+                "{shared} bytes of shared memory (1024 of the system, static and dynamic); at most {} exist",
+                Self::SHARED_BYTES
+            )));
+        }
+        if options.residency == Some(0) {
+            return Err(fail("a residency of 0 CTAs; it must be at least 1".to_owned()));
+        }
+        let places = launches
+            .iter()
+            .filter(|other| other.device == launch.device)
+            .map(|other| size(other.grid).unwrap_or(0))
+            .fold(0, u32::saturating_add);
+        Ok(Prepared {
+            module,
+            entry,
+            info: LaunchInfo {
+                device: launch.device,
+                grid: launch.grid,
+                block: launch.block,
+                parameters: parameters(entry, &launch.args).map_err(fail)?,
+                variables: self.variables(module, launch.device)?,
+                places: options.residency.unwrap_or(places).min(places),
+            },
+            threads,
+            shared_bytes: shared,
+            dynamic_bytes: launch.shared_bytes,
+        })
+    }
+
+    /// Addresses of a module's variables on a device, initialised on first use.
+    fn variables(&mut self, module: &Module, device: usize) -> Result<Vec<u64>, SimError> {
+        if let Some(known) = self.variables.get(&(module.id, device)) {
+            return Ok(known.clone());
+        }
+        let mut addresses = Vec::new();
+        for variable in &module.variables {
+            let bytes = variable.bytes.max(1);
+            addresses.push(self.memory.allocate(device, bytes, &variable.name)?);
+        }
+        for (variable, address) in module.variables.iter().zip(&addresses) {
+            // Variables without an initialiser are zero (PTX ISA, "Initializers").
+            self.fill(*address, variable.bytes.max(1), 0)?;
+            let mut references = variable.references.iter();
+            let element = variable.element_bytes as usize;
+            for (index, value) in variable.initial.iter().enumerate() {
+                let bits = match value {
+                    InitialValue::Bits(bits) => *bits,
+                    InitialValue::Address { offset, shift, .. } => {
+                        let base = match references.next() {
+                            Some(Reference::Variable(other)) => addresses[*other as usize],
+                            Some(Reference::Function(function)) => CODE_WINDOW + u64::from(*function),
+                            None => 0,
+                        };
+                        base.wrapping_add_signed(*offset) >> shift
+                    }
+                };
+                let place = address + (index * element) as u64;
+                self.write(place, &bits.to_le_bytes()[..element.min(8)])?;
+            }
+        }
+        self.variables.insert((module.id, device), addresses.clone());
+        Ok(addresses)
+    }
+}
+
+/// The parameter space of a launch.
+fn parameters(entry: &Entry, args: &[Arg]) -> Result<Vec<u8>, String> {
+    if args.len() != entry.parameters.len() {
+        return Err(format!("{} arguments; the kernel takes {}", args.len(), entry.parameters.len()));
+    }
+    let mut space = Vec::new();
+    for (arg, parameter) in args.iter().zip(&entry.parameters) {
+        let bytes = arg.bytes();
+        if bytes.len() != parameter.bytes as usize {
+            return Err(format!(
+                "argument for `{}` has {} bytes; it must have {}",
+                parameter.name,
+                bytes.len(),
+                parameter.bytes
+            ));
+        }
+        space.resize(parameter.offset as usize, 0);
+        space.extend(bytes);
+    }
+    Ok(space)
+}

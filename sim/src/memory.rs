@@ -1,0 +1,336 @@
+//! Byte memories that know which bytes were written, and the global memory of all devices.
+
+use crate::error::{Fault, SimError};
+
+/// Where an address points: the top byte of a generic address names its window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Window {
+    Global,
+    Shared,
+    Local,
+    Param,
+    Code,
+}
+
+const WINDOW_SHIFT: u32 = 56;
+const DEVICE_SHIFT: u32 = 40;
+/// Allocations are this far apart, so that an overrun never lands in another one.
+const GUARD_BYTES: u64 = 4096;
+/// Every allocation starts on a multiple of this.
+const ALLOCATION_ALIGN: u64 = 1024;
+
+/// Generic address of offset 0 of the shared window.
+pub(crate) const SHARED_WINDOW: u64 = 1 << WINDOW_SHIFT;
+/// Generic address of offset 0 of the local window.
+pub(crate) const LOCAL_WINDOW: u64 = 2 << WINDOW_SHIFT;
+/// Generic address of offset 0 of the kernel parameters.
+pub(crate) const PARAM_WINDOW: u64 = 3 << WINDOW_SHIFT;
+/// Addresses of functions.
+pub(crate) const CODE_WINDOW: u64 = 4 << WINDOW_SHIFT;
+
+impl Window {
+    /// The window of a generic address.
+    #[inline]
+    pub fn of(address: u64) -> Self {
+        match address >> WINDOW_SHIFT {
+            1 => Self::Shared,
+            2 => Self::Local,
+            3 => Self::Param,
+            4 => Self::Code,
+            _ => Self::Global,
+        }
+    }
+}
+
+/// Offset of a generic address in its window.
+#[inline]
+pub(crate) fn window_offset(address: u64) -> u64 {
+    address & ((1 << WINDOW_SHIFT) - 1)
+}
+
+/// Bytes, with one bit each that says whether it was ever written.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct TrackedBytes {
+    data: Vec<u8>,
+    written: Vec<u64>,
+}
+
+impl TrackedBytes {
+    /// `length` bytes, none written.
+    pub fn new(length: usize) -> Self {
+        Self { data: vec![0; length], written: vec![0; length.div_ceil(64)] }
+    }
+
+    pub fn len(&self) -> usize {
+        self.data.len()
+    }
+
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// The bytes, to change some that are written already.
+    pub fn data_mut(&mut self) -> &mut [u8] {
+        &mut self.data
+    }
+
+    /// Whether all of a range was written; the caller has checked its bounds.
+    #[inline]
+    pub fn is_written(&self, offset: usize, length: usize) -> bool {
+        let (word, bit) = (offset / 64, offset % 64);
+        if bit + length <= 64 && length < 64 {
+            let mask = ((1u64 << length) - 1) << bit;
+            return self.written[word] & mask == mask;
+        }
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let count = (64 - at % 64).min(end - at);
+            let mask = (u64::MAX >> (64 - count)) << (at % 64);
+            if self.written[at / 64] & mask != mask {
+                return false;
+            }
+            at += count;
+        }
+        true
+    }
+
+    /// Whether any of a range was written.
+    pub fn is_partly_written(&self, offset: usize, length: usize) -> bool {
+        (offset..offset + length).any(|at| self.written[at / 64] >> (at % 64) & 1 != 0)
+    }
+
+    /// Marks a range as written.
+    #[inline]
+    pub fn mark(&mut self, offset: usize, length: usize) {
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let count = (64 - at % 64).min(end - at);
+            let mask = (u64::MAX >> (64 - count)) << (at % 64);
+            self.written[at / 64] |= mask;
+            at += count;
+        }
+    }
+
+    /// Forgets that a range was written.
+    pub fn unmark(&mut self, offset: usize, length: usize) {
+        for at in offset..offset + length {
+            self.written[at / 64] &= !(1 << (at % 64));
+        }
+    }
+
+    /// Writes and marks; the caller has checked the bounds.
+    #[inline]
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
+        self.data[offset..offset + bytes.len()].copy_from_slice(bytes);
+        self.mark(offset, bytes.len());
+    }
+
+    /// Appends a copy of a range to `copied`.
+    pub fn copy_out(&self, offset: usize, length: usize, copied: &mut Copied) {
+        let start = copied.data.len();
+        copied.data.extend_from_slice(&self.data[offset..offset + length]);
+        if !self.is_written(offset, length) {
+            copied.unwritten.extend(
+                (0..length)
+                    .filter(|at| self.written[(offset + at) / 64] >> ((offset + at) % 64) & 1 == 0)
+                    .map(|at| start + at),
+            );
+        }
+    }
+
+    /// Writes a part of what was copied, unwritten bytes as unwritten ones.
+    pub fn copy_in(&mut self, offset: usize, copied: &Copied, start: usize, length: usize) {
+        self.write(offset, &copied.data[start..start + length]);
+        let first = copied.unwritten.partition_point(|at| *at < start);
+        for &at in &copied.unwritten[first..] {
+            if at >= start + length {
+                break;
+            }
+            self.unmark(offset + at - start, 1);
+        }
+    }
+}
+
+/// Bytes on their way from one memory to another.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Copied {
+    pub data: Vec<u8>,
+    /// Places in `data` that nothing had written, in order.
+    pub unwritten: Vec<usize>,
+}
+
+/// One buffer of global memory.
+#[derive(Debug, Clone)]
+pub(crate) struct Allocation {
+    pub base: u64,
+    pub name: String,
+    pub bytes: TrackedBytes,
+    /// 128-byte lines that this run has read or written, for the cost counters.
+    pub read_lines: Vec<u64>,
+    pub written_lines: Vec<u64>,
+}
+
+/// The global memories of all devices, one address space.
+#[derive(Debug, Clone)]
+pub(crate) struct GlobalMemory {
+    devices: Vec<DeviceMemory>,
+}
+
+#[derive(Debug, Clone)]
+struct DeviceMemory {
+    /// In order of their addresses.
+    allocations: Vec<Allocation>,
+    next: u64,
+}
+
+impl GlobalMemory {
+    pub fn new(devices: usize) -> Self {
+        Self {
+            devices: (0..devices as u64)
+                .map(|device| DeviceMemory { allocations: Vec::new(), next: (device + 1) << DEVICE_SHIFT })
+                .collect(),
+        }
+    }
+
+    pub fn devices(&self) -> usize {
+        self.devices.len()
+    }
+
+    /// The device whose memory an address is in.
+    #[inline]
+    pub fn device_of(address: u64) -> usize {
+        ((address >> DEVICE_SHIFT) as usize).wrapping_sub(1)
+    }
+
+    pub fn allocate(&mut self, device: usize, bytes: u64, name: &str) -> Result<u64, SimError> {
+        let devices = self.devices.len();
+        let memory = self.devices.get_mut(device).ok_or(SimError::NoDevice { device, devices })?;
+        let base = memory.next;
+        let end = (device as u64 + 2) << DEVICE_SHIFT;
+        if bytes > end - base - 2 * GUARD_BYTES {
+            return Err(SimError::Host(Fault::Operand(format!(
+                "`{name}` of {bytes} bytes does not fit: a device has 1 TiB of addresses"
+            ))));
+        }
+        memory.next = (base + bytes + GUARD_BYTES).next_multiple_of(ALLOCATION_ALIGN);
+        let lines = (bytes as usize).div_ceil(128).div_ceil(64);
+        memory.allocations.push(Allocation {
+            base,
+            name: name.to_owned(),
+            bytes: TrackedBytes::new(bytes as usize),
+            read_lines: vec![0; lines],
+            written_lines: vec![0; lines],
+        });
+        Ok(base)
+    }
+
+    pub fn free(&mut self, address: u64) -> Result<(), SimError> {
+        let found = self.devices.get_mut(Self::device_of(address)).and_then(|memory| {
+            let index = memory.allocations.binary_search_by_key(&address, |allocation| allocation.base).ok()?;
+            Some(memory.allocations.remove(index))
+        });
+        match found {
+            Some(_) => Ok(()),
+            None => Err(SimError::Host(Fault::Operand(format!(
+                "{} is not the start of an allocation",
+                self.place(address)
+            )))),
+        }
+    }
+
+    /// The allocation that holds all of a range, and the range's offset in it.
+    #[inline]
+    pub fn find(&mut self, address: u64, bytes: u64) -> Result<(&mut Allocation, usize), Fault> {
+        match self.locate(address, bytes) {
+            Some((device, index)) => {
+                let allocation = &mut self.devices[device].allocations[index];
+                let offset = (address - allocation.base) as usize;
+                Ok((allocation, offset))
+            }
+            None => Err(Fault::OutOfBounds { place: self.place(address), bytes }),
+        }
+    }
+
+    #[inline]
+    fn locate(&self, address: u64, bytes: u64) -> Option<(usize, usize)> {
+        let device = Self::device_of(address);
+        let allocations = &self.devices.get(device)?.allocations;
+        let index = allocations.partition_point(|allocation| allocation.base <= address).checked_sub(1)?;
+        let allocation = &allocations[index];
+        let offset = address - allocation.base;
+        (offset.checked_add(bytes)? <= allocation.bytes.len() as u64).then_some((device, index))
+    }
+
+    /// An address as buffer name and offset.
+    pub fn place(&self, address: u64) -> String {
+        let device = Self::device_of(address);
+        let nearest = self.devices.get(device).and_then(|memory| {
+            let index = memory.allocations.partition_point(|allocation| allocation.base <= address);
+            memory.allocations.get(index.checked_sub(1)?)
+        });
+        match nearest {
+            Some(allocation) => {
+                let (offset, length) = (address - allocation.base, allocation.bytes.len() as u64);
+                let beyond = if offset >= length {
+                    format!(", which is {} bytes past its end", offset - length)
+                } else {
+                    String::new()
+                };
+                format!(
+                    "`{}`+{offset} (a buffer of {length} bytes on device {device}{beyond}; address {address:#x})",
+                    allocation.name
+                )
+            }
+            None => format!("address {address:#x}, which is in no buffer"),
+        }
+    }
+
+    /// Forgets which lines were touched.
+    pub fn start_run(&mut self) {
+        for memory in &mut self.devices {
+            for allocation in &mut memory.allocations {
+                allocation.read_lines.fill(0);
+                allocation.written_lines.fill(0);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_bits() {
+        let mut memory = TrackedBytes::new(300);
+        memory.mark(60, 10);
+        assert!(memory.is_written(60, 10));
+        assert!(!memory.is_written(59, 2));
+        assert!(!memory.is_written(64, 8));
+        assert!(memory.is_partly_written(64, 8));
+        memory.mark(0, 300);
+        assert!(memory.is_written(0, 300));
+        memory.unmark(128, 1);
+        assert!(!memory.is_written(0, 300));
+        let mut copied = Copied::default();
+        memory.copy_out(127, 3, &mut copied);
+        assert_eq!(copied.unwritten, [1]);
+        memory.copy_in(10, &copied, 0, 3);
+        assert!(memory.is_written(10, 1) && !memory.is_written(11, 1));
+    }
+
+    #[test]
+    fn addresses_name_their_buffer() {
+        let mut memory = GlobalMemory::new(2);
+        let first = memory.allocate(1, 100, "first").unwrap();
+        memory.allocate(1, 100, "second").unwrap();
+        assert_eq!(GlobalMemory::device_of(first), 1);
+        let error = memory.find(first + 98, 4).unwrap_err().to_string();
+        assert!(error.contains("`first`+98"), "{error}");
+        assert!(memory.find(first + 96, 4).is_ok());
+        assert!(memory.find(0, 4).is_err());
+        assert!(memory.free(first + 4).is_err());
+        assert!(memory.free(first).is_ok());
+        assert!(memory.find(first, 4).is_err());
+    }
+}

@@ -1,0 +1,533 @@
+//! Runs launches together: which warp goes on, when copies land, what ends a wait.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use crate::asynchronous::{AsyncQueue, Issuer};
+use crate::cost::Cost;
+use crate::cta::{
+    CLUSTER_BARRIER, Cta, CtaState, Fragment, NamedBarrier, Polls, Wait, Warp, Warpgroup, initial_registers,
+};
+use crate::error::{Fault, Position, SimError, Stuck};
+use crate::execute::{Context, Failure, GROUP_WARPS, LaunchInfo, NEVER, is_complete};
+use crate::machine::RunOptions;
+use crate::memory::{GlobalMemory, TrackedBytes};
+use crate::program::{BarrierReduction, Entry, Module, Op};
+use crate::random::Random;
+use crate::registers::{ALL, LANES, Registers, Slot};
+
+/// Simulated time is kept in units of 2^-16 ns.
+const TIME_SHIFT: u32 = 16;
+/// When nothing has changed for so long in simulated time, nothing ever will: one hour, in nanoseconds.
+const HOPELESS_NS: u64 = 3_600_000_000_000;
+
+/// A launch that was found to be sound.
+pub(crate) struct Prepared<'a> {
+    pub module: &'a Module,
+    pub entry: &'a Entry,
+    pub info: LaunchInfo,
+    pub threads: u32,
+    /// All of a CTA's shared memory, from address 0.
+    pub shared_bytes: u32,
+    pub dynamic_bytes: u32,
+}
+
+/// A launch while it runs.
+pub(crate) struct Running<'a> {
+    pub prepared: Prepared<'a>,
+    next_cta: u64,
+    finished: u64,
+    pub cost: Cost,
+}
+
+impl Running<'_> {
+    fn total(&self) -> u64 {
+        self.prepared.info.grid.iter().map(|size| u64::from(*size)).product()
+    }
+}
+
+/// All that runs.
+pub(crate) struct Run<'a, 'm> {
+    pub memory: &'m mut GlobalMemory,
+    pub launches: Vec<Running<'a>>,
+    pub ctas: Vec<Option<Box<Cta>>>,
+    pub queue: AsyncQueue,
+    pub random: Random,
+    /// Warp instructions so far, all launches together.
+    pub step: u64,
+    pub options: RunOptions,
+    /// Changes that a waiting warp may wait for.
+    pub progress: u64,
+    /// Warps that can go on: slot and warp.
+    ready: Vec<(usize, usize)>,
+    /// Ends of timed waits: time, slot, identity of the CTA, warp.
+    timers: BinaryHeap<Reverse<(u64, usize, u64, usize)>>,
+    time: u64,
+    resident: Vec<u32>,
+    next_cta_id: u64,
+    /// When `progress` last changed, as far as idle periods are concerned.
+    idle: (u64, u64),
+}
+
+/// Runs all launches to their end.
+pub(crate) fn run(
+    memory: &mut GlobalMemory,
+    prepared: Vec<Prepared<'_>>,
+    options: &RunOptions,
+) -> Result<Vec<Cost>, SimError> {
+    let devices = memory.devices();
+    let mut run = Run {
+        memory,
+        launches: prepared
+            .into_iter()
+            .map(|prepared| Running { prepared, next_cta: 0, finished: 0, cost: Cost::default() })
+            .collect(),
+        ctas: Vec::new(),
+        queue: AsyncQueue::default(),
+        random: Random::new(options.seed),
+        step: 0,
+        options: options.clone(),
+        progress: 0,
+        ready: Vec::new(),
+        timers: BinaryHeap::new(),
+        time: 0,
+        resident: vec![0; devices],
+        next_cta_id: 0,
+        idle: (0, 0),
+    };
+    run.start_ctas();
+    run.drive()?;
+    Ok(run.launches.iter().map(|launch| launch.cost).collect())
+}
+
+impl Run<'_, '_> {
+    fn drive(&mut self) -> Result<(), SimError> {
+        loop {
+            while let Some((number, event)) = self.queue.pop(Some(self.step)) {
+                self.land(number, event)?;
+            }
+            self.wake_timers();
+            if self.ready.is_empty() {
+                if let Some((number, event)) = self.queue.pop(None) {
+                    self.land(number, event)?;
+                } else if self.launches_done() {
+                    return Ok(());
+                } else {
+                    self.pass_time()?;
+                }
+                continue;
+            }
+            let chosen = self.random.below(self.ready.len() as u64) as usize;
+            let (slot, warp) = self.ready.swap_remove(chosen);
+            self.run_slice(slot, warp)?;
+            if let Some(limit) = self.options.step_limit
+                && self.step > limit
+            {
+                return Err(SimError::StepLimit { limit, warps: self.stuck() });
+            }
+        }
+    }
+
+    fn launches_done(&self) -> bool {
+        self.launches.iter().all(|launch| launch.finished == launch.total())
+    }
+
+    /// Simulated time, in nanoseconds.
+    fn now(&self) -> u64 {
+        self.time >> TIME_SHIFT
+    }
+
+    /// Nothing can go on before some time has passed. The longer nothing has changed, the larger the steps, so that
+    /// deadlines expire soon.
+    fn pass_time(&mut self) -> Result<(), SimError> {
+        let now = self.now();
+        if self.idle.1 != self.progress {
+            self.idle = (now, self.progress);
+        }
+        let idle = now - self.idle.0;
+        if idle > 1_000_000 && std::env::var_os("PTXDBG").is_some() {
+            for x in self.stuck() {
+                eprintln!("{}: {}", x.position, x.waits_for);
+            }
+            std::process::exit(3);
+        }
+        match self.timers.peek() {
+            Some(Reverse((next, ..))) if idle < HOPELESS_NS => {
+                let target = (*next).max(now) + idle / 8;
+                self.time = target << TIME_SHIFT;
+                Ok(())
+            }
+            _ => Err(SimError::Deadlock(self.stuck())),
+        }
+    }
+
+    fn wake_timers(&mut self) {
+        let now = self.now();
+        while let Some(Reverse((time, slot, id, warp))) = self.timers.peek().copied() {
+            if time > now {
+                break;
+            }
+            self.timers.pop();
+            let Some(cta) = self.ctas[slot].as_mut().filter(|cta| cta.state.id == id) else {
+                continue;
+            };
+            let state = &mut cta.warps[warp];
+            for fragment in &mut state.fragments {
+                if fragment.wait.is_some() && fragment.until <= now {
+                    fragment.timed_out = fragment.wait != Some(Wait::Time);
+                    fragment.wait = None;
+                }
+            }
+            enqueue(&mut self.ready, state, slot, warp);
+        }
+    }
+
+    fn run_slice(&mut self, slot: usize, warp: usize) -> Result<(), SimError> {
+        let budget = self.random.spread(10);
+        let (step, now) = (self.step, self.now());
+        let Some(cta) = self.ctas[slot].as_mut() else {
+            return Ok(());
+        };
+        cta.warps[warp].queued = false;
+        let launch = &mut self.launches[cta.state.launch];
+        let mut context = Context {
+            module: launch.prepared.module,
+            launch: &launch.prepared.info,
+            memory: self.memory,
+            warp: &mut cta.warps[warp],
+            state: &mut cta.state,
+            warp_index: warp,
+            slot,
+            queue: &mut self.queue,
+            random: &mut self.random,
+            cost: &mut launch.cost,
+            now,
+            step,
+            executed: 0,
+            progress: &mut self.progress,
+            fault_lanes: 0,
+        };
+        let result = context.run(budget);
+        let executed = context.executed;
+        self.step += executed;
+        let places: u32 = self.resident.iter().sum();
+        self.time += (executed << TIME_SHIFT) / u64::from(places.max(1));
+        if let Err(Failure { fault, pc, lanes }) = result {
+            let issuer = Issuer { slot, cta: 0, warp, lanes, pc };
+            return Err(self.failed(fault, issuer));
+        }
+        let (id, changed) = (cta.state.id, std::mem::take(&mut cta.state.changed));
+        let state = &mut cta.warps[warp];
+        enqueue(&mut self.ready, state, slot, warp);
+        for fragment in &mut state.fragments {
+            if fragment.wait.is_some() && fragment.until != NEVER && !fragment.armed {
+                fragment.armed = true;
+                self.timers.push(Reverse((fragment.until, slot, id, warp)));
+            }
+        }
+        if changed {
+            self.settle(slot)?;
+        }
+        Ok(())
+    }
+
+    /// Lets every warp of a CTA go on whose wait has ended, and ends the CTA when all its warps have.
+    pub fn settle(&mut self, slot: usize) -> Result<(), SimError> {
+        let Some(cta) = self.ctas[slot].as_mut() else {
+            return Ok(());
+        };
+        if cta.live_warps() == 0 {
+            return self.finish_cta(slot);
+        }
+        let module = self.launches[cta.state.launch].prepared.module;
+        release_barriers(cta, module);
+        let Cta { state, warps } = &mut **cta;
+        for (index, warp) in warps.iter_mut().enumerate() {
+            for at in 0..warp.fragments.len() {
+                let fragment = &warp.fragments[at];
+                let ended = match fragment.wait {
+                    Some(Wait::Mbarrier { address, phase }) => {
+                        // A broken mbarrier ends the wait too: executed again, it reports itself.
+                        is_complete(state, address, phase).unwrap_or(true)
+                    }
+                    Some(Wait::Groups { kind, pending, read }) => {
+                        warp.outstanding(kind, fragment.mask, pending).all(|copy| self.queue.is_done(copy, read))
+                    }
+                    Some(Wait::Wgmma { executed }) => state.warpgroups[index / GROUP_WARPS].executed >= executed,
+                    Some(Wait::MaxRegisters { count }) => {
+                        (count - warp.max_registers) * LANES as u32 <= state.free_registers
+                    }
+                    _ => false,
+                };
+                if ended {
+                    warp.fragments[at].wait = None;
+                }
+            }
+            enqueue(&mut self.ready, warp, slot, index);
+        }
+        Ok(())
+    }
+
+    fn finish_cta(&mut self, slot: usize) -> Result<(), SimError> {
+        let Some(cta) = self.ctas[slot].as_ref() else {
+            return Ok(());
+        };
+        if let Some(issuer) = self.queue.needs(cta.state.id) {
+            let fault = Fault::Synchronisation(
+                "the CTA has exited before this operation on its shared memory was waited for".to_owned(),
+            );
+            return Err(self.failed(fault, issuer));
+        }
+        let now = self.now();
+        let launch = &mut self.launches[cta.state.launch];
+        launch.finished += 1;
+        if launch.finished == launch.total() {
+            launch.cost.simulated_ns = now;
+        }
+        self.resident[cta.state.device] -= 1;
+        self.ctas[slot] = None;
+        self.start_ctas();
+        Ok(())
+    }
+
+    fn start_ctas(&mut self) {
+        loop {
+            let mut started = false;
+            for launch in 0..self.launches.len() {
+                let state = &self.launches[launch];
+                let device = state.prepared.info.device;
+                if state.next_cta < state.total() && self.resident[device] < state.prepared.info.places {
+                    self.start_cta(launch);
+                    started = true;
+                }
+            }
+            if !started {
+                return;
+            }
+        }
+    }
+
+    fn start_cta(&mut self, launch: usize) {
+        let running = &mut self.launches[launch];
+        let number = running.next_cta;
+        running.next_cta += 1;
+        let prepared = &running.prepared;
+        let [x, y, _] = prepared.info.grid.map(u64::from);
+        let device = prepared.info.device;
+        let used: Vec<u32> =
+            self.ctas.iter().flatten().filter(|cta| cta.state.device == device).map(|cta| cta.state.sm).collect();
+        let sm = (0..).find(|sm| !used.contains(sm)).unwrap_or(0);
+        let warp_count = prepared.threads.div_ceil(32) as usize;
+        let registers = initial_registers(prepared.threads);
+        let warps: Vec<Warp> = (0..warp_count).map(|warp| new_warp(prepared, warp as u32, registers)).collect();
+        let cta = Cta {
+            state: CtaState {
+                id: self.next_cta_id,
+                launch,
+                device,
+                index: [(number % x) as u32, (number / x % y) as u32, (number / (x * y)) as u32],
+                sm,
+                shared: TrackedBytes::new(prepared.shared_bytes as usize),
+                dynamic_bytes: prepared.dynamic_bytes,
+                barriers: vec![NamedBarrier::default(); CLUSTER_BARRIER as usize + 1],
+                warpgroups: vec![Warpgroup::default(); warp_count / GROUP_WARPS],
+                free_registers: 0,
+                changed: false,
+            },
+            warps,
+        };
+        self.next_cta_id += 1;
+        self.resident[device] += 1;
+        let slot = match self.ctas.iter().position(Option::is_none) {
+            Some(slot) => slot,
+            None => {
+                self.ctas.push(None);
+                self.ctas.len() - 1
+            }
+        };
+        self.ready.extend((0..warp_count).map(|warp| (slot, warp)));
+        self.ctas[slot] = Some(Box::new(cta));
+    }
+
+    /// An error at an instruction.
+    pub fn failed(&self, fault: Fault, issuer: Issuer) -> SimError {
+        let position = self.position(issuer);
+        SimError::Fault { fault, position: Box::new(position) }
+    }
+
+    fn position(&self, issuer: Issuer) -> Position {
+        let Some(cta) = self.ctas.get(issuer.slot).and_then(Option::as_ref) else {
+            return Position::default();
+        };
+        let launch = &self.launches[cta.state.launch].prepared;
+        let instruction = launch.module.code.get(issuer.pc as usize);
+        Position {
+            source: launch.module.source(issuer.pc),
+            ptx_line: instruction.map_or(0, |instruction| instruction.line),
+            instruction: instruction.map_or_else(String::new, |known| known.name.to_string()),
+            device: cta.state.device,
+            entry: launch.entry.name.clone(),
+            cta: cta.state.index,
+            warp: issuer.warp as u32,
+            lanes: issuer.lanes,
+        }
+    }
+
+    /// Where every group of lanes is, and what it waits for.
+    fn stuck(&self) -> Vec<Stuck> {
+        let mut list = Vec::new();
+        for (slot, cta) in self.ctas.iter().enumerate() {
+            let Some(cta) = cta else { continue };
+            for (index, warp) in cta.warps.iter().enumerate() {
+                for fragment in &warp.fragments {
+                    let issuer = Issuer { slot, cta: cta.state.id, warp: index, lanes: fragment.mask, pc: fragment.pc };
+                    list.push(Stuck { position: self.position(issuer), waits_for: describe(cta, warp, fragment) });
+                }
+            }
+        }
+        list.sort_by_key(|stuck| {
+            let position = &stuck.position;
+            (position.device, position.cta, position.warp)
+        });
+        list
+    }
+}
+
+fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
+    let module = prepared.module;
+    let threads = prepared.threads - index * LANES as u32;
+    let live = if threads >= LANES as u32 { ALL } else { (1 << threads) - 1 };
+    let mut registers = Registers::new(module.registers);
+    for (register, value) in &module.constants.r16 {
+        registers.r16[*register as usize] = [*value; LANES];
+    }
+    for (register, value) in &module.constants.r32 {
+        registers.r32[*register as usize] = [*value; LANES];
+    }
+    for (register, value) in &module.constants.r64 {
+        registers.r64[*register as usize] = [*value; LANES];
+    }
+    Warp {
+        registers,
+        fragments: vec![Fragment {
+            pc: prepared.entry.start,
+            mask: live,
+            wait: None,
+            until: NEVER,
+            timed_out: false,
+            armed: false,
+            stack: Vec::new(),
+        }],
+        live,
+        local: TrackedBytes::new(module.local_bytes as usize * LANES),
+        copies: Default::default(),
+        wgmma_issued: 0,
+        wgmma_commits: Vec::new(),
+        max_registers,
+        queued: true,
+        diverged: 0,
+        polls: Polls::default(),
+    }
+}
+
+/// Puts a warp among those that can go on, if it can.
+fn enqueue(ready: &mut Vec<(usize, usize)>, warp: &mut Warp, slot: usize, index: usize) {
+    let can_run = warp.fragments.iter().any(|fragment| fragment.wait.is_none());
+    if can_run && !warp.queued {
+        warp.queued = true;
+        ready.push((slot, index));
+    }
+}
+
+/// Releases the barriers of a CTA at which all have arrived.
+fn release_barriers(cta: &mut Cta, module: &Module) {
+    let live = cta.live_warps() * LANES as u32;
+    for id in 0..cta.state.barriers.len() {
+        let barrier = &cta.state.barriers[id];
+        if barrier.arrived == 0 || barrier.arrived < barrier.expected.unwrap_or(live) {
+            continue;
+        }
+        let barrier = std::mem::take(&mut cta.state.barriers[id]);
+        let id = id as u32;
+        for warp in &mut cta.warps {
+            for fragment in &mut warp.fragments {
+                if fragment.wait != Some(Wait::Barrier { id }) {
+                    continue;
+                }
+                let reduction = match &module.code[fragment.pc as usize].op {
+                    Op::Barrier(operation) => operation.reduction,
+                    _ => None,
+                };
+                let truth = |value: bool| if value { ALL } else { 0 };
+                match reduction {
+                    Some((BarrierReduction::And(d), _)) => {
+                        let all = truth(barrier.truths == barrier.votes);
+                        warp.registers.set_predicate(d, fragment.mask, all);
+                    }
+                    Some((BarrierReduction::Or(d), _)) => {
+                        let any = truth(barrier.truths > 0);
+                        warp.registers.set_predicate(d, fragment.mask, any);
+                    }
+                    Some((BarrierReduction::Count(d), _)) => {
+                        d.set(&mut warp.registers, fragment.mask, &[barrier.truths; LANES]);
+                    }
+                    None => {}
+                }
+                fragment.wait = None;
+                fragment.pc += 1;
+            }
+        }
+    }
+}
+
+/// What a group of lanes waits for, in words.
+fn describe(cta: &Cta, warp: &Warp, fragment: &Fragment) -> String {
+    match fragment.wait {
+        None => "nothing (it can run)".to_owned(),
+        Some(Wait::Lanes { members }) => {
+            format!("lanes {:#010x} of its warp at this instruction", members & !fragment.mask)
+        }
+        Some(Wait::WarpBarrier { members }) => {
+            format!("lanes {:#010x} at bar.warp.sync", members & !fragment.mask)
+        }
+        Some(Wait::Barrier { id }) => {
+            let barrier = &cta.state.barriers[id as usize];
+            let expected = barrier.expected.unwrap_or(cta.live_warps() * LANES as u32);
+            format!("barrier {id}, at which {} of {expected} threads have arrived", barrier.arrived)
+        }
+        Some(Wait::Mbarrier { address, phase }) => {
+            let at = address as usize;
+            let state = cta
+                .state
+                .shared
+                .data()
+                .get(at..at + 8)
+                .and_then(|word| word.try_into().ok())
+                .and_then(|word| crate::mbarrier::Mbarrier::decode(u64::from_le_bytes(word)).ok())
+                .map_or_else(
+                    || "which is not one".to_owned(),
+                    |barrier| {
+                        format!(
+                            "which is in phase parity {} with {} arrivals and {} bytes pending",
+                            barrier.parity(),
+                            barrier.pending(),
+                            barrier.tx_count()
+                        )
+                    },
+                );
+            format!("{phase:?} of the mbarrier at shared {address:#x}, {state}")
+        }
+        Some(Wait::Groups { kind, pending, read }) => format!(
+            "{} groups of {kind:?} copies{} to be done but {pending}",
+            warp.outstanding(kind, fragment.mask, 0).count(),
+            if read { " (reading)" } else { "" }
+        ),
+        Some(Wait::Wgmma { executed }) => {
+            format!("wgmma number {executed} of its warpgroup, which other warps have not issued")
+        }
+        Some(Wait::MaxRegisters { count }) => {
+            format!("{count} registers a thread; {} are free in the CTA", cta.state.free_registers)
+        }
+        Some(Wait::Time) => "time to pass, or a word in memory to change".to_owned(),
+    }
+}

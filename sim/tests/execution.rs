@@ -1,0 +1,339 @@
+//! Divergence, barriers, memory checks, atomics, asynchronous copies and matrix products, each as a small kernel.
+
+mod common;
+
+use common::{Setup, error, kernel, lanes, run};
+use ptx_sim::RunOptions;
+
+#[test]
+fn divergent_lanes_meet_again() {
+    let words = lanes(
+        "and.b32 %r2, %r1, 3; setp.eq.u32 %p1, %r2, 0; @%p1 bra ZERO; setp.eq.u32 %p2, %r2, 1; @%p2 bra ONE;
+         add.u32 %r3, %r1, 100; bra.uni JOIN;
+         ZERO: mul.lo.u32 %r3, %r1, 2; bra.uni JOIN;
+         ONE: mov.u32 %r3, 7;
+         JOIN: activemask.b32 %r4; st.global.u32 [%rd1], %r3; st.global.u32 [%rd1+128], %r4;",
+    );
+    let expected: Vec<u32> = (0..32)
+        .map(|lane| match lane & 3 {
+            0 => lane * 2,
+            1 => 7,
+            _ => lane + 100,
+        })
+        .collect();
+    assert_eq!(words, expected);
+}
+
+#[test]
+fn loops_of_different_length_leave_the_warp_converged() {
+    let (words, _) = run(
+        &kernel(
+            "",
+            "mov.u32 %r2, 0; mov.u32 %r3, 0;
+             LOOP: add.u32 %r3, %r3, %r2; add.u32 %r2, %r2, 1; setp.le.u32 %p1, %r2, %r1; @%p1 bra LOOP;
+             activemask.b32 %r4; st.global.u32 [%rd1], %r3; st.global.u32 [%rd1+128], %r4;",
+        ),
+        &Setup::default(),
+    )
+    .unwrap();
+    for lane in 0..32 {
+        assert_eq!(words[lane], (0..=lane as u32).sum::<u32>());
+        assert_eq!(words[32 + lane], u32::MAX);
+    }
+}
+
+#[test]
+fn a_lane_may_spin_on_a_later_lane() {
+    // Lanes 1 to 31 wait in a loop, at a smaller address than the code lane 0 runs.
+    let (words, _) = run(
+        &kernel(
+            ".shared .align 4 .b32 flag;",
+            "mov.u32 %r9, flag; setp.ne.u32 %p1, %r1, 0; mov.u32 %r3, 0; @!%p1 st.shared.u32 [%r9], 0;
+             bar.warp.sync 0xffffffff; @!%p1 bra SET;
+             SPIN: ld.volatile.shared.u32 %r3, [%r9]; setp.eq.u32 %p2, %r3, 0; @%p2 bra SPIN; bra.uni DONE;
+             SET: mov.u32 %r3, 5; st.volatile.shared.u32 [%r9], 5;
+             DONE: st.global.u32 [%rd1], %r3;",
+        ),
+        &Setup::default(),
+    )
+    .unwrap();
+    assert_eq!(words[..32], [5; 32]);
+}
+
+#[test]
+fn shuffles_follow_the_specification() {
+    let words =
+        lanes("add.u32 %r2, %r1, 100; shfl.sync.idx.b32 %r3|%p1, %r2, 5, 0x1f, 0xffffffff; st.global.u32 [%rd1], %r3;");
+    assert_eq!(words, [105; 32]);
+    let words = lanes("shfl.sync.up.b32 %r3, %r1, 1, 0, 0xffffffff; st.global.u32 [%rd1], %r3;");
+    assert_eq!(words[..4], [0, 0, 1, 2]);
+    let words = lanes(
+        "shfl.sync.down.b32 %r3|%p1, %r1, 8, 0x181f, -1; selp.u32 %r3, %r3, 999, %p1; st.global.u32 [%rd1], %r3;",
+    );
+    let expected: Vec<u32> = (0..32).map(|_| 999).collect();
+    assert_eq!(words, expected);
+    let words = lanes("shfl.sync.bfly.b32 %r3, %r1, 16, 0x1f, 0xffffffff; st.global.u32 [%rd1], %r3;");
+    assert_eq!(words, (0..32).map(|lane| lane ^ 16).collect::<Vec<u32>>());
+}
+
+#[test]
+fn votes_matches_and_reductions() {
+    let words = lanes(
+        "and.b32 %r2, %r1, 1; setp.eq.u32 %p1, %r2, 1; vote.sync.ballot.b32 %r3, %p1, 0xffffffff;
+         vote.sync.any.pred %p2, %p1, 0xffffffff; vote.sync.all.pred %p3, !%p1, 0xffffffff;
+         selp.u32 %r4, 1, 0, %p2; selp.u32 %r5, 2, 0, %p3; add.u32 %r4, %r4, %r5; xor.b32 %r3, %r3, %r4;
+         st.global.u32 [%rd1], %r3;",
+    );
+    assert_eq!(words, [0xaaaa_aaaa ^ 1; 32]);
+    let words = lanes("shr.u32 %r2, %r1, 3; match.any.sync.b32 %r3, %r2, 0xffffffff; st.global.u32 [%rd1], %r3;");
+    let expected: Vec<u32> = (0..32).map(|lane| 0xff << (lane / 8 * 8)).collect();
+    assert_eq!(words, expected);
+    let words = lanes("redux.sync.add.u32 %r3, %r1, 0xffffffff; st.global.u32 [%rd1], %r3;");
+    assert_eq!(words, [496; 32]);
+    let words = lanes("sub.s32 %r2, %r1, 7; redux.sync.min.s32 %r3, %r2, 0xffffffff; st.global.u32 [%rd1], %r3;");
+    assert_eq!(words, [-7i32 as u32; 32]);
+    let words = lanes("elect.sync %r2|%p1, 0xffffffff; selp.u32 %r3, 1, 0, %p1; st.global.u32 [%rd1], %r3;");
+    assert_eq!(words[0], 1);
+    assert_eq!(words[1..], [0; 31]);
+}
+
+#[test]
+fn a_shuffle_waits_for_lanes_that_come_by_another_path() {
+    let words = lanes(
+        "setp.lt.u32 %p1, %r1, 9; @%p1 bra SMALL; mov.u32 %r2, 3; bra.uni JOIN; SMALL: mov.u32 %r2, 4;
+         JOIN: shfl.sync.idx.b32 %r3, %r2, 31, 0x1f, 0xffffffff; st.global.u32 [%rd1], %r3;",
+    );
+    assert_eq!(words, [3; 32]);
+}
+
+#[test]
+fn atomics_of_all_threads_add_up() {
+    for seed in 0..4 {
+        let setup = Setup {
+            threads: 256,
+            ctas: 8,
+            options: RunOptions { seed, residency: Some(3), ..RunOptions::default() },
+            ..Setup::default()
+        };
+        let (words, _) = run(
+            &kernel(
+                "",
+                "atom.relaxed.gpu.global.add.u32 %r3, [%rd2], 1; red.global.max.u32 [%rd2+4], %r3;
+                         mov.u32 %r4, %ctaid.x; red.release.sys.global.add.u32 [%rd2+8], %r4;",
+            ),
+            &setup,
+        )
+        .unwrap();
+        assert_eq!(words[..3], [2048, 2047, 256 * 28]);
+    }
+}
+
+#[test]
+fn barriers_order_warps() {
+    for seed in 0..8 {
+        let setup = Setup { threads: 128, options: RunOptions { seed, ..RunOptions::default() }, ..Setup::default() };
+        let (words, _) = run(
+            &kernel(
+                ".shared .align 4 .b8 tile[512];",
+                "mov.u32 %r2, tile; shl.b32 %r3, %r1, 2; add.u32 %r4, %r2, %r3; st.shared.u32 [%r4], %r1;
+                 bar.sync 0; mov.u32 %r5, 127; sub.u32 %r5, %r5, %r1; shl.b32 %r5, %r5, 2; add.u32 %r5, %r5, %r2;
+                 ld.shared.u32 %r6, [%r5]; st.global.u32 [%rd1], %r6;",
+            ),
+            &setup,
+        )
+        .unwrap();
+        assert_eq!(words[..128], (0..128).rev().collect::<Vec<u32>>());
+    }
+}
+
+#[test]
+fn named_barriers_pair_producers_with_consumers() {
+    // Warp 0 consumes what warp 1 produces; barrier 3 counts both, and warp 1 does not wait.
+    let body = "mov.u32 %r2, tile; setp.ge.u32 %p1, %r1, 32; @%p1 bra PRODUCE;
+         bar.sync 3, 64; ld.shared.u32 %r3, [%r2]; st.global.u32 [%rd1], %r3; bra.uni END;
+         PRODUCE: st.shared.u32 [%r2], 42; bar.arrive 3, 64; END:";
+    for seed in 0..8 {
+        let setup = Setup { threads: 64, options: RunOptions { seed, ..RunOptions::default() }, ..Setup::default() };
+        let (words, _) = run(&kernel(".shared .align 4 .b32 tile;", body), &setup).unwrap();
+        assert_eq!(words[..32], [42; 32]);
+    }
+}
+
+#[test]
+fn a_barrier_reduces() {
+    let setup = Setup { threads: 96, ..Setup::default() };
+    let (words, _) = run(
+        &kernel(
+            "",
+            "setp.lt.u32 %p1, %r1, 50; bar.red.popc.u32 %r3, 0, %p1; bar.red.and.pred %p2, 0, %p1;
+                     bar.red.or.pred %p3, 0, %p1; selp.u32 %r4, 100, 0, %p2; selp.u32 %r5, 1000, 0, %p3;
+                     add.u32 %r3, %r3, %r4; add.u32 %r3, %r3, %r5; st.global.u32 [%rd1], %r3;",
+        ),
+        &setup,
+    )
+    .unwrap();
+    assert_eq!(words[..96], [1050; 96]);
+}
+
+const BULK: &str = "
+    mov.u32 %r10, pool; mov.u32 %r11, bar; setp.ne.u32 %p1, %r1, 0; @%p1 bra WAIT;
+    mbarrier.init.shared::cta.b64 [%r11], 1; fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r11], 256;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r10], [%rd3], 128, [%r11];
+    add.u32 %r12, %r10, 128; add.s64 %rd4, %rd3, 128;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r12], [%rd4], 128, [%r11];
+    WAIT: bar.sync 0;
+    SPIN: { .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%r11], 0; selp.u32 %r13, 1, 0, done; }
+    setp.eq.u32 %p2, %r13, 0; @%p2 bra SPIN;
+    shl.b32 %r14, %r1, 2; add.u32 %r14, %r14, %r10; ld.shared.u32 %r15, [%r14]; add.u32 %r15, %r15, 1;
+    st.shared.u32 [%r14], %r15; fence.proxy.async; bar.sync 0; @%p1 bra END;
+    cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r10], 256; cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group 0; END:";
+
+#[test]
+fn bulk_copies_land_before_what_waits_for_them() {
+    let input: Vec<u8> = (0..64u32).flat_map(|word| (word * 3).to_le_bytes()).collect();
+    for seed in 0..32 {
+        let setup = Setup {
+            threads: 64,
+            input: input.clone(),
+            shared_bytes: 1024,
+            options: RunOptions { seed, ..RunOptions::default() },
+            ..Setup::default()
+        };
+        let globals = ".extern .shared .align 1024 .b8 pool[]; .shared .align 8 .b64 bar;";
+        let (words, cost) = run(&kernel(globals, BULK), &setup).unwrap_or_else(|e| panic!("{seed}: {e}"));
+        assert_eq!(words[..64], (0..64).map(|word| word * 3 + 1).collect::<Vec<u32>>());
+        assert_eq!((cost.hbm_read, cost.hbm_write), (256, 256));
+    }
+}
+
+#[test]
+fn missing_arrival_is_a_deadlock_that_names_the_wait() {
+    let body = BULK.replace("expect_tx.shared::cta.b64 _, [%r11], 256", "expect_tx.shared::cta.b64 _, [%r11], 272");
+    let setup = Setup { threads: 64, input: vec![0; 256], shared_bytes: 1024, ..Setup::default() };
+    let globals = ".extern .shared .align 1024 .b8 pool[]; .shared .align 8 .b64 bar;";
+    let text = error(globals, &body, &setup);
+    assert!(text.starts_with("deadlock"), "{text}");
+    assert!(text.contains("16 bytes pending"), "{text}");
+    assert!(text.contains("warp 0") && text.contains("warp 1"), "{text}");
+}
+
+#[test]
+fn barrier_deadlock_is_reported() {
+    let text = error("", "setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 1, 96;", &Setup { threads: 96, ..Setup::default() });
+    assert!(text.contains("barrier 1, at which 32 of 96 threads have arrived"), "{text}");
+}
+
+#[test]
+fn memory_errors_name_the_place() {
+    let setup = Setup::default();
+    let text = error("", "st.global.u32 [%rd2+4096], %r1;", &setup);
+    assert!(text.contains("out of bounds") && text.contains("`out`+4096"), "{text}");
+    let text = error("", ".loc 1 7 1\nst.global.u32 [%rd1+2], %r1;", &setup);
+    assert!(text.contains("misaligned") && text.contains("`out`+2"), "{text}");
+    let text = error(".shared .align 4 .b32 x;", "ld.shared.u32 %r3, [x];", &setup);
+    assert!(text.contains("uninitialised"), "{text}");
+    let text = error("", "ld.global.u32 %r3, [0];", &setup);
+    assert!(text.contains("no buffer"), "{text}");
+    let text = error("", "trap;", &setup);
+    assert!(text.contains("trapped"), "{text}");
+}
+
+#[test]
+fn sync_masks_that_name_exited_lanes_are_errors() {
+    let setup = Setup::default();
+    let text =
+        error("", "setp.eq.u32 %p1, %r1, 3; @%p1 exit; shfl.sync.idx.b32 %r3, %r1, 0, 0x1f, 0xffffffff;", &setup);
+    assert!(text.contains("have exited"), "{text}");
+    let text = error("", "bar.warp.sync 0xfffffffe;", &setup);
+    assert!(text.contains("not in their own member mask"), "{text}");
+}
+
+#[test]
+fn deadline_expires_in_simulated_time() {
+    let (words, cost) = run(
+        &kernel(
+            "",
+            "mov.u64 %rd4, %globaltimer; add.s64 %rd4, %rd4, 2000000000;
+                     SPIN: ld.acquire.sys.global.u32 %r3, [%rd2]; setp.ne.u32 %p1, %r3, 0; @%p1 bra END;
+                     nanosleep.u32 100; mov.u64 %rd5, %globaltimer; setp.lt.u64 %p2, %rd5, %rd4; @%p2 bra SPIN;
+                     st.global.u32 [%rd1+128], 77; END:",
+        ),
+        &Setup::default(),
+    )
+    .unwrap();
+    assert_eq!(words[32..64], [77; 32]);
+    assert!(cost.simulated_ns >= 2_000_000_000 && cost.instructions < 100_000, "{cost:?}");
+}
+
+#[test]
+fn endless_poll_is_a_deadlock_and_endless_work_meets_the_limit() {
+    let text = error(
+        "",
+        "SPIN: ld.volatile.global.u32 %r3, [%rd2]; setp.eq.u32 %p1, %r3, 0; @%p1 bra SPIN;",
+        &Setup::default(),
+    );
+    assert!(text.starts_with("deadlock"), "{text}");
+    let setup = Setup { options: RunOptions { step_limit: Some(10_000), ..RunOptions::default() }, ..Setup::default() };
+    let text = error("", "SPIN: add.u32 %r3, %r3, 1; bra SPIN;", &setup);
+    assert!(text.contains("limit of 10000"), "{text}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let body = "atom.global.add.u32 %r3, [%rd2], 1; mov.u32 %r4, %ctaid.x; shl.b32 %r4, %r4, 5; add.u32 %r4, %r4, %r1;
+                add.u32 %r4, %r4, 32; mul.wide.u32 %rd4, %r4, 4; add.s64 %rd4, %rd4, %rd2; st.global.u32 [%rd4], %r3;";
+    let go = |seed| {
+        let setup = Setup {
+            ctas: 16,
+            options: RunOptions { seed, residency: Some(4), ..RunOptions::default() },
+            ..Setup::default()
+        };
+        run(&kernel("", body), &setup).unwrap()
+    };
+    assert_eq!(go(5), go(5));
+    assert_ne!(go(5).0, go(6).0);
+}
+
+#[test]
+fn functions_pass_parameters() {
+    let globals = ".func (.param .b32 result) twice(.param .b32 value) { .reg .b32 a<3>; ld.param.b32 a1, [value];
+                   add.u32 a2, a1, a1; st.param.b32 [result], a2; ret; }";
+    let (words, _) = run(
+        &kernel(
+            globals,
+            "{ .param .b32 a; .param .b32 b; st.param.b32 [a], %r1; call.uni (b), twice, (a); ld.param.b32 %r3, [b]; }
+                          st.global.u32 [%rd1], %r3;",
+        ),
+        &Setup::default(),
+    )
+    .unwrap();
+    assert_eq!(words[..32], (0..32).map(|lane| 2 * lane).collect::<Vec<u32>>());
+}
+
+#[test]
+fn branch_tables_and_initialised_globals() {
+    let globals = ".global .align 8 .u64 link = generic(table)+8; .const .align 4 .b32 table[4] = {10, 20, 30, 0x28};";
+    let (words, _) = run(
+        &kernel(globals, "and.b32 %r2, %r1, 3; T: .branchtargets A, B, C, D; brx.idx %r2, T;
+                          A: mov.u32 %r3, 1; bra J; B: mov.u32 %r3, 2; bra J; C: mov.u32 %r3, 3; bra J; D: mov.u32 %r3, 4;
+                          J: ld.global.u64 %rd4, [link]; ld.u32 %r4, [%rd4]; ld.const.u32 %r5, [table+12];
+                          add.u32 %r3, %r3, %r4; add.u32 %r3, %r3, %r5; st.global.u32 [%rd1], %r3;"),
+        &Setup::default(),
+    )
+    .unwrap();
+    assert_eq!(words[..32], (0..32).map(|lane| lane % 4 + 71).collect::<Vec<u32>>());
+}
+
+#[test]
+fn setmaxnreg_moves_registers_between_warpgroups() {
+    // 384 threads start with 168 registers each; 240 for eight warps need what four warps give up.
+    let body = "setp.lt.u32 %p1, %r1, 128; @%p1 bra GIVE; setmaxnreg.inc.sync.aligned.u32 240; bra END;
+                GIVE: setmaxnreg.dec.sync.aligned.u32 24; END: st.global.u32 [%rd1], 1;";
+    let setup = Setup { threads: 384, ..Setup::default() };
+    let (words, _) = run(&kernel("", body), &setup).unwrap();
+    assert_eq!(words[..384], [1; 384]);
+    let text = error("", &body.replace("u32 24;", "u32 80;"), &setup);
+    assert!(text.contains("240 registers a thread"), "{text}");
+}

@@ -1,0 +1,71 @@
+//! The project's commands: `cargo xtask build | run | test | lint | doctor`.
+
+mod build;
+mod cuda_builder;
+mod device_compiler;
+mod doctor;
+mod ir;
+mod lint;
+mod nvidia;
+mod progress;
+mod ptxas;
+mod run;
+mod stamp;
+mod test;
+mod workspace;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, runs and checks ferromoe.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compile the kernel crate to host/ptx/ferromoe.ptx.
+    Build {
+        /// Build even if the PTX is up to date with its sources.
+        #[arg(long)]
+        force: bool,
+        /// Only check that it is.
+        #[arg(long, conflicts_with = "force")]
+        check: bool,
+    },
+    /// Run `ferromoe run` in release mode, building what is missing first.
+    Run {
+        /// Its arguments; put `--` before them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Check everything: the PTX's stamp, the lint, all tests. Installs what they need.
+    Test,
+    /// Check the PTX with ptxas and the Rust with rustfmt and clippy.
+    Lint,
+    /// Say what is installed, what is missing, and what to type.
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Build { check: true, .. } => build::check(),
+        Command::Build { force, .. } => build::build(force),
+        Command::Run { args } => run::run(&args),
+        Command::Test => test::test(),
+        Command::Lint => lint::lint(),
+        Command::Doctor => doctor::doctor(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

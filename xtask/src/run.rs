@@ -1,0 +1,47 @@
+//! `cargo xtask run`: `ferromoe run` in release mode, with everything it needs built first.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use xshell::{Shell, cmd};
+
+use crate::build::{self, Freshness};
+use crate::workspace;
+
+/// Builds what is missing and becomes `ferromoe run ARGS`: same terminal, same working directory, same exit code.
+///
+/// # Errors
+/// When something does not build; else it does not return.
+pub fn run(args: &[OsString]) -> Result<()> {
+    if build::freshness()? != Freshness::Fresh {
+        build::build(false)?;
+    }
+    let binary = build_binary()?;
+    let error = Command::new(&binary).arg("run").args(args).exec();
+    Err(error).with_context(|| format!("cannot run {}", binary.display()))
+}
+
+fn build_binary() -> Result<PathBuf> {
+    let shell = Shell::new()?;
+    let cargo = workspace::cargo();
+    let manifest = workspace::root().join("Cargo.toml");
+    let build = [
+        "build",
+        "--release",
+        "--package",
+        "ferromoe",
+        "--bin",
+        "ferromoe",
+        "--message-format=json-render-diagnostics",
+    ];
+    let messages = cmd!(shell, "{cargo} {build...} --manifest-path {manifest}").quiet().read()?;
+    let executable = messages.lines().rev().find_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        message["executable"].as_str().map(PathBuf::from)
+    });
+    executable.context("cargo built no executable of the package ferromoe")
+}
