@@ -178,8 +178,6 @@ pub(crate) enum Statement {
     Block(Vec<Statement>),
     /// `name: .branchtargets a, b;`
     BranchTargets(String, Vec<String>),
-    /// `name: .callprototype ...;` (return parameters, parameters)
-    CallPrototype(String),
 }
 
 /// An entry or a device function.

@@ -116,10 +116,10 @@ impl AsyncQueue {
         }
     }
 
-    /// The next operation due at `now`, or at any time.
-    pub fn pop(&mut self, now: Option<u64>) -> Option<(u64, Event)> {
+    /// The next operation that is due by step `until`, with its number.
+    pub fn pop(&mut self, until: u64) -> Option<(u64, Event)> {
         let Reverse((due, _)) = self.due.peek()?;
-        if now.is_some_and(|now| *due > now) {
+        if *due > until {
             return None;
         }
         let Reverse((_, number)) = self.due.pop()?;
@@ -129,10 +129,6 @@ impl AsyncQueue {
     /// When the next operation is due.
     pub fn next_due(&self) -> Option<u64> {
         self.due.peek().map(|Reverse((due, _))| *due)
-    }
-
-    pub fn len(&self) -> usize {
-        self.events.len()
     }
 
     /// An operation of a CTA that still needs its shared memory or registers.

@@ -171,6 +171,13 @@ impl Decoder {
                 if variable.is_extern {
                     return self.syntax(format!("`{}` is external: modules are not linked", variable.name));
                 }
+                let has_address = |value: &InitialValue| matches!(value, InitialValue::Address { .. });
+                if self.scopes.in_function() && variable.initial.iter().any(has_address) {
+                    return self.syntax(format!(
+                        "`{}` is initialised with an address inside a function, which is not supported",
+                        variable.name
+                    ));
+                }
                 self.module.variables.push(GlobalVariable {
                     name: variable.name.clone(),
                     bytes: variable.bytes,
@@ -366,7 +373,7 @@ impl Decoder {
                 Statement::Location(location) => self.set_location(*location),
                 Statement::Variable(variable, line) => self.declare(variable, *line)?,
                 Statement::Block(inner) => self.block(inner)?,
-                Statement::BranchTargets(..) | Statement::CallPrototype(_) => {}
+                Statement::BranchTargets(..) => {}
             }
         }
         self.scopes.leave();

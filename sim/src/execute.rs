@@ -9,7 +9,7 @@ mod mbarriers;
 mod special;
 mod tensor_core;
 
-pub(crate) use access::{shared_place, shared_range, touch};
+pub(crate) use access::{shared_place, touch};
 pub(crate) use atomic::combine;
 pub(crate) use mbarriers::{is_complete, update as update_mbarrier};
 pub(crate) use tensor_core::GROUP_WARPS;
@@ -112,7 +112,7 @@ impl Context<'_> {
         let runnable = || fragments.iter().enumerate().filter(|(_, fragment)| fragment.wait.is_none());
         self.warp.diverged += 1;
         let count = runnable().count() as u64;
-        if count > 1 && self.warp.diverged % 32 == 0 {
+        if count > 1 && self.warp.diverged.is_multiple_of(32) {
             let chosen = self.random.below(count) as usize;
             return runnable().nth(chosen).map(|(index, _)| index);
         }

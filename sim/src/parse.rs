@@ -412,24 +412,14 @@ impl<'a> Parser<'a> {
             self.expect(b'(')?;
         }
         let symbol = self.word("a symbol")?.to_owned();
-        let mut offset = 0;
-        if !generic {
-            offset = self.offset()?;
-        } else {
+        if generic {
             self.expect(b')')?;
-            offset += self.offset()?;
         }
-        Ok((symbol, offset))
+        Ok((symbol, self.offset()?))
     }
 
     fn offset(&mut self) -> Result<i64> {
-        if self.accept(b'+') {
-            self.small()
-        } else if self.is_mark(b'-') {
-            self.small()
-        } else {
-            Ok(0)
-        }
+        if self.accept(b'+') || self.is_mark(b'-') { self.small() } else { Ok(0) }
     }
 
     /// Statements up to and including the closing `}`.
@@ -476,8 +466,8 @@ impl<'a> Parser<'a> {
             self.expect(b';')?;
             list.push(Statement::BranchTargets(label.to_owned(), targets));
         } else if token.text == ".callprototype" || token.text == ".calltargets" {
+            // Calls through a register pass no parameters here, so prototypes and target lists say nothing new.
             self.skip_statement()?;
-            list.push(Statement::CallPrototype(label.to_owned()));
         } else {
             list.push(Statement::Label(label.to_owned()));
         }

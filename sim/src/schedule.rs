@@ -103,13 +103,13 @@ pub(crate) fn run(
 impl Run<'_, '_> {
     fn drive(&mut self) -> Result<(), SimError> {
         loop {
-            while let Some((number, event)) = self.queue.pop(Some(self.step)) {
+            while let Some((number, event)) = self.queue.pop(self.step) {
                 self.land(number, event)?;
             }
             self.wake_timers();
             if self.ready.is_empty() {
-                if let Some((number, event)) = self.queue.pop(None) {
-                    self.land(number, event)?;
+                if let Some(due) = self.queue.next_due() {
+                    self.step = due;
                 } else if self.launches_done() {
                     return Ok(());
                 } else {
@@ -145,12 +145,6 @@ impl Run<'_, '_> {
             self.idle = (now, self.progress);
         }
         let idle = now - self.idle.0;
-        if idle > 1_000_000 && std::env::var_os("PTXDBG").is_some() {
-            for x in self.stuck() {
-                eprintln!("{}: {}", x.position, x.waits_for);
-            }
-            std::process::exit(3);
-        }
         match self.timers.peek() {
             Some(Reverse((next, ..))) if idle < HOPELESS_NS => {
                 let target = (*next).max(now) + idle / 8;

@@ -48,6 +48,7 @@ impl CudaBackend {
         Ok(Self::new(ranks, 0, None))
     }
 
+    #[cfg_attr(not(test), expect(dead_code, reason = "FusedMoe does not span processes yet"))]
     /// Opens this process's one rank of a group whose other ranks are other processes, met at `others`.
     pub(crate) fn open_process(gpu: Gpu, ptx: &str, others: Rendezvous) -> Result<Self, CudaError> {
         let _current = Current::save()?;

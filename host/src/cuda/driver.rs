@@ -360,7 +360,7 @@ mod tests {
 
     #[test]
     fn a_driver_that_is_not_there_is_an_error_that_says_what_would_help() {
-        let error = open(Some(Path::new("/nonexistent/libcuda.so.1"))).err().expect("nothing is there");
+        let error = open(Some(Path::new("/nonexistent/libcuda.so.1"))).expect_err("nothing is there");
         let text = error.to_string();
         assert!(text.starts_with("no CUDA driver found (/nonexistent/libcuda.so.1"), "{text}");
         assert!(text.contains("--device sim"), "{text}");

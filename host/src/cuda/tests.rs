@@ -266,7 +266,7 @@ fn the_compilers_log_is_in_the_error() {
 #[test]
 fn gpus_are_chosen_by_number_and_compute_capability() {
     let fake = FakeDriver::with(2, 9);
-    assert_eq!(find_gpus(1).unwrap().iter().map(|gpu| (gpu.ordinal, gpu.sms)).collect::<Vec<_>>(), [(0, 132)]);
+    assert_eq!(find_gpus(1).unwrap().iter().map(|gpu| (gpu.ordinal, gpu.sms)).collect::<Vec<_>>(), [(0, 6)]);
     assert_eq!(find_gpus(2).unwrap().len(), 2);
     let error = find_gpus(3).unwrap_err();
     assert!(error.to_string().contains("3 rank(s) need"), "{error}");
@@ -390,7 +390,7 @@ fn several_ranks_share_gpus_when_told_to() {
     let shared = share_gpu(3).unwrap();
     assert_eq!(ordinals(&shared), [0, 1, 0]);
     let backend = CudaBackend::open(shared, PTX).unwrap();
-    assert_eq!((0..3).map(|rank| backend.sms(rank)).collect::<Vec<_>>(), [66; 3]);
+    assert_eq!((0..3).map(|rank| backend.sms(rank)).collect::<Vec<_>>(), [3; 3]);
     backend.prepare("moe", 220 << 10).unwrap();
     backend.launch(&[launch(0, vec![1, 2]), launch(2, vec![3, 4])]).unwrap();
     drop(backend);

@@ -238,7 +238,9 @@ impl Decoder {
     }
 
     fn decode_testp(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
-        let tests: [(&str, fn(f64, bool) -> bool); 6] = [
+        /// Of a value, and whether it is subnormal in its own format.
+        type Property = fn(f64, bool) -> bool;
+        let tests: [(&str, Property); 6] = [
             ("finite", |x, _| x.is_finite()),
             ("infinite", |x, _| x.is_infinite()),
             ("number", |x, _| !x.is_nan()),

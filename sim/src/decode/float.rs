@@ -75,9 +75,11 @@ impl Decoder {
             }
             "add" | "sub" | "mul" | "fma" | "mad" | "div" => {
                 let modifiers = Modifiers::take(opcode);
-                let approximate = opcode.take_one(&["approx", "full"]).is_some();
+                // Divisions are exact, which `.approx` and `.full` allow.
+                if opcode.name() == "div" {
+                    opcode.ignore(&["approx", "full"]);
+                }
                 let kind = opcode.need_type()?;
-                let _ = approximate;
                 match kind {
                     Type::F32 => self.single(opcode.name(), &modifiers, operands)?,
                     Type::F64 => self.double(opcode.name(), &modifiers, operands)?,
@@ -267,8 +269,9 @@ impl Decoder {
         let ftz = modifiers.ftz;
         let kind = opcode.need_type()?;
         expect_count(o, 2)?;
-        let exact = matches!(which, Approximation::Rcp | Approximation::Sqrt);
-        if !approximate && !(exact && modifiers.rounding.is_some()) {
+        let can_round = matches!(which, Approximation::Rcp | Approximation::Sqrt);
+        let rounds = can_round && modifiers.rounding.is_some();
+        if !approximate && !rounds {
             return Err("`.approx` is missing".to_owned());
         }
         Ok(match kind {

@@ -170,7 +170,7 @@ impl Decoder {
             if signed { i64::from((x << 8) as i32 >> 8) } else { i64::from(x & 0xff_ffff) }
         };
         let shift = if high { 16 } else { 0 };
-        Ok(ternary(d, a, b, c, move |x, y, z| ((extend(x) * extend(y) >> shift) as u32).wrapping_add(z)))
+        Ok(ternary(d, a, b, c, move |x, y, z| (((extend(x) * extend(y)) >> shift) as u32).wrapping_add(z)))
     }
 
     fn wide(&mut self, kind: Type, o: &[Operand]) -> Decoded<Op> {
@@ -245,9 +245,9 @@ impl Decoder {
                 self.read::<R32>(&o[3], kind)?,
                 move |x, y, z| {
                     let high = if signed {
-                        (i64::from(x as i32) * i64::from(y as i32) >> 32) as u32
+                        ((i64::from(x as i32) * i64::from(y as i32)) >> 32) as u32
                     } else {
-                        (u64::from(x) * u64::from(y) >> 32) as u32
+                        ((u64::from(x) * u64::from(y)) >> 32) as u32
                     };
                     high.wrapping_add(z)
                 },
@@ -259,9 +259,9 @@ impl Decoder {
                 self.read::<R64>(&o[3], kind)?,
                 move |x, y, z| {
                     let high = if signed {
-                        (i128::from(x as i64) * i128::from(y as i64) >> 64) as u64
+                        ((i128::from(x as i64) * i128::from(y as i64)) >> 64) as u64
                     } else {
-                        (u128::from(x) * u128::from(y) >> 64) as u64
+                        ((u128::from(x) * u128::from(y)) >> 64) as u64
                     };
                     high.wrapping_add(z)
                 },

@@ -68,7 +68,8 @@ fn special(name: &str) -> Option<(Special, u32)> {
         let rest = name.strip_prefix(base)?.strip_prefix('.')?;
         ["x", "y", "z"].iter().position(|axis| *axis == rest)
     };
-    let per_axis: [(&str, fn(usize) -> Special); 8] = [
+    type OfAxis = fn(usize) -> Special;
+    let per_axis: [(&str, OfAxis); 8] = [
         ("%tid", Special::Thread),
         ("%ntid", Special::CtaThreads),
         ("%ctaid", Special::Cta),

@@ -71,6 +71,11 @@ impl Scopes {
         }
     }
 
+    /// Whether names are now being declared inside a function.
+    pub fn in_function(&self) -> bool {
+        self.0.len() > 1
+    }
+
     fn innermost(&mut self) -> &mut Scope {
         let last = self.0.len() - 1;
         &mut self.0[last]

@@ -224,7 +224,7 @@ impl Context<'_> {
         if address.checked_add(bytes as u64).is_none_or(|end| end > size as u64) {
             return Err(Fault::OutOfBounds { place: place(), bytes: bytes as u64 });
         }
-        if address % bytes as u64 != 0 {
+        if !address.is_multiple_of(bytes as u64) {
             return Err(Fault::Misaligned { place: place(), align: bytes as u64 });
         }
         Ok(lane * size + address as usize)
@@ -277,14 +277,14 @@ pub(crate) fn shared_range(shared: &TrackedBytes, address: u64, bytes: usize) ->
     if address < u64::from(SHARED_START) || end.is_none_or(|end| end > shared.len() as u64) {
         return Err(Fault::OutOfBounds { place: shared_place(shared, address), bytes: bytes as u64 });
     }
-    if address % bytes as u64 != 0 {
+    if !address.is_multiple_of(bytes as u64) {
         return Err(Fault::Misaligned { place: shared_place(shared, address), align: bytes as u64 });
     }
     Ok(address as usize)
 }
 
 pub(super) fn check_aligned(memory: &GlobalMemory, address: u64, bytes: usize) -> Result<(), Fault> {
-    if address % bytes as u64 == 0 {
+    if address.is_multiple_of(bytes as u64) {
         return Ok(());
     }
     Err(Fault::Misaligned { place: memory.place(address), align: bytes as u64 })

@@ -40,7 +40,7 @@ impl Context<'_> {
     fn place(&self, space: Space, address: u64, bytes: u32) -> Result<Place, Fault> {
         let misaligned = |place: String| Fault::Misaligned { place, align: 16 };
         if space == Space::Global {
-            if address % 16 != 0 {
+            if !address.is_multiple_of(16) {
                 return Err(misaligned(self.memory.place(address)));
             }
             return Ok(Place::Global(address));
@@ -61,7 +61,7 @@ impl Context<'_> {
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             let bytes = copy.bytes.get(&self.warp.registers)[lane];
-            if bytes % 16 != 0 {
+            if !bytes.is_multiple_of(16) {
                 return Err(Fault::Operand(format!("a bulk copy of {bytes} bytes; it must be a multiple of 16")));
             }
             let part = CopyPart {
@@ -134,7 +134,7 @@ impl Context<'_> {
     /// Reads the 128 bytes of a tensor map from global memory or the kernel's parameters.
     fn tensor_map(&mut self, address: u64) -> Result<TensorMap, Fault> {
         use crate::memory::{Window, window_offset};
-        if address % 64 != 0 {
+        if !address.is_multiple_of(64) {
             return Err(Fault::Misaligned {
                 place: format!("tensor map at {}", self.memory.place(address)),
                 align: 64,

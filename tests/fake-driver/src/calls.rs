@@ -1,6 +1,6 @@
 //! The driver's functions.
 
-use crate::state::{CURRENT, Fake, Object, Queued, code, run};
+use crate::state::{CURRENT, Fake, Object, Queued, SMS, code, run};
 use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
 use ptx_sim::{Module, TensorMap, TensorMapSpec};
 use std::collections::BTreeMap;
@@ -65,7 +65,7 @@ exports! {
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, device: c_int) |fake| {
         fake.device(device)?;
         match attribute {
-            16 => put(value, fake.sms),
+            16 => put(value, SMS),
             75 => put(value, fake.capability.0),
             76 => put(value, fake.capability.1),
             _ => Err(code::INVALID_VALUE),

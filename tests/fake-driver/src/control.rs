@@ -15,12 +15,6 @@ pub extern "C" fn fake_fail(call: i64, code: u32) {
     lock().fail = usize::try_from(call).ok().map(|call| (call, code));
 }
 
-/// Gives every GPU this many multiprocessors.
-#[unsafe(no_mangle)]
-pub extern "C" fn fake_sms(sms: i32) {
-    lock().sms = sms;
-}
-
 /// Forbids GPU `from` to access the memory of GPU `to`.
 #[unsafe(no_mangle)]
 pub extern "C" fn fake_forbid_peer(from: i32, to: i32) {

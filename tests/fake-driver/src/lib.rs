@@ -6,9 +6,6 @@
 //! Tests steer it through the `fake_*` exports of [`control`]. Rules and signatures: CUDA Driver API 12.x.
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
 
-#[cfg(any())] // until ptx-sim builds
 mod calls;
-#[cfg(any())] // until ptx-sim builds
 pub mod control;
-#[cfg(any())] // until ptx-sim builds
 mod state;

@@ -22,6 +22,8 @@ pub(crate) mod code {
     pub(crate) const CAPTURE_UNSUPPORTED: u32 = 900;
 }
 
+/// Multiprocessors of one fake GPU: few, because kernels run on the CPU.
+pub(crate) const SMS: i32 = 6;
 /// Memory of one fake GPU.
 const GPU_BYTES: usize = 1 << 30;
 
@@ -75,7 +77,6 @@ impl Object {
 
 pub(crate) struct Fake {
     pub(crate) gpus: i32,
-    pub(crate) sms: i32,
     pub(crate) capability: (i32, i32),
     pub(crate) initialised: bool,
     /// Names of all calls, each with what its function noted.
@@ -149,7 +150,6 @@ impl Fake {
     pub(crate) fn new(gpus: i32, major: i32) -> Self {
         Self {
             gpus,
-            sms: 132,
             capability: (major, 0),
             initialised: false,
             calls: Vec::new(),
