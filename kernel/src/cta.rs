@@ -39,6 +39,10 @@ impl Cta {
         task_full at TASK_FULL_OFFSET;
         /// A task slot was read by every role.
         task_empty at TASK_EMPTY_OFFSET;
+        /// A consumer warpgroup's results are the publisher's to store or to announce.
+        staging_full at STAGING_FULL_OFFSET;
+        /// A staging buffer is its consumer warpgroup's again.
+        staging_empty at STAGING_EMPTY_OFFSET;
         /// A pull buffer holds its piece.
         pull_full at PULL_FULL_OFFSET;
         /// A combine buffer holds its piece.

@@ -8,10 +8,10 @@ use crate::device::special::{ctas, setmaxnreg_dec, setmaxnreg_inc, thread};
 use crate::device::warp::shfl_idx;
 use crate::launch::{CTA_BARRIER, Launch};
 use crate::params::Arguments;
-use crate::roles::{combine, consume, produce, pull, route, schedule};
+use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
-    CONSUMER_REGISTERS, CONSUMER_WARPS, DISPATCH_REGISTERS, DISPATCH_WARPS, PULL_BUFFERS, STAGES, TASK_SLOTS, THREADS,
-    WARP, WARPGROUP,
+    CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPGROUPS, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS,
+    PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGES, TASK_SLOTS, THREADS, WARP, WARPGROUP,
 };
 use crate::{cta::Cta, shared::COMBINE_BUFFERS};
 
@@ -43,19 +43,21 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
     // SAFETY: the caller's.
     let launch = unsafe { Launch::new(Arguments { params, hidden_states, topk_ids, topk_weights, tokens, output }) };
 
-    if warp < WARPGROUP / WARP {
-        setmaxnreg_dec::<DISPATCH_REGISTERS>();
+    if warp < CONSUMER_WARP {
+        setmaxnreg_dec::<HELPER_REGISTERS>();
         if warp < DISPATCH_WARPS {
             route::route(&launch, lane);
             pull::pull(&launch, cta, warp, lane);
-        } else if warp == DISPATCH_WARPS {
+        } else if warp == PRODUCER_WARP {
             produce::produce(&launch, cta, lane);
-        } else {
+        } else if warp == SCHEDULER_WARP {
             schedule::schedule(&launch, cta, lane);
+        } else {
+            publish::publish(&launch, cta, lane);
         }
     } else {
         setmaxnreg_inc::<CONSUMER_REGISTERS>();
-        consume::consume(&launch, cta, warp - WARPGROUP / WARP, lane);
+        consume::consume(&launch, cta, warp - CONSUMER_WARP, lane);
     }
 
     bar_warp_sync();
@@ -77,7 +79,12 @@ unsafe fn init_mbarriers(cta: Cta) {
         }
         for slot in 0..TASK_SLOTS {
             cta.task_full(slot).init(1);
-            cta.task_empty(slot).init(produce::READERS + CONSUMER_WARPS);
+            // The producer, the publisher, and every consumer warp.
+            cta.task_empty(slot).init(2 + CONSUMER_WARPS);
+        }
+        for warpgroup in 0..CONSUMER_WARPGROUPS {
+            cta.staging_full(warpgroup).init(WARPGROUP / WARP);
+            cta.staging_empty(warpgroup).init(1);
         }
         for buffer in 0..DISPATCH_WARPS * PULL_BUFFERS {
             cta.pull_full(buffer).init(1);
@@ -100,7 +107,7 @@ fn end_launch(launch: &Launch) {
         let ended = epoch.add(1);
         if atom_add_acq_rel_gpu(ended, 1) + 1 == ctas() {
             st_weak_u32(ended, 0);
-            st_weak_u32(epoch, launch.epoch);
+            st_weak_u32(epoch, launch.epoch());
         }
     }
 }

@@ -19,49 +19,50 @@ pub const WARPGROUP_BARRIER: u32 = 3;
 /// Longest pause between two looks at a condition, in nanoseconds.
 const MAX_PAUSE_NS: u32 = 1024;
 
-/// What every role gets.
+/// What every role gets. Nothing is kept that can be loaded again: consumers have no register to spare.
 #[derive(Clone, Copy)]
-pub struct Launch {
-    arguments: Arguments,
-    /// Number of this launch, from 1; the same on every rank.
-    pub epoch: u32,
-    /// Tokens of this rank; 0 if the caller's count exceeds the maximum.
-    pub tokens: u32,
-}
+pub struct Launch(Arguments);
 
 impl Launch {
     /// # Safety
     /// The arguments are valid for the whole launch.
     #[inline(always)]
-    pub unsafe fn new(arguments: Arguments) -> Self {
-        let mut launch = Self { arguments, epoch: 0, tokens: 0 };
-        // SAFETY: both are initialised device memory; the epoch changes only after every CTA of the launch has ended.
-        unsafe {
-            launch.epoch = ld_weak_u32(launch.epoch_address()) + 1;
-            let tokens = ld_weak_u32(arguments.tokens as *const u32);
-            launch.tokens = if tokens <= launch.params().shape.max_tokens { tokens } else { 0 };
-        }
-        launch
+    pub const unsafe fn new(arguments: Arguments) -> Self {
+        Self(arguments)
+    }
+
+    /// Number of this launch, from 1; the same on every rank.
+    #[inline(always)]
+    pub fn epoch(&self) -> u32 {
+        // SAFETY: initialised device memory, which changes only after every CTA of the launch has ended.
+        unsafe { ld_weak_u32(self.epoch_address()) + 1 }
+    }
+
+    /// Tokens of this rank; 0 if the caller's count exceeds the maximum.
+    #[inline(always)]
+    pub fn tokens(&self) -> u32 {
+        let tokens = self.claimed_tokens();
+        if tokens <= self.params().shape.max_tokens { tokens } else { 0 }
     }
 
     /// The parameter block.
     #[inline(always)]
     pub fn params(&self) -> &Params {
         // SAFETY: valid for the launch, and nobody writes it meanwhile.
-        unsafe { &*(self.arguments.params as *const Params) }
+        unsafe { &*(self.0.params as *const Params) }
     }
 
     /// 0 or 1, by turns from launch to launch.
     #[inline(always)]
     pub fn parity(&self) -> u32 {
-        self.epoch & 1
+        self.epoch() & 1
     }
 
     /// The caller's count of tokens, unchecked.
     #[inline(always)]
     pub fn claimed_tokens(&self) -> u32 {
         // SAFETY: initialised device memory.
-        unsafe { ld_weak_u32(self.arguments.tokens as *const u32) }
+        unsafe { ld_weak_u32(self.0.tokens as *const u32) }
     }
 
     /// Base of a rank's symmetric buffer, as this rank sees it.
@@ -127,7 +128,7 @@ impl Launch {
     /// Row `token` of this rank's hidden states.
     #[inline(always)]
     pub fn hidden_states(&self) -> u64 {
-        self.arguments.hidden_states
+        self.0.hidden_states
     }
 
     /// Bytes of a row of hidden states.
@@ -139,19 +140,19 @@ impl Launch {
     /// Expert id at (token, k).
     #[inline(always)]
     pub fn topk_id(&self, index: u32) -> *const u32 {
-        (self.arguments.topk_ids as *const u32).wrapping_add(index as usize)
+        (self.0.topk_ids as *const u32).wrapping_add(index as usize)
     }
 
     /// Routing weight at (token, k).
     #[inline(always)]
     pub fn topk_weight(&self, index: u32) -> *const f32 {
-        (self.arguments.topk_weights as *const f32).wrapping_add(index as usize)
+        (self.0.topk_weights as *const f32).wrapping_add(index as usize)
     }
 
     /// Row `token` of the output.
     #[inline(always)]
     pub fn output_row(&self, token: u32) -> *mut u8 {
-        (self.arguments.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
+        (self.0.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
     }
 
     /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.

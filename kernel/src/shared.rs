@@ -9,16 +9,24 @@ pub const WARP: u32 = 32;
 /// Threads of a warpgroup.
 pub const WARPGROUP: u32 = 128;
 /// Warps that route and pull.
-pub const DISPATCH_WARPS: u32 = 2;
+pub const DISPATCH_WARPS: u32 = 1;
 /// Warpgroups that multiply, store and combine.
 pub const CONSUMER_WARPGROUPS: u32 = 2;
 /// Warps of all consumer warpgroups.
 pub const CONSUMER_WARPS: u32 = CONSUMER_WARPGROUPS * WARPGROUP / WARP;
-/// Threads of a CTA: one warpgroup of dispatch, producer and scheduler warps, then the consumers.
-pub const THREADS: u32 = WARPGROUP * (1 + CONSUMER_WARPGROUPS);
+/// The producer warp's number in the CTA, behind the dispatch warps.
+pub const PRODUCER_WARP: u32 = DISPATCH_WARPS;
+/// The scheduler warp's number.
+pub const SCHEDULER_WARP: u32 = PRODUCER_WARP + 1;
+/// The publisher warp's number.
+pub const PUBLISHER_WARP: u32 = SCHEDULER_WARP + 1;
+/// The first consumer warp's number; consumers are whole warpgroups.
+pub const CONSUMER_WARP: u32 = PUBLISHER_WARP + 1;
+/// Threads of a CTA.
+pub const THREADS: u32 = (CONSUMER_WARP + CONSUMER_WARPS) * WARP;
 
-/// Registers of a thread in the first warpgroup, after `setmaxnreg`.
-pub const DISPATCH_REGISTERS: u32 = 88;
+/// Registers of a thread of the warps that are not consumers, after `setmaxnreg`.
+pub const HELPER_REGISTERS: u32 = 88;
 /// Registers of a consumer thread, after `setmaxnreg`.
 pub const CONSUMER_REGISTERS: u32 = 208;
 
@@ -30,12 +38,14 @@ pub const WEIGHT_STAGE_BYTES: u32 = WEIGHT_TILE * K_BLOCK * 2;
 pub const STAGE_BYTES: u32 = WEIGHT_STAGE_BYTES + MAX_TOKEN_TILE * K_BLOCK * 2;
 /// Bytes in which one consumer warpgroup transposes its results, some tokens at a time.
 pub const STAGING_BYTES: u32 = 8192;
+/// Staging buffers of one consumer warpgroup.
+pub const STAGING_BUFFERS: u32 = 1;
 /// Tokens that fit the staging buffer in linear 1: 32 bf16 each.
 pub const LINEAR1_STAGING_TOKENS: u32 = STAGING_BYTES / 64;
 /// Tokens that fit the staging buffer in linear 2: 64 bf16 each.
 pub const LINEAR2_STAGING_TOKENS: u32 = STAGING_BYTES / 128;
 /// Bytes of one buffer for pulling a row, piece by piece.
-pub const PULL_BYTES: u32 = 3072;
+pub const PULL_BYTES: u32 = 6144;
 /// Pull buffers of one dispatch warp.
 pub const PULL_BUFFERS: u32 = 2;
 /// Tasks that the scheduler may be ahead of the slowest role.
@@ -70,8 +80,12 @@ pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + STAGES * MBARRIER_BYTES;
 pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + STAGES * MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say a task slot is free.
 pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+/// Byte offset of the mbarriers that say a consumer warpgroup's staging buffer is the publisher's.
+pub const STAGING_FULL_OFFSET: u32 = TASK_EMPTY_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+/// Byte offset of the mbarriers that say a staging buffer is its consumer warpgroup's again.
+pub const STAGING_EMPTY_OFFSET: u32 = STAGING_FULL_OFFSET + CONSUMER_WARPGROUPS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the pull buffers.
-pub const PULL_FULL_OFFSET: u32 = TASK_EMPTY_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+pub const PULL_FULL_OFFSET: u32 = STAGING_EMPTY_OFFSET + CONSUMER_WARPGROUPS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the combine buffers.
 pub const COMBINE_FULL_OFFSET: u32 = PULL_FULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * MBARRIER_BYTES;
 /// Bytes of dynamic shared memory of a CTA.
@@ -86,5 +100,6 @@ const _: () = assert!(STAGING_OFFSET.is_multiple_of(1024) && STAGING_BYTES.is_mu
 const _: () = assert!(TASKS_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
 const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= STAGES * STAGE_BYTES);
 // The register file holds 64 Ki registers, and setmaxnreg takes multiples of 8 (PTX ISA 8.6, setmaxnreg).
-const _: () = assert!(WARPGROUP * (DISPATCH_REGISTERS + CONSUMER_WARPGROUPS * CONSUMER_REGISTERS) <= 65536);
-const _: () = assert!(DISPATCH_REGISTERS.is_multiple_of(8) && CONSUMER_REGISTERS.is_multiple_of(8));
+const _: () = assert!(WARP * (CONSUMER_WARP * HELPER_REGISTERS + CONSUMER_WARPS * CONSUMER_REGISTERS) <= 65536);
+const _: () = assert!(HELPER_REGISTERS.is_multiple_of(8) && CONSUMER_REGISTERS.is_multiple_of(8));
+const _: () = assert!((CONSUMER_WARP * WARP).is_multiple_of(WARPGROUP));

@@ -48,10 +48,11 @@ impl<'a> Combiner<'a> {
     #[inline(always)]
     pub fn combine(&mut self, chunk: u32) {
         let hidden = self.launch.params().shape.hidden;
-        let tokens = combine_tokens(self.launch.tokens, ctas());
+        let all = self.launch.tokens();
+        let tokens = combine_tokens(all, ctas());
         let first = chunk * tokens;
         let pieces = hidden.div_ceil(COLUMNS_PER_PIECE);
-        let items = tokens.min(self.launch.tokens - first) * pieces;
+        let items = tokens.min(all - first) * pieces;
         let mut item = self.warp;
         while item < items {
             let first_column = item % pieces * COLUMNS_PER_PIECE;
@@ -135,9 +136,10 @@ impl<'a> Combiner<'a> {
     fn wait_for_flag(&self, flag: u32, rank: u32, subject: u32) {
         let params = self.launch.params();
         let address = self.launch.symmetric(params.rank, params.symmetric.flags, flag as u64);
+        let epoch = self.launch.epoch();
         let missing = || Timeout { stage: Stage::Results, rank, subject };
         // SAFETY: a flag of this rank.
-        self.launch.wait_until(missing, || unsafe { ld_acquire_sys_u32(address) } == self.launch.epoch);
+        self.launch.wait_until(missing, || unsafe { ld_acquire_sys_u32(address) } == epoch);
         // The results were acquired by an ordinary load, and will be read by bulk copies.
         fence_proxy_async();
     }

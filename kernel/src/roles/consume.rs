@@ -13,7 +13,7 @@ use crate::layout::RowMeta;
 use crate::roles::combine::Combiner;
 use crate::roles::{linear1, linear2};
 use crate::schedule::{Phase, Task};
-use crate::shared::{CONSUMER_WARPS, STAGES, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
+use crate::shared::{CONSUMER_WARPS, STAGES, STAGING_BUFFERS, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
 use crate::tile::{K_BLOCK, K_STEP, MAX_TOKEN_TILE, token_tile};
 
 const _: () = assert!(token_tile(0) == 8 * 2 && MAX_TOKEN_TILE == 8 * 32);
@@ -38,6 +38,22 @@ impl Consumer<'_> {
     #[inline(always)]
     pub fn sync(&self) {
         bar_sync_id(WARPGROUP_BARRIER + self.warpgroup, WARPGROUP);
+    }
+
+    /// Waits until the staging buffer is this warpgroup's.
+    #[inline(always)]
+    pub fn take_staging(&self, ring: &Ring<STAGING_BUFFERS>) {
+        self.cta.staging_empty(self.warpgroup).wait(ring.parity ^ 1);
+    }
+
+    /// Hands the staging buffer, and all that the warpgroup has stored so far, to the publisher. Every warp calls this.
+    #[inline(always)]
+    pub fn hand_over(&self, ring: &mut Ring<STAGING_BUFFERS>) {
+        bar_warp_sync();
+        if self.lane == 0 {
+            self.cta.staging_full(self.warpgroup).arrive();
+        }
+        ring.advance();
     }
 
     /// Thread of the warpgroup.
@@ -76,6 +92,7 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
     let mut tasks = TaskReader::new(cta);
     let mut ring = Ring::new();
+    let mut staging = Ring::new();
     let mut combiner = Combiner::new(launch, cta, warp, lane);
     let mut combining = false;
     loop {
@@ -92,11 +109,11 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
             combiner.combine(task.expert);
         } else {
             match task.width {
-                0 => run::<2>(consumer, &task, &mut ring),
-                1 => run::<4>(consumer, &task, &mut ring),
-                2 => run::<8>(consumer, &task, &mut ring),
-                3 => run::<16>(consumer, &task, &mut ring),
-                _ => run::<32>(consumer, &task, &mut ring),
+                0 => run::<2>(consumer, &task, &mut ring, &mut staging),
+                1 => run::<4>(consumer, &task, &mut ring, &mut staging),
+                2 => run::<8>(consumer, &task, &mut ring, &mut staging),
+                3 => run::<16>(consumer, &task, &mut ring, &mut staging),
+                _ => run::<32>(consumer, &task, &mut ring, &mut staging),
             }
         }
     }
@@ -104,8 +121,12 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
 
 /// One task with a token tile of `8 * QUADS` tokens.
 #[inline(always)]
-fn run<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, ring: &mut Ring<STAGES>)
-where
+fn run<const QUADS: usize>(
+    consumer: Consumer<'_>,
+    task: &Task,
+    ring: &mut Ring<STAGES>,
+    staging: &mut Ring<STAGING_BUFFERS>,
+) where
     Accumulators<QUADS>: MmaAsync,
 {
     // A full stage means that the tile's rows, and so their metas, are there.
@@ -114,10 +135,10 @@ where
     let shape = &consumer.launch.params().shape;
     if task.phase == Phase::Linear1 as u32 {
         let accumulators = multiply::<QUADS>(consumer, shape.hidden / K_BLOCK, ring);
-        linear1::finish(consumer, task, &accumulators);
+        linear1::finish(consumer, staging, &accumulators);
     } else {
         let accumulators = multiply::<QUADS>(consumer, shape.intermediate / K_BLOCK, ring);
-        linear2::finish(consumer, task, &accumulators);
+        linear2::finish(consumer, task, staging, &accumulators);
     }
 }
 

@@ -1,39 +1,34 @@
-//! The end of a linear 1 task: SwiGLU, routing weight, bf16, and into the intermediate pool.
+//! The end of a linear 1 task: SwiGLU, routing weight, bf16, and to the publisher, which stores it in the intermediate pool.
 
-use crate::device::atomic::red_add_release_gpu;
-use crate::device::bulk::{bulk_commit_group, bulk_wait_group, bulk_wait_group_read, tensor_store_2d};
+use crate::cta::Ring;
 use crate::device::convert::{bf16x2, ex2, rcp};
 use crate::device::fence::fence_proxy_async;
 use crate::device::matrix::{stmatrix_x2_trans, stmatrix_x4_trans};
 use crate::device::wgmma::Accumulators;
-use crate::params::TensorMap;
 use crate::roles::consume::Consumer;
-use crate::schedule::Task;
-use crate::shared::LINEAR1_STAGING_TOKENS;
-
-/// Intermediate columns that one warpgroup makes: half of its 64 rows are gates.
-const COLUMNS: u32 = 32;
+use crate::shared::{LINEAR1_STAGING_TOKENS, STAGING_BUFFERS};
 
 /// Quads that are staged at once.
 const STAGED_QUADS: usize = LINEAR1_STAGING_TOKENS as usize / 8;
 
 /// Finishes a task. A quad holds, for two tokens, the gates (first two values) and ups of one intermediate column.
 #[inline(always)]
-pub fn finish<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, accumulators: &Accumulators<QUADS>) {
+pub fn finish<const QUADS: usize>(
+    consumer: Consumer<'_>,
+    staging: &mut Ring<STAGING_BUFFERS>,
+    accumulators: &Accumulators<QUADS>,
+) {
+    // The metas are in place.
+    consumer.sync();
     unroll!(CHUNK < QUADS.div_ceil(STAGED_QUADS), {
-        // The metas are in place, and the staging buffer's last store has been read.
-        consumer.sync();
+        consumer.take_staging(staging);
         stage::<QUADS, CHUNK>(consumer, accumulators);
         // The rows were written by ordinary stores, and will be read by a bulk copy.
         fence_proxy_async();
-        consumer.sync();
-        if consumer.thread() == 0 {
-            store(consumer, task, CHUNK as u32 * LINEAR1_STAGING_TOKENS);
-        }
+        consumer.hand_over(staging);
     });
-    if consumer.thread() == 0 {
-        count(consumer, task);
-    }
+    // All warps are done with the metas.
+    consumer.sync();
 }
 
 /// Activates and transposes one chunk of the accumulators into rows of 32 columns a token, 64-byte swizzle.
@@ -74,28 +69,4 @@ fn swiglu(gate: f32, up: f32, limit: f32) -> f32 {
     let up = if up > limit { limit } else { up };
     let up = if up < -limit { -limit } else { up };
     gate * rcp(1.0 + ex2(-gate * core::f32::consts::LOG2_E)) * up
-}
-
-/// Stores the staged columns of the tokens from `first_token` on.
-#[inline(always)]
-fn store(consumer: Consumer<'_>, task: &Task, first_token: u32) {
-    let params = consumer.launch.params();
-    let map = (&raw const params.maps.activation).cast::<TensorMap>().wrapping_add(task.width as usize);
-    let column = task.weight_row / 2 + consumer.warpgroup * COLUMNS;
-    let staging = consumer.cta.staging(consumer.warpgroup);
-    // SAFETY: the box lies in the tile's padded rows, which are this expert's; the staging buffer is rewritten after the wait.
-    unsafe { tensor_store_2d(map, [column, task.pool_row + first_token], staging) };
-    bulk_commit_group();
-    bulk_wait_group_read::<0>();
-}
-
-/// Counts the stored columns of the tile.
-#[inline(always)]
-fn count(consumer: Consumer<'_>, task: &Task) {
-    bulk_wait_group::<0>();
-    // Written, and to be read, by bulk copies; the release is an ordinary one.
-    fence_proxy_async();
-    let counters = &consumer.launch.params().workspace.counter;
-    // SAFETY: a counter of this launch.
-    unsafe { red_add_release_gpu(consumer.launch.counter(counters.columns_ready, task.tile), 1) };
 }

@@ -1,15 +1,13 @@
 //! The end of a linear 2 task: bf16 rows straight into the combine buffers of the ranks that own the tokens.
 
-use crate::device::atomic::atom_add_acq_rel_sys;
+use crate::cta::Ring;
 use crate::device::convert::bf16x2;
-use crate::device::fence::fence_acq_rel_sys;
-use crate::device::global::{st_relaxed_sys_u32, st_weak_v4};
+use crate::device::global::st_weak_v4;
 use crate::device::matrix::stmatrix_x4_trans;
 use crate::device::wgmma::Accumulators;
 use crate::roles::consume::Consumer;
-use crate::roles::pull::count_from;
 use crate::schedule::Task;
-use crate::shared::{LINEAR2_STAGING_TOKENS, WARPGROUP};
+use crate::shared::{LINEAR2_STAGING_TOKENS, STAGING_BUFFERS, WARPGROUP};
 use crate::tile::WARPGROUP_ROWS;
 
 /// Lanes that write one token's 128 bytes, 16 each.
@@ -20,24 +18,29 @@ const STAGED_QUADS: usize = LINEAR2_STAGING_TOKENS as usize / 8;
 
 /// Finishes a task. A quad holds, for two tokens, two hidden columns eight apart.
 #[inline(always)]
-pub fn finish<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, accumulators: &Accumulators<QUADS>) {
+pub fn finish<const QUADS: usize>(
+    consumer: Consumer<'_>,
+    task: &Task,
+    staging: &mut Ring<STAGING_BUFFERS>,
+    accumulators: &Accumulators<QUADS>,
+) {
     let column = task.weight_row + consumer.warpgroup * WARPGROUP_ROWS;
     // The second half of the last block lies outside when the hidden size is an odd multiple of 64.
     let rows = if column < consumer.launch.params().shape.hidden { task.rows } else { 0 };
+    consumer.take_staging(staging);
     unroll!(CHUNK < QUADS.div_ceil(STAGED_QUADS), {
         let first_token = CHUNK as u32 * LINEAR2_STAGING_TOKENS;
         if first_token < rows {
-            // The metas are in place, and the staging buffer's last rows have been read.
+            // The metas are in place, and the chunk before has been sent.
             consumer.sync();
             stage::<QUADS, CHUNK>(consumer, accumulators);
             consumer.sync();
             send(consumer, column, first_token, rows);
         }
     });
+    consumer.hand_over(staging);
+    // All warps are done with the metas.
     consumer.sync();
-    if consumer.thread() == 0 {
-        count(consumer, task);
-    }
 }
 
 /// Transposes one chunk of the accumulators into rows of 64 columns a token, 128-byte swizzle.
@@ -76,34 +79,5 @@ fn send(consumer: Consumer<'_>, column: u32, first_token: u32, rows: u32) {
         // SAFETY: the row is staged; the combine buffer has a row for every (token, k) of its rank, and this one has no other writer.
         unsafe { st_weak_v4(consumer.launch.symmetric(meta.rank, params.symmetric.combine, at), source.load_v4()) };
         token += WARPGROUP / LANES_PER_ROW;
-    }
-}
-
-/// Counts a store; the last of an expert raises its flag on every rank that sent it tokens.
-#[inline(always)]
-fn count(consumer: Consumer<'_>, task: &Task) {
-    let launch = consumer.launch;
-    let params = launch.params();
-    let shape = &params.shape;
-    let done = launch.counter(params.workspace.counter.expert_done, task.expert);
-    fence_acq_rel_sys();
-    // SAFETY: a counter of this launch.
-    if unsafe { atom_add_acq_rel_sys(done, 1) } + 1 < 2 * task.expert_tasks {
-        return;
-    }
-    fence_acq_rel_sys();
-    let routed = shape.routed_experts();
-    let raise = |rank: u32, flag: u32| {
-        // SAFETY: every rank has a flag for every expert.
-        unsafe { st_relaxed_sys_u32(launch.symmetric(rank, params.symmetric.flags, flag as u64), launch.epoch) };
-    };
-    if task.expert >= routed {
-        raise(params.rank, shape.experts + task.expert - routed);
-        return;
-    }
-    for rank in 0..shape.ranks {
-        if count_from(launch, rank, task.expert) > 0 {
-            raise(rank, params.rank * routed + task.expert);
-        }
     }
 }

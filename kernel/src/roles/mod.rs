@@ -6,6 +6,7 @@ pub mod consume;
 pub mod linear1;
 pub mod linear2;
 pub mod produce;
+pub mod publish;
 pub mod pull;
 pub mod route;
 pub mod schedule;

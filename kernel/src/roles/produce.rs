@@ -11,9 +11,6 @@ use crate::shared::{STAGES, WEIGHT_STAGE_BYTES};
 use crate::status::{Stage, Timeout};
 use crate::tile::{K_BLOCK, token_tile};
 
-/// Threads of this role that read tasks.
-pub const READERS: u32 = 1;
-
 /// Loads the operands of every task.
 #[inline(always)]
 pub fn produce(launch: &Launch, cta: Cta, lane: u32) {
@@ -70,8 +67,8 @@ fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>)
     };
     operands.load(cta, task, ring, || {
         let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
-        // SAFETY: a counter of this launch. A linear 1 task makes 64 columns, in two stores.
-        launch.wait_until(missing, || unsafe { ld_acquire_gpu_u32(stored) } >= 2 * k_blocks);
+        // SAFETY: a counter of this launch. A linear 1 task makes the 64 columns of one k-block.
+        launch.wait_until(missing, || unsafe { ld_acquire_gpu_u32(stored) } >= k_blocks);
     });
 }
 

@@ -24,8 +24,10 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let rows = |expert: u32| unsafe { cta.expert_rows(expert).load_u32() };
     let mut cursor = RowCursor::new();
     let mut ring = Ring::new();
+    let next = launch.counter(params.workspace.counter.pull_ticket, 0);
+    let rows_ready = launch.counter(params.workspace.counter.rows_ready, 0);
     loop {
-        let ticket = claim(launch.counter(params.workspace.counter.pull_ticket, 0), lane);
+        let ticket = claim(next, lane);
         let Some(row) = cursor.seek(ticket, experts, rows) else {
             return;
         };
@@ -35,7 +37,7 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
             // SAFETY: the row and its tile lie in the pools, and this warp alone has claimed the row.
             unsafe {
                 st_weak_u64(launch.workspace(params.workspace.row_meta, row.pool_row as u64), meta.pack());
-                red_add_release_gpu(launch.counter(params.workspace.counter.rows_ready, row.tile), 1);
+                red_add_release_gpu(rows_ready.add(row.tile as usize), 1);
             }
         }
     }
@@ -80,7 +82,7 @@ pub fn count_from(launch: &Launch, source: u32, expert: u32) -> u32 {
     let place = launch.symmetric(params.rank, params.symmetric.counts, launch.count_index(source, expert));
     // SAFETY: a place in the counts.
     let word = unsafe { ld_relaxed_gpu_u64(place) };
-    if (word >> 32) as u32 == launch.epoch { word as u32 } else { 0 }
+    if (word >> 32) as u32 == launch.epoch() { word as u32 } else { 0 }
 }
 
 /// Copies a token's hidden state from its rank into the pool, in pieces: one is loaded while the one before is stored.

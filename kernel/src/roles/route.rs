@@ -18,13 +18,15 @@ use crate::status::BadChoice;
 #[inline(always)]
 pub fn route(launch: &Launch, lane: u32) {
     let counters = &launch.params().workspace.counter;
-    let chunks = route_chunks(launch.tokens);
+    let tokens = launch.tokens();
+    let chunks = route_chunks(tokens);
+    let ticket = launch.counter(counters.route_ticket, 0);
     loop {
-        let chunk = claim(launch.counter(counters.route_ticket, 0), lane);
+        let chunk = claim(ticket, lane);
         if chunk >= chunks {
             return;
         }
-        route_chunk(launch, chunk, lane);
+        route_chunk(launch, tokens, chunk, lane);
         // The lists of the whole warp, then of all warps, come before the counts that are published.
         bar_warp_sync();
         let mut routed = 0;
@@ -52,13 +54,13 @@ pub fn claim(ticket: *mut u32, lane: u32) -> u32 {
 
 /// Routes one chunk: a lane for each choice, as many tokens at once as fit the warp.
 #[inline(always)]
-fn route_chunk(launch: &Launch, chunk: u32, lane: u32) {
+fn route_chunk(launch: &Launch, tokens: u32, chunk: u32, lane: u32) {
     let params = launch.params();
     let shape = &params.shape;
     let lanes_per_token = shape.top_k.next_power_of_two();
     let k = lane % lanes_per_token;
     let mut token = chunk * ROUTE_TOKENS + lane / lanes_per_token;
-    let end = launch.tokens.min((chunk + 1) * ROUTE_TOKENS);
+    let end = tokens.min((chunk + 1) * ROUTE_TOKENS);
     let mut first = chunk * ROUTE_TOKENS;
     while first < end {
         match choose(launch, token, k, k < shape.top_k && token < end, lane) {
@@ -103,6 +105,7 @@ fn publish(launch: &Launch, lane: u32) {
     }
     bar_warp_sync();
     fence_acq_rel_sys();
+    let epoch = launch.epoch();
     let mut expert = lane;
     while expert < shape.experts {
         let (owner, local) = (expert / shape.routed_experts(), expert % shape.routed_experts());
@@ -110,7 +113,7 @@ fn publish(launch: &Launch, lane: u32) {
         unsafe {
             let count = ld_relaxed_gpu_u32(launch.counter(params.workspace.counter.sent, expert));
             let place = launch.symmetric(owner, params.symmetric.counts, launch.count_index(params.rank, local));
-            st_relaxed_sys_u64(place, (launch.epoch as u64) << 32 | count as u64);
+            st_relaxed_sys_u64(place, (epoch as u64) << 32 | count as u64);
         }
         expert += WARP;
     }

@@ -54,6 +54,7 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     let params = launch.params();
     let shape = &params.shape;
     let routed = shape.routed_experts();
+    let epoch = launch.epoch();
     let mut expert = lane;
     while expert < shape.local_experts() {
         let mut rows = 0;
@@ -62,11 +63,11 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
                 let place = launch.symmetric(params.rank, params.symmetric.counts, launch.count_index(source, expert));
                 let missing = || Timeout { stage: Stage::Counts, rank: source, subject: params.rank * routed + expert };
                 // SAFETY: a place in the counts.
-                launch.wait_until(missing, || (unsafe { ld_acquire_sys_u64(place) } >> 32) as u32 == launch.epoch);
+                launch.wait_until(missing, || (unsafe { ld_acquire_sys_u64(place) } >> 32) as u32 == epoch);
                 rows += count_from(launch, source, expert);
             }
         } else {
-            rows = launch.tokens;
+            rows = launch.tokens();
         }
         // SAFETY: the array holds all local experts, and each has one writer.
         unsafe { cta.expert_rows(expert).store_u32(rows) };
@@ -84,12 +85,13 @@ fn hand_out_tasks(launch: &Launch, cta: Cta) {
         wave_experts: params.wave_experts,
         linear1_rows: 2 * shape.intermediate,
         linear2_rows: shape.hidden,
-        combine_chunks: combine_chunks(launch.tokens, ctas()),
+        combine_chunks: combine_chunks(launch.tokens(), ctas()),
     });
     let mut writer = TaskWriter::new(cta);
+    let next = launch.counter(params.workspace.counter.task_ticket, 0);
     loop {
         // SAFETY: a counter of this launch.
-        let ticket = unsafe { atom_add_relaxed_gpu(launch.counter(params.workspace.counter.task_ticket, 0), 1) };
+        let ticket = unsafe { atom_add_relaxed_gpu(next, 1) };
         // SAFETY: this warp wrote the counts.
         let task = cursor.seek(ticket, |expert| unsafe { cta.expert_rows(expert).load_u32() });
         writer.put(task);
