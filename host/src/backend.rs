@@ -5,7 +5,6 @@ use crate::error::Error;
 use ptx_sim::TensorMapSpec;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Where a layer's kernels run.
@@ -22,7 +21,12 @@ pub(crate) trait Backend: Send + Sync {
         0..self.ranks()
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "FusedMoe does not span processes yet"))]
+    /// Gives every process's blob to every process, in rank order. With several processes all call this together, with
+    /// blobs of one size, and none returns before all have called.
+    fn exchange(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        Ok(vec![blob.to_vec()])
+    }
+
     /// Given the addresses of the local ranks' buffers, in rank order: those of all ranks' buffers, as the local ranks
     /// see them. With several processes all call this together, and the buffers stay mapped as long as the backend lives.
     fn share(&self, addresses: &[u64], _name: &'static str) -> Result<Vec<u64>, Error> {
@@ -55,7 +59,7 @@ pub(crate) trait Backend: Send + Sync {
     fn prepare(&self, entry: &'static str, shared_bytes: u32) -> Result<(), Error>;
 
     /// Launches on all ranks named without waiting in between, then waits for all; reports in launch order.
-    fn launch(&self, launches: &[RankLaunch]) -> Result<Vec<RankReport>, Error>;
+    fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>, Error>;
 
     /// Queues one rank's launch on a `CUstream` and returns: no host synchronisation, no allocation, legal while the
     /// stream is captured. The simulator has no streams: it runs when the last rank is queued.
@@ -63,12 +67,27 @@ pub(crate) trait Backend: Send + Sync {
     /// # Safety
     /// On a GPU, `stream` is a stream of the rank's device, the arguments are what the entry takes, and the memory they
     /// name stays allocated until the launch is done.
-    unsafe fn enqueue(&self, launch: &RankLaunch, stream: *mut c_void) -> Result<(), Error>;
+    unsafe fn enqueue(&self, launch: &RankLaunch<'_>, stream: *mut c_void) -> Result<(), Error>;
+
+    /// A new `CUstream` on a rank's GPU; null in the simulator.
+    fn create_stream(&self, rank: usize) -> Result<*mut c_void, Error>;
+
+    /// Waits for everything queued on a rank's stream.
+    ///
+    /// # Safety
+    /// On a GPU, `stream` is a stream of the rank's device.
+    unsafe fn synchronize(&self, rank: usize, stream: *mut c_void) -> Result<(), Error>;
+
+    /// Destroys what [`Backend::create_stream`] returned.
+    ///
+    /// # Safety
+    /// It is not used again.
+    unsafe fn destroy_stream(&self, rank: usize, stream: *mut c_void) -> Result<(), Error>;
 }
 
 /// One rank's launch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct RankLaunch {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RankLaunch<'a> {
     /// The rank.
     pub(crate) rank: usize,
     /// Name of the kernel in the PTX.
@@ -80,7 +99,7 @@ pub(crate) struct RankLaunch {
     /// Dynamic shared memory of a CTA in bytes.
     pub(crate) shared_bytes: u32,
     /// The entry's arguments, each a `.u64`.
-    pub(crate) args: Vec<u64>,
+    pub(crate) args: &'a [u64],
     /// Whether all CTAs must be resident at once (a launch that cannot be is refused).
     pub(crate) cooperative: bool,
 }
@@ -92,50 +111,4 @@ pub(crate) struct RankReport {
     pub(crate) elapsed: Duration,
     /// The simulator's counters; `None` on a GPU.
     pub(crate) cost: Option<ptx_sim::Cost>,
-}
-
-/// Memory of one rank that is freed when this is dropped.
-pub(crate) struct DeviceBuffer {
-    backend: Arc<dyn Backend>,
-    rank: usize,
-    address: u64,
-    bytes: u64,
-}
-
-impl DeviceBuffer {
-    /// Allocates `bytes` (at least 1) on a rank.
-    pub(crate) fn new(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static str) -> Result<Self, Error> {
-        let address = backend.alloc(rank, bytes, name)?;
-        Ok(Self { backend: backend.clone(), rank, address, bytes })
-    }
-
-    /// Allocates as much as `contents` has, and copies it there.
-    pub(crate) fn with(
-        backend: &Arc<dyn Backend>,
-        rank: usize,
-        contents: &[u8],
-        name: &'static str,
-    ) -> Result<Self, Error> {
-        let buffer = Self::new(backend, rank, (contents.len() as u64).max(1), name)?;
-        backend.write(rank, buffer.address, contents)?;
-        Ok(buffer)
-    }
-
-    /// Address of the first byte.
-    pub(crate) fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// Size in bytes.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-}
-
-impl Drop for DeviceBuffer {
-    fn drop(&mut self) {
-        if let Err(error) = self.backend.free(self.rank, self.address) {
-            tracing::warn!(%error, rank = self.rank, "a buffer could not be freed");
-        }
-    }
 }

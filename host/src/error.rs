@@ -226,6 +226,31 @@ pub enum Error {
         /// The expert (for counts and results) or the tile (for rows and columns).
         subject: u32,
     },
+    /// A rank of another process, or none.
+    #[error("rank {rank} is not of this process, which has ranks {} to {}", local.start, local.end.saturating_sub(1))]
+    NotLocal {
+        /// The rank.
+        rank: usize,
+        /// The ranks of this process.
+        local: std::ops::Range<usize>,
+    },
+    /// An address that the kernel cannot use.
+    #[error("the {what} of rank {rank} at {address:#x} cannot be used; {expected}")]
+    Address {
+        /// What is there.
+        what: &'static str,
+        /// The rank.
+        rank: usize,
+        /// The device address.
+        address: u64,
+        /// What would be right.
+        expected: String,
+    },
+    /// A launch after one that ended with [`Error::Deadline`], in a group of several processes.
+    #[error(
+        "the ranks are out of step after a launch that ran past its deadline; every process must call `FusedMoe::recover` first"
+    )]
+    NotRecovered,
     /// GPUs are missing, or the CUDA driver failed.
     #[error(transparent)]
     Cuda(#[from] crate::cuda::CudaError),
@@ -241,6 +266,9 @@ pub enum Error {
     /// A tensor map that the simulator refuses.
     #[error("tensor map: {0}")]
     TensorMap(#[from] ptx_sim::tensor_map::TensorMapError),
+    /// A benchmarked layer's output is not what it should be.
+    #[error("wrong result: {0}")]
+    WrongResult(String),
     /// A hash-routed layer was given no token ids, or one outside its table.
     #[error("this layer routes by token id, and {problem}")]
     InputIds {

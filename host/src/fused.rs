@@ -1,21 +1,25 @@
 //! The layer on its ranks: buffers, parameter blocks, launches, and what a launch reports.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ferromoe_kernel::layout::{MAX_COMBINE_ROWS, MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
+use ferromoe_kernel::layout::{BF16_BYTES, MAX_COMBINE_ROWS, MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::params::{Arguments, ENTRY, Params};
 use ferromoe_kernel::shared::{SHARED_BYTES, THREADS};
 use ferromoe_kernel::status::{BadChoice, Fault, Status, Timeout};
 use ferromoe_kernel::tile::K_BLOCK;
 use half::bf16;
 
-use crate::backend::{Backend, DeviceBuffer, RankLaunch, RankReport};
+use crate::backend::{Backend, RankLaunch, RankReport};
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
 use crate::group::DeviceGroup;
 use crate::maps::tensor_maps;
+use crate::memory::DeviceBuffer;
+use crate::rendezvous::RendezvousError;
 use crate::weights::{ExpertWeights, RankWeights};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
@@ -45,7 +49,8 @@ pub struct RankOutput {
 
 /// One rank's arguments of a queued launch: device addresses in memory of any owner.
 ///
-/// The memory is the rank's own, and every rank of the group can read the hidden states.
+/// The memory is the rank's own, and every rank of the group can read the hidden states: with one process they may be anywhere on
+/// the rank's GPU, with several they are at [`FusedMoe::hidden_states`], which is mapped into all processes.
 #[derive(Clone, Copy, Debug)]
 pub struct RankInputs {
     /// bf16 [T, H], 16-byte aligned.
@@ -60,13 +65,18 @@ pub struct RankInputs {
     pub output: u64,
 }
 
-/// One MoE layer, ready to run on the ranks of a group.
+/// One MoE layer, ready to run on the ranks of a group: on those of this process, which is all unless every rank is a process.
 pub struct FusedMoe {
     group: DeviceGroup,
     config: MoeConfig,
     shape: Shape,
     workspace: WorkspaceLayout,
+    /// Those of this process.
     ranks: Vec<Rank>,
+    /// The ranks of a group of several processes are out of step.
+    broken: AtomicBool,
+    /// Reached through the parameter blocks of all ranks.
+    _symmetric: Vec<DeviceBuffer>,
 }
 
 /// One rank's memory.
@@ -74,8 +84,6 @@ struct Rank {
     params: Params,
     params_buffer: DeviceBuffer,
     workspace: DeviceBuffer,
-    /// Reached through the parameter blocks of all ranks.
-    _symmetric: DeviceBuffer,
     _linear1: DeviceBuffer,
     _linear2: DeviceBuffer,
     /// Where [`FusedMoe::forward`] puts its batch.
@@ -84,7 +92,8 @@ struct Rank {
 
 /// Device copies of a rank's batch and output, for the most tokens there can be.
 struct InputBuffers {
-    hidden_states: DeviceBuffer,
+    /// bf16 [max_tokens, H] behind what [`SymmetricLayout`] lays out, where every rank can read it.
+    hidden_states: u64,
     topk_idx: DeviceBuffer,
     topk_weights: DeviceBuffer,
     tokens: DeviceBuffer,
@@ -92,32 +101,42 @@ struct InputBuffers {
 }
 
 impl FusedMoe {
-    /// Prepares and uploads the weights, and allocates all buffers.
+    /// Prepares and uploads the weights of this process's ranks, and allocates all buffers. The processes of a group call this
+    /// together.
     ///
     /// # Errors
-    /// A configuration that the kernel cannot run, weights that do not fit it, or memory that runs out.
+    /// A configuration that the kernel cannot run or that is not that of every process, weights that do not fit it, memory
+    /// that runs out, or another process that did not come.
     pub fn new(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<Self> {
         let shape = layer_shape(config, group.ranks())?;
-        let workspace = WorkspaceLayout::new(&shape);
         let backend = &group.backend;
+        agree(&**backend, config)?;
         backend.prepare(ENTRY, SHARED_BYTES)?;
-        let symmetric = SymmetricLayout::new(&shape);
-        let buffers = (0..group.ranks())
-            .map(|rank| zeroed(backend, rank, symmetric.bytes, "symmetric buffer"))
-            .collect::<Result<Vec<_>>>()?;
+        let local = backend.local_ranks();
+        let symmetric: Vec<_> =
+            local.clone().map(|rank| symmetric_buffer(backend, rank, &shape)).collect::<Result<_>>()?;
+        let addresses: Vec<_> = symmetric.iter().map(DeviceBuffer::address).collect();
         let mut bases = [0; MAX_RANKS as usize];
-        for (base, buffer) in bases.iter_mut().zip(&buffers) {
-            *base = buffer.address();
+        let shared = backend.share(&addresses, "symmetric buffer")?;
+        bases[..shared.len()].copy_from_slice(&shared);
+        let make =
+            |rank| Rank::new(backend, config, shape, rank, bases, &weights.prepare(config, rank, group.ranks())?);
+        let ranks: Result<Vec<_>> = local.map(make).collect();
+        // The symmetric buffers of a layer that cannot be are released by all processes together.
+        let made = backend.exchange(&[ranks.is_ok().into()]);
+        let ranks = ranks?;
+        if let Some(rank) = made?.iter().position(|made| made != &[1]) {
+            return Err(RendezvousError::NotReady { rank }.into());
         }
-        let ranks = buffers
-            .into_iter()
-            .enumerate()
-            .map(|(rank, buffer)| {
-                let weights = weights.prepare(config, rank, group.ranks())?;
-                Rank::new(backend, config, shape, rank, bases, buffer, &weights)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Self { group: group.clone(), config: config.clone(), shape, workspace, ranks })
+        Ok(Self {
+            group: group.clone(),
+            config: config.clone(),
+            shape,
+            workspace: WorkspaceLayout::new(&shape),
+            ranks,
+            broken: AtomicBool::new(false),
+            _symmetric: symmetric,
+        })
     }
 
     /// The layer's configuration.
@@ -125,7 +144,16 @@ impl FusedMoe {
         &self.config
     }
 
-    /// Sets how long one wait of the kernel may last before the launch ends with an error. No launch may be running.
+    /// Where a rank's hidden states, bf16 [max_tokens_per_rank, H], can lie so that all ranks see them. [`Self::forward`] puts them
+    /// there; an engine whose layer before writes there needs no copy. No launch may be running when it is written.
+    ///
+    /// # Errors
+    /// A rank of another process.
+    pub fn hidden_states(&self, rank: usize) -> Result<u64> {
+        Ok(self.rank(rank)?.inputs.hidden_states)
+    }
+
+    /// Sets how long one wait of this process's kernels may last before the launch ends with an error. No launch may be running.
     pub fn set_deadline(&mut self, deadline: Duration) -> Result<()> {
         for rank in &mut self.ranks {
             rank.params.deadline_ns = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
@@ -134,13 +162,15 @@ impl FusedMoe {
         Ok(())
     }
 
-    /// One forward pass over all ranks: copies the batch to the ranks, launches, waits, and copies the outputs back.
+    /// One forward pass over all ranks: copies the batch, which has an entry for every rank of this process, to the
+    /// ranks, launches, waits, and copies the outputs back. The processes of a group call this together.
     ///
     /// # Errors
     /// A batch that does not fit the configuration, expert ids that do not exist or are repeated, a wait that ran past the
-    /// deadline. The layer can be used again after any of them.
+    /// deadline. The layer can be used again after any of them; in a group of several processes after [`Self::recover`]
+    /// where it was the deadline. A process that fails before its launch lets the others run into theirs.
     pub fn forward(&mut self, batch: &[RankBatch<'_>]) -> Result<Vec<RankOutput>> {
-        let everyone: Vec<_> = (0..self.ranks.len()).collect();
+        let everyone: Vec<_> = self.local_ranks().collect();
         self.forward_on(&everyone, batch)
     }
 
@@ -151,37 +181,109 @@ impl FusedMoe {
         for (rank, tokens) in self.ranks.iter().zip(batch) {
             rank.upload_batch(backend, tokens)?;
         }
-        let launches: Vec<_> =
-            launched.iter().map(|&rank| self.rank_launch(rank, self.ranks[rank].inputs.arguments())).collect();
-        let reports = backend.launch(&launches)?;
+        let inputs = launched.iter().map(|&rank| Ok((rank, self.rank(rank)?.inputs.arguments())));
+        let reports = self.launch(&inputs.collect::<Result<Vec<_>>>()?)?;
         self.check_status(Some(batch))?;
         let output = |(&rank, report): (&usize, RankReport)| {
-            let mut output = vec![bf16::ZERO; batch[rank].hidden_states.len()];
-            backend.read(rank, self.ranks[rank].inputs.output.address(), bytemuck::cast_slice_mut(&mut output))?;
+            let mut output = vec![bf16::ZERO; batch[rank - self.local_ranks().start].hidden_states.len()];
+            self.rank(rank)?.inputs.output.read(bytemuck::cast_slice_mut(&mut output))?;
             Ok(RankOutput { output, elapsed: report.elapsed, cost: report.cost })
         };
         launched.iter().zip(reports).map(output).collect()
     }
 
+    /// One launch on every rank with inputs that are in device memory already, in rank order; waits for its end.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    ///
+    /// # Safety
+    /// The memory that `inputs` names is as it says.
+    pub(crate) unsafe fn run(&mut self, inputs: &[RankInputs]) -> Result<Vec<RankReport>> {
+        let inputs: Vec<_> = self.local_ranks().zip(inputs.iter().copied()).collect();
+        let reports = self.launch(&inputs)?;
+        self.check_status(None)?;
+        Ok(reports)
+    }
+
+    fn launch(&self, inputs: &[(usize, RankInputs)]) -> Result<Vec<RankReport>> {
+        let arguments: Vec<_> =
+            inputs.iter().map(|&(rank, inputs)| self.arguments(rank, inputs)).collect::<Result<_>>()?;
+        let launches: Vec<_> =
+            inputs.iter().zip(&arguments).map(|((rank, _), arguments)| self.rank_launch(*rank, arguments)).collect();
+        self.group.backend.launch(&launches)
+    }
+
     /// Queues one rank's launch on a `CUstream` and returns at once: no host synchronisation, no allocation, and legal while
     /// the stream is captured. The launch ends when every rank of the group has been queued and has run. [`Self::check`] tells how it went.
     ///
-    /// The simulator has no streams: `stream` is ignored, and the launches run when the last rank is queued.
+    /// The simulator has no streams: `stream` is ignored, and the launches run when the last rank is queued, or when somebody waits
+    /// for them ([`crate::Stream::synchronize`]).
+    ///
+    /// # Errors
+    /// A rank of another process, hidden states that the other ranks cannot read, or a driver that refuses the launch.
     ///
     /// # Safety
     /// `stream` is a stream of the rank's GPU, and the memory that `inputs` names is as it says until the launch has ended.
     pub unsafe fn enqueue(&self, rank: usize, stream: *mut c_void, inputs: RankInputs) -> Result<()> {
-        let launch = self.rank_launch(rank, inputs);
+        let arguments = self.arguments(rank, inputs)?;
         // SAFETY: the caller's; the layer's own memory outlives its launches as the caller's does.
-        unsafe { self.group.backend.enqueue(&launch, stream) }
+        unsafe { self.group.backend.enqueue(&self.rank_launch(rank, &arguments), stream) }
     }
 
-    /// What the launches since the last call reported. No launch may be running.
+    /// What the launches of this process's ranks since the last call reported. No launch may be running.
     ///
     /// # Errors
-    /// As [`Self::forward`]; the layer can be used again.
+    /// As [`Self::forward`]; the layer can be used again, in a group of several processes after [`Self::recover`] where it
+    /// was the deadline.
     pub fn check(&self) -> Result<()> {
         self.check_status(None)
+    }
+
+    /// Makes the ranks agree again after a launch that ran past its deadline. A group of one process does this by itself. The
+    /// processes of a larger group call it together, once the launches of each have ended; a rank that was not
+    /// waiting itself meets the deadline at its next launch, and then calls this too.
+    ///
+    /// # Errors
+    /// Another process that does not come, or a driver that fails.
+    pub fn recover(&self) -> Result<()> {
+        let backend = &*self.group.backend;
+        let mut last = 0u32;
+        for (rank, state) in self.numbered() {
+            let mut epoch = 0u32;
+            backend.read(rank, state.workspace.address() + self.workspace.epoch, bytemuck::bytes_of_mut(&mut epoch))?;
+            last = last.max(epoch);
+        }
+        for epoch in backend.exchange(bytemuck::bytes_of(&last))? {
+            last = last.max(bytemuck::pod_read_unaligned(&epoch));
+        }
+        for (rank, state) in self.numbered() {
+            let base = state.workspace.address();
+            backend.write(rank, base + self.workspace.epoch, bytemuck::bytes_of(&[last, 0]))?;
+            backend.fill(rank, base + self.workspace.counters, 2 * self.workspace.counter.bytes, 0)?;
+            backend.write(rank, base + self.workspace.status, bytemuck::bytes_of(&Status::CLEAR))?;
+        }
+        self.broken.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The ranks of this process.
+    fn local_ranks(&self) -> Range<usize> {
+        self.group.backend.local_ranks()
+    }
+
+    fn rank(&self, rank: usize) -> Result<&Rank> {
+        let local = self.local_ranks();
+        let found = rank.checked_sub(local.start).and_then(|index| self.ranks.get(index));
+        found.ok_or(Error::NotLocal { rank, local })
+    }
+
+    fn numbered(&self) -> impl Iterator<Item = (usize, &Rank)> {
+        self.local_ranks().zip(&self.ranks)
+    }
+
+    fn spans_processes(&self) -> bool {
+        self.ranks.len() < self.shape.ranks as usize
     }
 
     fn check_batch(&self, batch: &[RankBatch<'_>]) -> Result<()> {
@@ -193,9 +295,11 @@ impl FusedMoe {
                 expected: format!("those of {}", self.ranks.len()),
             });
         }
-        let tokens: Vec<_> = batch.iter().map(|rank| rank.hidden_states.len() / hidden).collect();
-        self.config.check_tokens(&tokens)?;
-        for (rank, (tokens, batch)) in tokens.iter().zip(batch).enumerate() {
+        for (rank, batch) in self.local_ranks().zip(batch) {
+            let (tokens, max) = (batch.hidden_states.len() / hidden, self.config.max_tokens_per_rank);
+            if tokens > max {
+                return Err(Error::TooManyTokens { rank, tokens, max });
+            }
             for (what, found, expected) in [
                 ("hidden states", batch.hidden_states.len(), tokens * hidden),
                 ("expert ids", batch.topk_idx.len(), tokens * top_k),
@@ -213,22 +317,47 @@ impl FusedMoe {
         Ok(())
     }
 
-    fn rank_launch(&self, rank: usize, inputs: RankInputs) -> RankLaunch {
-        let arguments = Arguments {
-            params: self.ranks[rank].params_buffer.address(),
+    /// What the kernel gets, checked as far as the host can.
+    fn arguments(&self, rank: usize, inputs: RankInputs) -> Result<Arguments> {
+        let state = self.rank(rank)?;
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(Error::NotRecovered);
+        }
+        let own = state.inputs.hidden_states;
+        if self.spans_processes() && inputs.hidden_states != own {
+            return Err(Error::Address {
+                what: "hidden states",
+                rank,
+                address: inputs.hidden_states,
+                expected: format!(
+                    "other processes read them, so they must be at {own:#x}, as FusedMoe::hidden_states({rank}) says"
+                ),
+            });
+        }
+        for (what, address) in [("hidden states", inputs.hidden_states), ("output", inputs.output)] {
+            if !address.is_multiple_of(16) {
+                let expected = "the address must be a multiple of 16".into();
+                return Err(Error::Address { what, rank, address, expected });
+            }
+        }
+        Ok(Arguments {
+            params: state.params_buffer.address(),
             hidden_states: inputs.hidden_states,
             topk_ids: inputs.topk_idx,
             topk_weights: inputs.topk_weights,
             tokens: inputs.tokens,
             output: inputs.output,
-        };
+        })
+    }
+
+    fn rank_launch<'a>(&self, rank: usize, arguments: &'a Arguments) -> RankLaunch<'a> {
         RankLaunch {
             rank,
             entry: ENTRY,
             grid: [self.group.backend.sms(rank), 1, 1],
             block: [THREADS, 1, 1],
             shared_bytes: SHARED_BYTES,
-            args: bytemuck::cast_slice(&[arguments]).to_vec(),
+            args: bytemuck::cast_slice(std::slice::from_ref(arguments)),
             cooperative: false,
         }
     }
@@ -237,24 +366,25 @@ impl FusedMoe {
     fn check_status(&self, batch: Option<&[RankBatch<'_>]>) -> Result<()> {
         let backend = &*self.group.backend;
         let mut statuses = Vec::new();
-        for (rank, state) in self.ranks.iter().enumerate() {
+        for (rank, state) in self.numbered() {
             let address = state.workspace.address() + self.workspace.status;
             let mut status = Status::CLEAR;
             backend.read(rank, address, bytemuck::bytes_of_mut(&mut status))?;
             if status != Status::CLEAR {
                 backend.write(rank, address, bytemuck::bytes_of(&Status::CLEAR))?;
             }
-            statuses.push(status);
+            statuses.push((rank, status));
         }
         // A wait that ran out leaves counters and epochs as they were at that moment.
-        let timeouts =
-            statuses.iter().enumerate().filter_map(|(rank, status)| Some((rank, Timeout::unpack(status.timeout)?)));
+        let timeouts = statuses.iter().filter_map(|&(rank, status)| Some((rank, Timeout::unpack(status.timeout)?)));
         // A rank that drains makes others wait in vain, in later stages: the first stage is nearest to the cause.
         let timeout = timeouts.min_by_key(|(_, timeout)| timeout.stage as u8);
-        if timeout.is_some() {
-            self.reset()?;
+        match timeout {
+            Some(_) if self.spans_processes() => self.broken.store(true, Ordering::Relaxed),
+            Some(_) => self.recover()?,
+            None => {}
         }
-        for (rank, status) in statuses.iter().enumerate() {
+        for &(rank, status) in &statuses {
             if let Some(choice) = BadChoice::unpack(status.bad_choice) {
                 return Err(self.bad_choice(rank, choice, batch));
             }
@@ -273,28 +403,12 @@ impl FusedMoe {
 
     fn bad_choice(&self, rank: usize, choice: BadChoice, batch: Option<&[RankBatch<'_>]>) -> Error {
         let (token, k) = (choice.token as usize, choice.k as usize);
-        let expert = batch.and_then(|batch| batch[rank].topk_idx.get(token * self.config.top_k + k).copied());
+        let tokens = batch.map(|batch| &batch[rank - self.local_ranks().start]);
+        let expert = tokens.and_then(|tokens| tokens.topk_idx.get(token * self.config.top_k + k).copied());
         match choice.fault {
             Fault::OutOfRange => Error::ExpertId { rank, token, k, expert, experts: self.config.experts },
             Fault::Repeated => Error::RepeatedExpert { rank, token, k, expert },
         }
-    }
-
-    /// Makes the ranks agree again after a launch that did not end as it should: no counts, no tickets, one epoch.
-    fn reset(&self) -> Result<()> {
-        let backend = &*self.group.backend;
-        let mut last = 0u32;
-        for (rank, state) in self.ranks.iter().enumerate() {
-            let mut epoch = 0u32;
-            backend.read(rank, state.workspace.address() + self.workspace.epoch, bytemuck::bytes_of_mut(&mut epoch))?;
-            last = last.max(epoch);
-        }
-        for (rank, state) in self.ranks.iter().enumerate() {
-            let base = state.workspace.address();
-            backend.write(rank, base + self.workspace.epoch, bytemuck::bytes_of(&[last, 0]))?;
-            backend.fill(rank, base + self.workspace.counters, 2 * self.workspace.counter.bytes, 0)?;
-        }
-        Ok(())
     }
 
     /// The layer's sizes as the kernel sees them.
@@ -310,7 +424,6 @@ impl Rank {
         shape: Shape,
         rank: usize,
         symmetric_bases: [u64; MAX_RANKS as usize],
-        symmetric: DeviceBuffer,
         weights: &RankWeights,
     ) -> Result<Self> {
         let layout = WorkspaceLayout::new(&shape);
@@ -336,10 +449,9 @@ impl Rank {
             params,
             params_buffer: DeviceBuffer::with(backend, rank, bytemuck::bytes_of(&params), "parameter block")?,
             workspace,
-            _symmetric: symmetric,
             _linear1: linear1,
             _linear2: linear2,
-            inputs: InputBuffers::new(backend, rank, &shape)?,
+            inputs: InputBuffers::new(backend, rank, &shape, symmetric_bases[rank])?,
         })
     }
 
@@ -351,32 +463,30 @@ impl Rank {
         let rank = self.params.rank as usize;
         let tokens = (batch.hidden_states.len() / self.params.shape.hidden as usize) as u32;
         let inputs = &self.inputs;
-        backend.write(rank, inputs.hidden_states.address(), bytemuck::cast_slice(batch.hidden_states))?;
-        backend.write(rank, inputs.topk_idx.address(), bytemuck::cast_slice(batch.topk_idx))?;
-        backend.write(rank, inputs.topk_weights.address(), bytemuck::cast_slice(batch.topk_weights))?;
-        backend.write(rank, inputs.tokens.address(), bytemuck::bytes_of(&tokens))?;
+        backend.write(rank, inputs.hidden_states, bytemuck::cast_slice(batch.hidden_states))?;
+        inputs.topk_idx.write(bytemuck::cast_slice(batch.topk_idx))?;
+        inputs.topk_weights.write(bytemuck::cast_slice(batch.topk_weights))?;
+        inputs.tokens.write(bytemuck::bytes_of(&tokens))?;
         // NaN everywhere: a value that the kernel does not write is never one of an earlier launch.
         backend.fill(rank, inputs.output.address(), inputs.output.bytes(), 0xff)
     }
 }
 
 impl InputBuffers {
-    fn new(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape) -> Result<Self> {
-        let tokens = u64::from(shape.max_tokens).max(1);
-        let states = tokens * u64::from(shape.hidden) * 2;
-        let choices = tokens * u64::from(shape.top_k) * 4;
+    fn new(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape, symmetric_base: u64) -> Result<Self> {
+        let choices = u64::from(shape.max_tokens) * u64::from(shape.top_k) * 4;
         Ok(Self {
-            hidden_states: DeviceBuffer::new(backend, rank, states, "hidden states")?,
+            hidden_states: symmetric_base + SymmetricLayout::new(shape).bytes,
             topk_idx: DeviceBuffer::new(backend, rank, choices, "expert ids")?,
             topk_weights: DeviceBuffer::new(backend, rank, choices, "routing weights")?,
             tokens: DeviceBuffer::new(backend, rank, 4, "token count")?,
-            output: DeviceBuffer::new(backend, rank, states, "output")?,
+            output: DeviceBuffer::new(backend, rank, states_bytes(shape), "output")?,
         })
     }
 
     fn arguments(&self) -> RankInputs {
         RankInputs {
-            hidden_states: self.hidden_states.address(),
+            hidden_states: self.hidden_states,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
@@ -406,6 +516,45 @@ fn layer_shape(config: &MoeConfig, ranks: usize) -> Result<Shape> {
         });
     }
     Ok(shape)
+}
+
+/// Checks that all processes make the same layer.
+fn agree(backend: &dyn Backend, config: &MoeConfig) -> Result<()> {
+    let limit = config.swiglu_limit.map_or_else(|| "none".into(), |limit| limit.to_string());
+    let parts = [
+        ("a hidden size of", config.hidden.to_string()),
+        ("an intermediate size of", config.intermediate.to_string()),
+        ("a number of experts of", config.experts.to_string()),
+        ("a number of shared experts of", config.shared_experts.to_string()),
+        ("a top-k of", config.top_k.to_string()),
+        ("a maximum of tokens per rank of", config.max_tokens_per_rank.to_string()),
+        ("a SwiGLU limit of", limit),
+    ];
+    // Blobs have one size: every part is padded to more than any number takes.
+    let blob: String = parts.iter().map(|(_, value)| format!("{value:<64}")).collect();
+    let blobs = backend.exchange(blob.as_bytes())?;
+    for (rank, theirs) in blobs.iter().enumerate() {
+        for ((what, _), (theirs, ours)) in parts.iter().zip(theirs.chunks(64).zip(blobs[0].chunks(64))) {
+            if theirs != ours {
+                let text = |part| String::from_utf8_lossy(part).trim_end().to_owned();
+                return Err(RendezvousError::Mismatch { rank, what, theirs: text(theirs), ours: text(ours) }.into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A rank's symmetric buffer, with its hidden states behind what the kernel lays out. Zeroed but for those.
+fn symmetric_buffer(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape) -> Result<DeviceBuffer> {
+    let layout = SymmetricLayout::new(shape);
+    let buffer = DeviceBuffer::new(backend, rank, layout.bytes + states_bytes(shape), "symmetric buffer")?;
+    backend.fill(rank, buffer.address(), layout.bytes, 0)?;
+    Ok(buffer)
+}
+
+/// Bytes of the most hidden states that a rank can have.
+fn states_bytes(shape: &Shape) -> u64 {
+    u64::from(shape.max_tokens) * u64::from(shape.hidden) * BF16_BYTES
 }
 
 fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static str) -> Result<DeviceBuffer> {

@@ -1,13 +1,17 @@
 //! The ranks a layer runs on: GPUs, or simulated ones.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backend::Backend;
 use crate::config::MAX_RANKS;
-use crate::cuda::{CudaBackend, Gpu, find_gpus, share_gpu};
+use crate::cuda::{CudaBackend, Gpu, find_gpus, gpu_of, share_gpu};
 use crate::error::{Error, Result};
-use crate::ptx::PTX;
+use crate::memory::{DeviceBuffer, Stream};
+use crate::ptx::{PTX, source_digest};
+use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
 use crate::simulated::SimBackend;
 
 /// What to run on.
@@ -41,51 +45,123 @@ impl Default for SimOptions {
 }
 
 /// One to eight ranks whose memories are mapped into one address space. Cloning shares them.
+///
+/// One process drives them all ([`Self::open`]), or each is driven by a process of its own ([`Self::join`]).
 #[derive(Clone)]
 pub struct DeviceGroup {
     pub(crate) backend: Arc<dyn Backend>,
     choice: String,
+    simulated: bool,
 }
 
 impl DeviceGroup {
-    /// Opens `ranks` ranks (1 to [`MAX_RANKS`]).
+    /// Opens `ranks` ranks (1 to [`MAX_RANKS`]), all driven by this process.
     pub fn open(device: Device, ranks: usize) -> Result<Self> {
-        if !(1..=MAX_RANKS).contains(&ranks) {
-            return Err(Error::Ranks { ranks });
-        }
+        check_ranks(ranks)?;
+        let simulated = |options, why: &str| Ok(Self::new(SimBackend::new(ranks, options)?, true, why));
+        let on_gpus = |gpus: Vec<Gpu>, why| Ok(Self::new(CudaBackend::open(gpus, PTX)?, false, why));
         match device {
-            Device::Sim(options) => Self::simulated(ranks, options, "as asked for"),
-            Device::Cuda => Self::on_gpus(find_gpus(ranks)?, "as asked for"),
-            Device::SharedGpu => Self::on_gpus(share_gpu(ranks)?, "as asked for"),
+            Device::Sim(options) => simulated(options, AS_ASKED),
+            Device::Cuda => on_gpus(find_gpus(ranks)?, AS_ASKED),
+            Device::SharedGpu => on_gpus(share_gpu(ranks)?, AS_ASKED),
             Device::Auto(options) => match find_gpus(ranks) {
-                Ok(gpus) => Self::on_gpus(gpus, "for they are there"),
-                Err(missing) => Self::simulated(ranks, options, &format!("for {missing}")),
+                Ok(gpus) => on_gpus(gpus, AS_THERE),
+                Err(missing) => simulated(options, &missing.brief()),
             },
         }
     }
 
-    fn simulated(ranks: usize, options: SimOptions, why: &str) -> Result<Self> {
-        Ok(Self::new(SimBackend::new(ranks, options)?, why))
+    /// Opens rank `rank` of `ranks`, whose other ranks are other processes. All meet at `address`: rank 0 listens there, and all
+    /// wait for each other for at most `timeout`, now and whenever they do something together ([`crate::FusedMoe::new`],
+    /// [`crate::FusedMoe::recover`], and the release of a layer).
+    ///
+    /// A rank takes the GPU of its number, or the only one that `CUDA_VISIBLE_DEVICES` leaves it; with [`Device::SharedGpu`] ranks
+    /// share GPUs. [`Device::Auto`] takes GPUs if every rank has one. Simulated ranks are threads of one process: what
+    /// several processes would do can be tried and tested so. Rank 0's [`SimOptions`] count.
+    ///
+    /// # Errors
+    /// [`crate::RendezvousError`], naming a rank that did not come, or that has another version or kernel; and as [`Self::open`].
+    pub fn join(
+        device: Device,
+        rank: usize,
+        ranks: usize,
+        address: &RendezvousAddress,
+        timeout: Duration,
+    ) -> Result<Self> {
+        check_ranks(ranks)?;
+        let mut others = Rendezvous::join(address, Member { rank, ranks, digest: source_digest() }, timeout)?;
+        let simulated = |others, options, why: &str| Ok(Self::new(SimBackend::join(others, options)?, true, why));
+        let on_gpu = |others, gpu, why| Ok(Self::new(CudaBackend::open_process(gpu, PTX, others)?, false, why));
+        match device {
+            Device::Sim(options) => simulated(others, options, AS_ASKED),
+            Device::Cuda => on_gpu(others, gpu_of(rank, ranks, false)?, AS_ASKED),
+            Device::SharedGpu => on_gpu(others, gpu_of(rank, ranks, true)?, AS_ASKED),
+            Device::Auto(options) => {
+                let found = gpu_of(rank, ranks, false);
+                let without = others.exchange(&[found.is_err().into()])?.iter().position(|blob| blob == &[1]);
+                match (found, without) {
+                    (Ok(gpu), None) => on_gpu(others, gpu, AS_THERE),
+                    (Ok(_), Some(rank)) => simulated(others, options, &format!("rank {rank} has no GPU")),
+                    (Err(missing), _) => simulated(others, options, &missing.brief()),
+                }
+            }
+        }
     }
 
-    fn on_gpus(gpus: Vec<Gpu>, why: &str) -> Result<Self> {
-        Ok(Self::new(CudaBackend::open(gpus, PTX)?, why))
+    fn new(backend: impl Backend + 'static, simulated: bool, why: &str) -> Self {
+        let choice = format!("{} ({why})", backend.description());
+        Self { backend: Arc::new(backend), choice, simulated }
     }
 
-    fn new(backend: impl Backend + 'static, why: &str) -> Self {
-        let choice = format!("{}, {why}", backend.description());
-        Self { backend: Arc::new(backend), choice }
-    }
-
-    /// Number of ranks.
+    /// Number of ranks, those of other processes included.
     pub fn ranks(&self) -> usize {
         self.backend.ranks()
+    }
+
+    /// The ranks that this process drives.
+    pub fn local_ranks(&self) -> Range<usize> {
+        self.backend.local_ranks()
+    }
+
+    /// Whether the ranks are simulated.
+    pub fn is_simulated(&self) -> bool {
+        self.simulated
     }
 
     /// What the group runs on, and why.
     pub fn description(&self) -> &str {
         &self.choice
     }
+
+    /// Allocates `bytes` (at least 1) on a rank of this process, contents undefined; `name` appears in errors.
+    ///
+    /// # Errors
+    /// A rank of another process, or memory that runs out.
+    pub fn alloc(&self, rank: usize, bytes: u64, name: &'static str) -> Result<DeviceBuffer> {
+        self.check_local(rank)?;
+        DeviceBuffer::new(&self.backend, rank, bytes, name)
+    }
+
+    /// A new stream of a rank of this process.
+    ///
+    /// # Errors
+    /// A rank of another process, or a driver that fails.
+    pub fn stream(&self, rank: usize) -> Result<Stream> {
+        self.check_local(rank)?;
+        Stream::new(&self.backend, rank)
+    }
+
+    fn check_local(&self, rank: usize) -> Result<()> {
+        let local = self.local_ranks();
+        if local.contains(&rank) { Ok(()) } else { Err(Error::NotLocal { rank, local }) }
+    }
+}
+
+const AS_ASKED: &str = "as asked for";
+const AS_THERE: &str = "found on this machine";
+
+fn check_ranks(ranks: usize) -> Result<()> {
+    if (1..=MAX_RANKS).contains(&ranks) { Ok(()) } else { Err(Error::Ranks { ranks }) }
 }
 
 impl fmt::Debug for DeviceGroup {

@@ -6,6 +6,7 @@
 //! results are held against.
 
 mod backend;
+pub mod bench;
 mod checkpoint;
 mod config;
 pub mod cuda;
@@ -16,6 +17,7 @@ mod group;
 mod input;
 mod maps;
 mod matrix;
+mod memory;
 mod model;
 mod ptx;
 pub mod reference;
@@ -35,6 +37,7 @@ pub use fused::{DEFAULT_DEADLINE, FusedMoe, RankBatch, RankInputs, RankOutput};
 pub use group::{Device, DeviceGroup, SimOptions};
 pub use input::MoeInput;
 pub use matrix::Matrix;
+pub use memory::{DeviceBuffer, Stream};
 pub use model::Family;
 pub use ptx::PTX;
 pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};

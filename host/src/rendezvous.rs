@@ -1,8 +1,7 @@
 //! Where the ranks of one group meet when each is a process: rank 0 listens, the others connect, and all exchange small
 //! blobs (handles of their buffers) through it. Nothing here knows of GPUs.
 //!
-//! A rank first says who it is: protocol and crate version, rank, number of ranks, and a digest of what all must agree on
-//! (the layer's shape). Rank 0 answers when all have come, or says to all that came why the group cannot be.
+//! A rank first says who it is: protocol and crate version, rank, number of ranks, and the digest of its kernel. Rank 0 answers when all have come, or says to all that came why the group cannot be.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -58,6 +57,12 @@ pub enum RendezvousError {
     /// Two processes with the same rank.
     #[error("two processes came as rank {rank}; every process must have a rank of its own")]
     Twice {
+        /// The rank.
+        rank: usize,
+    },
+    /// A rank that cannot do its part.
+    #[error("rank {rank} could not make its part of the layer; its own error says why")]
+    NotReady {
         /// The rank.
         rank: usize,
     },
@@ -136,7 +141,7 @@ pub struct Member {
     pub rank: usize,
     /// Number of ranks of the group.
     pub ranks: usize,
-    /// Digest of what all ranks must agree on.
+    /// Digest of the kernel that it runs.
     pub digest: [u8; 32],
 }
 
@@ -180,6 +185,11 @@ impl Rendezvous {
     /// Who this process is.
     pub fn member(&self) -> Member {
         self.member
+    }
+
+    /// How long ranks wait for each other.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     /// Gives every rank's `blob` to every rank, in rank order. All ranks call this together, with blobs of one size of
@@ -263,7 +273,7 @@ impl Rendezvous {
             return Err(mismatch("a group of ranks", hello.ranks.to_string(), ours.ranks.to_string()));
         }
         if hello.digest != ours.digest {
-            return Err(mismatch("a layer with digest", hex(&hello.digest), hex(&ours.digest)));
+            return Err(mismatch("a kernel with digest", hex(&hello.digest), hex(&ours.digest)));
         }
         match rank.checked_sub(1).map(|place| came.get(place)) {
             Some(Some(None)) => Ok(rank - 1),
@@ -648,11 +658,11 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_with_another_layer_is_named() {
+    fn a_rank_with_another_kernel_is_named() {
         let (_folder, address) = unix();
         let other = Member { digest: [8; 32], ..member(1, 2) };
         let results = meet(&address, &[member(0, 2), other], LONG);
-        let expected = "rank 1 has a layer with digest 0808080808080808, rank 0 has 0707070707070707; \
+        let expected = "rank 1 has a kernel with digest 0808080808080808, rank 0 has 0707070707070707; \
                         all ranks must have the same";
         assert_eq!(message(&results[0]), expected);
         assert_eq!(message(&results[1]), format!("rank 0 reports: {expected}"));

@@ -1,34 +1,134 @@
-//! Simulated ranks: the PTX runs on the CPU, in `ptx-sim`.
+//! Simulated ranks: the PTX runs on the CPU, in `ptx-sim`. The ranks of a group are driven by one [`SimBackend`], or each
+//! by its own in a thread of its own, as processes drive GPUs; then they share a [`Node`].
 
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_void;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, TensorMap, TensorMapSpec};
+use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
 
 use crate::backend::{Backend, RankLaunch, RankReport};
 use crate::error::{Error, Result};
 use crate::group::SimOptions;
 use crate::ptx::PTX;
+use crate::rendezvous::{Rendezvous, RendezvousError};
 
-/// A node of simulated GPUs.
+/// Ranks of a node of simulated GPUs.
 pub(crate) struct SimBackend {
-    ranks: usize,
+    node: Arc<Node>,
+    local: Range<usize>,
+    /// The meeting point with the ranks of other threads.
+    others: Option<Mutex<Rendezvous>>,
+    /// How long ranks whose launches are waited for wait for those of others.
+    patience: Duration,
+}
+
+/// Simulated GPUs with one address space.
+struct Node {
     options: SimOptions,
     module: Module,
     state: Mutex<State>,
+    /// Told after every run.
+    ran: Condvar,
 }
 
 struct State {
     machine: Machine,
-    /// Launches so far: each gets another seed, as no two launches on a GPU run alike.
+    /// Runs so far: each gets another seed, as no two launches on a GPU run alike.
     runs: u64,
-    /// Queued launches: they run when every rank has one.
-    queue: Vec<RankLaunch>,
+    /// Each rank's launches that have not run: they run when every rank has one.
+    queues: Vec<VecDeque<Queued>>,
+    /// Names launches.
+    last_ticket: u64,
+    /// What became of the launches that are waited for.
+    reports: BTreeMap<u64, std::result::Result<Cost, SimError>>,
+    /// What other launches of a rank ran into, until somebody asks.
+    failures: Vec<Option<SimError>>,
 }
 
+struct Queued {
+    ticket: u64,
+    /// Whether a thread takes the report.
+    reported: bool,
+    entry: &'static str,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    args: Vec<u64>,
+}
+
+/// Nodes that rank 0 has opened and other ranks are about to join, by number.
+static OPENED: Mutex<BTreeMap<u64, Weak<Node>>> = Mutex::new(BTreeMap::new());
+static NEXT_NODE: AtomicU64 = AtomicU64::new(0);
+
 impl SimBackend {
+    /// Opens all ranks of a node.
     pub(crate) fn new(ranks: usize, options: SimOptions) -> Result<Self> {
+        let node = Arc::new(Node::new(ranks, options)?);
+        Ok(Self { node, local: 0..ranks, others: None, patience: Duration::ZERO })
+    }
+
+    /// Opens one rank of a node whose other ranks are other threads of this process, met at `others`. Rank 0's options count.
+    pub(crate) fn join(mut others: Rendezvous, options: SimOptions) -> Result<Self> {
+        let member = others.member();
+        let opened = match member.rank {
+            0 => Some(Arc::new(Node::new(member.ranks, options)?)),
+            _ => None,
+        };
+        let number = NEXT_NODE.fetch_add(1, Ordering::Relaxed);
+        if let Some(node) = &opened {
+            lock(&OPENED).insert(number, Arc::downgrade(node));
+        }
+        let joined = find_node(&mut others, number);
+        lock(&OPENED).remove(&number);
+        let patience = others.timeout();
+        let local = member.rank..member.rank + 1;
+        Ok(Self { node: joined?, local, others: Some(Mutex::new(others)), patience })
+    }
+
+    /// Waits until `done`. Whenever the other ranks' launches have not come in time, those that are there run without them.
+    fn wait_until(&self, done: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.node.state);
+        while !done(&state) {
+            let waited = self.node.ran.wait_timeout_while(state, self.patience, |state| !done(state));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if !done(&state) {
+                self.node.run_first_of_each(&mut state);
+            }
+        }
+        state
+    }
+}
+
+/// Rank 0's node: all ranks tell each other their process and their number, and rank 0's names the node.
+fn find_node(others: &mut Rendezvous, number: u64) -> Result<Arc<Node>> {
+    let process = u64::from(std::process::id());
+    let blobs = others.exchange(bytemuck::cast_slice(&[process, number]))?;
+    let words = |blob: &[u8]| bytemuck::pod_collect_to_vec::<u8, u64>(blob);
+    let named = words(&blobs[0]);
+    if let Some(rank) = blobs.iter().position(|blob| words(blob)[0] != named[0]) {
+        return Err(RendezvousError::Mismatch {
+            rank,
+            what: "simulated memory in process",
+            theirs: words(&blobs[rank])[0].to_string(),
+            ours: format!("{} (only threads can share simulated ranks)", named[0]),
+        }
+        .into());
+    }
+    let node = lock(&OPENED).get(&named[1]).and_then(Weak::upgrade);
+    // Rank 0 keeps the node until all have it.
+    others.exchange(&[])?;
+    node.ok_or_else(|| {
+        let source = std::io::Error::other("its node is gone");
+        RendezvousError::Left { rank: 0, source }.into()
+    })
+}
+
+impl Node {
+    fn new(ranks: usize, options: SimOptions) -> Result<Self> {
         for (what, value) in [("SM count", Some(options.sms)), ("residency", options.residency)] {
             if value == Some(0) {
                 return Err(Error::Size {
@@ -38,49 +138,117 @@ impl SimBackend {
                 });
             }
         }
-        let state = State { machine: Machine::new(ranks), runs: 0, queue: Vec::new() };
-        Ok(Self { ranks, options, module: Module::parse(PTX)?, state: Mutex::new(state) })
+        let state = State {
+            machine: Machine::new(ranks),
+            runs: 0,
+            queues: (0..ranks).map(|_| VecDeque::new()).collect(),
+            last_ticket: 0,
+            reports: BTreeMap::new(),
+            failures: vec![None; ranks],
+        };
+        Ok(Self { options, module: Module::parse(PTX)?, state: Mutex::new(state), ran: Condvar::new() })
     }
 
-    /// The machine stays usable after a panic elsewhere: every access is checked by itself.
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Queues a launch and returns its ticket. Launches run while every rank has one.
+    fn queue(&self, state: &mut State, launch: &RankLaunch<'_>, reported: bool) -> u64 {
+        state.last_ticket += 1;
+        state.queues[launch.rank].push_back(Queued {
+            ticket: state.last_ticket,
+            reported,
+            entry: launch.entry,
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            args: launch.args.to_vec(),
+        });
+        let ticket = state.last_ticket;
+        while state.queues.iter().all(|queue| !queue.is_empty()) {
+            self.run_first_of_each(state);
+        }
+        ticket
     }
 
-    fn run(&self, state: &mut State, launches: &[RankLaunch]) -> Result<Vec<Cost>> {
+    /// Runs the first launch of every rank that has one, together.
+    fn run_first_of_each(&self, state: &mut State) {
         state.runs += 1;
         let options = RunOptions {
             seed: self.options.seed.wrapping_add(state.runs.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
             residency: self.options.residency,
             ..RunOptions::default()
         };
-        let launches: Vec<_> = launches
+        let first = state.queues.iter_mut().enumerate().filter_map(|(rank, queue)| Some((rank, queue.pop_front()?)));
+        let first: Vec<_> = first.collect();
+        let launches: Vec<_> = first
             .iter()
-            .map(|launch| Launch {
-                device: launch.rank,
+            .map(|(rank, queued)| Launch {
+                device: *rank,
                 module: &self.module,
-                entry: launch.entry,
-                grid: launch.grid,
-                block: launch.block,
-                shared_bytes: launch.shared_bytes,
-                args: launch.args.iter().map(|&arg| Arg::U64(arg)).collect(),
+                entry: queued.entry,
+                grid: queued.grid,
+                block: queued.block,
+                shared_bytes: queued.shared_bytes,
+                args: queued.args.iter().map(|&arg| Arg::U64(arg)).collect(),
             })
             .collect();
-        Ok(state.machine.run(&launches, &options)?)
+        let result = state.machine.run(&launches, &options);
+        for (at, (rank, queued)) in first.iter().enumerate() {
+            let outcome = result.as_ref().map(|costs| costs[at].clone()).map_err(Clone::clone);
+            if queued.reported {
+                state.reports.insert(queued.ticket, outcome);
+            } else if let Err(error) = outcome {
+                state.failures[*rank] = Some(error);
+            }
+        }
+        self.ran.notify_all();
+    }
+}
+
+/// What is behind the locks is whole after every statement, so a panic elsewhere does not spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl SimBackend {
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.node.state)
+    }
+
+    fn ranks_of_node(&self) -> usize {
+        self.others.as_ref().map_or(self.local.end, |others| lock(others).member().ranks)
     }
 }
 
 impl Backend for SimBackend {
     fn description(&self) -> String {
-        format!("{} simulated rank{} of {} SMs", self.ranks, if self.ranks == 1 { "" } else { "s" }, self.options.sms)
+        let (ranks, sms) = (self.ranks(), self.node.options.sms);
+        let which = if self.others.is_some() { format!("rank {} of ", self.local.start) } else { String::new() };
+        format!("{which}{ranks} simulated rank{} of {sms} SMs", if ranks == 1 { "" } else { "s" })
     }
 
     fn ranks(&self) -> usize {
-        self.ranks
+        self.ranks_of_node()
+    }
+
+    fn local_ranks(&self) -> Range<usize> {
+        self.local.clone()
+    }
+
+    fn exchange(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>> {
+        match &self.others {
+            Some(others) => Ok(lock(others).exchange(blob)?),
+            None => Ok(vec![blob.to_vec()]),
+        }
+    }
+
+    fn share(&self, addresses: &[u64], _name: &'static str) -> Result<Vec<u64>> {
+        match &self.others {
+            Some(_) => Ok(self.exchange(bytemuck::cast_slice(addresses))?.concat().chunks_exact(8).map(word).collect()),
+            None => Ok(addresses.to_vec()),
+        }
     }
 
     fn sms(&self, _rank: usize) -> u32 {
-        self.options.sms
+        self.node.options.sms
     }
 
     fn alloc(&self, rank: usize, bytes: u64, name: &'static str) -> Result<u64> {
@@ -111,19 +279,37 @@ impl Backend for SimBackend {
         Ok(())
     }
 
-    fn launch(&self, launches: &[RankLaunch]) -> Result<Vec<RankReport>> {
-        let costs = self.run(&mut self.state(), launches)?;
+    fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>> {
+        let tickets: Vec<u64> = {
+            let mut state = self.state();
+            launches.iter().map(|launch| self.node.queue(&mut state, launch, true)).collect()
+        };
+        let mut state = self.wait_until(|state| tickets.iter().all(|ticket| state.reports.contains_key(ticket)));
+        let outcomes: Vec<_> = tickets.iter().filter_map(|ticket| state.reports.remove(ticket)).collect();
         let report = |cost: Cost| RankReport { elapsed: Duration::from_nanos(cost.simulated_ns), cost: Some(cost) };
-        Ok(costs.into_iter().map(report).collect())
+        outcomes.into_iter().map(|outcome| Ok(report(outcome?))).collect()
     }
 
-    unsafe fn enqueue(&self, launch: &RankLaunch, _stream: *mut c_void) -> Result<()> {
+    unsafe fn enqueue(&self, launch: &RankLaunch<'_>, _stream: *mut c_void) -> Result<()> {
         let mut state = self.state();
-        state.queue.push(launch.clone());
-        if state.queue.len() == self.ranks {
-            let queue = std::mem::take(&mut state.queue);
-            self.run(&mut state, &queue)?;
-        }
+        self.node.queue(&mut state, launch, false);
+        state.failures[launch.rank].take().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    fn create_stream(&self, _rank: usize) -> Result<*mut c_void> {
+        Ok(std::ptr::null_mut())
+    }
+
+    unsafe fn synchronize(&self, rank: usize, _stream: *mut c_void) -> Result<()> {
+        let mut state = self.wait_until(|state| state.queues[rank].is_empty());
+        state.failures[rank].take().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    unsafe fn destroy_stream(&self, _rank: usize, _stream: *mut c_void) -> Result<()> {
         Ok(())
     }
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    bytemuck::pod_read_unaligned(bytes)
 }

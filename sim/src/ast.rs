@@ -160,12 +160,15 @@ pub(crate) struct Instruction {
     pub line: u32,
 }
 
-/// A `.loc`: file number, line, and the place it was inlined at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+/// A `.loc`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub(crate) struct Location {
     pub file: u32,
     pub line: u32,
+    /// File number and line that it was inlined at.
     pub inlined_at: Option<(u32, u32)>,
+    /// LLVM's comment on the line: the chain of all places it was inlined at.
+    pub comment: String,
 }
 
 /// One statement of a body.

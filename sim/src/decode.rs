@@ -1,6 +1,7 @@
 //! From a parsed module to its decoded form: lays out variables, resolves names, compiles instructions.
 
 mod asynchronous;
+mod carry;
 mod compare;
 mod control;
 mod convert;
@@ -74,6 +75,16 @@ fn align_up(value: u64, align: u64) -> u64 {
     value.next_multiple_of(align.max(1))
 }
 
+/// The places `a:1` and `b:2` in a comment `// x:3:9 @[ a:1:5 @[ b:2:7 ] ]`.
+fn inline_chain(comment: &str) -> Vec<String> {
+    let without_column = |place: &str| {
+        let place = place.trim_matches([' ', ']']);
+        let column = place.rsplit_once(':').filter(|(rest, _)| rest.contains(':'));
+        column.map_or(place, |(rest, _)| rest).to_owned()
+    };
+    comment.split("@[").skip(1).map(without_column).collect()
+}
+
 /// Static shared memory of a body, laid out in order after `start`.
 fn shared_end(body: &[Statement], start: u64, align: &mut u64) -> u64 {
     body.iter().fold(start, |end, statement| match statement {
@@ -96,7 +107,7 @@ impl Decoder {
                 functions: Vec::new(),
                 variables: Vec::new(),
                 locations: Vec::new(),
-                registers: RegisterCounts::default(),
+                registers: RegisterCounts { predicates: carry::CARRY.0 + 1, ..RegisterCounts::default() },
                 constants: Constants::default(),
                 local_bytes: 0,
                 dynamic_shared: SHARED_START,
@@ -370,7 +381,7 @@ impl Decoder {
                     }
                 }
                 Statement::Instruction(instruction) => self.instruction(instruction)?,
-                Statement::Location(location) => self.set_location(*location),
+                Statement::Location(location) => self.set_location(location),
                 Statement::Variable(variable, line) => self.declare(variable, *line)?,
                 Statement::Block(inner) => self.block(inner)?,
                 Statement::BranchTargets(..) => {}
@@ -380,21 +391,23 @@ impl Decoder {
         Ok(())
     }
 
-    fn set_location(&mut self, location: ast::Location) {
+    fn set_location(&mut self, location: &ast::Location) {
         if location.line == 0 {
             return;
         }
         let file = |number: u32| self.files.get(&number).cloned().unwrap_or_else(|| format!("file {number}"));
-        let next = self.module.locations.len() as u32;
-        let index = *self.locations.entry(location).or_insert(next);
-        if index == next {
-            self.module.locations.push(SourceLocation {
-                file: file(location.file),
-                line: location.line,
-                inlined_at: location.inlined_at.map(|(number, line)| (file(number), line)),
-            });
+        if let Some(index) = self.locations.get(location) {
+            self.location = *index;
+            return;
         }
-        self.location = index;
+        let mut callers = inline_chain(&location.comment);
+        if let (Some((number, line)), true) = (location.inlined_at, callers.is_empty()) {
+            callers.push(format!("{}:{line}", file(number)));
+        }
+        let place = format!("{}:{}", file(location.file), location.line);
+        self.location = self.module.locations.len() as u32;
+        self.module.locations.push(SourceLocation { place, callers });
+        self.locations.insert(location.clone(), self.location);
     }
 
     fn instruction(&mut self, instruction: &ast::Instruction) -> Result<(), ParseError> {
@@ -468,14 +481,34 @@ impl Decoder {
 
     fn finish(mut self) -> Result<Module, ParseError> {
         self.module.functions = self.functions.iter().map(|info| info.start.unwrap_or(u32::MAX)).collect();
+        let local_bytes = u64::from(self.module.local_bytes);
         for instruction in &mut self.module.code {
-            if let Op::Call(target) = &mut instruction.op {
-                let info = &self.functions[*target as usize];
-                *target = info.start.ok_or_else(|| {
-                    ParseError::syntax(instruction.line, format!("`{}` is called but has no body", info.name))
-                })?;
+            match &mut instruction.op {
+                Op::Call(target) => {
+                    let info = &self.functions[*target as usize];
+                    *target = info.start.ok_or_else(|| {
+                        ParseError::syntax(instruction.line, format!("`{}` is called but has no body", info.name))
+                    })?;
+                }
+                Op::CopyLocal { from, to, bytes } if u64::from(*bytes) + u64::from((*from).max(*to)) > local_bytes => {
+                    return Err(ParseError::syntax(instruction.line, "a call parameter is smaller than declared"));
+                }
+                _ => {}
             }
         }
         Ok(self.module)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inline_chains() {
+        let chain = inline_chain("// a/b.rs:21:65 @[ c.rs:133:23 @[ d.rs:9:1 ] ]");
+        assert_eq!(chain, ["c.rs:133", "d.rs:9"]);
+        assert!(inline_chain("// a/b.rs:21:65").is_empty());
+        assert!(inline_chain("").is_empty());
     }
 }

@@ -34,7 +34,7 @@ impl ParseError {
 /// Where a warp was: in the source, and in the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Position {
-    /// Source line as `file:line`, with the line it was inlined at; empty where the PTX has no `.loc`.
+    /// Source line as `file:line < caller < caller`, the places it was inlined at; empty where the PTX has no `.loc`.
     pub source: String,
     /// Line in the PTX text, from 1.
     pub ptx_line: u32,

@@ -13,6 +13,8 @@ pub(crate) enum TokenKind {
     Text,
     /// One character of punctuation.
     Mark(u8),
+    /// The comment on a line that starts with `.loc`: LLVM tells there where code was inlined.
+    LocationComment,
     /// The end of the text.
     End,
 }
@@ -33,12 +35,12 @@ fn is_word_part(byte: u8) -> bool {
     is_word_start(byte) || byte.is_ascii_digit()
 }
 
-/// Splits `text` into tokens, comments dropped; the last one is [`TokenKind::End`].
+/// Splits `text` into tokens, comments dropped but those of `.loc`; the last one is [`TokenKind::End`].
 pub(crate) fn tokenize(text: &str) -> Result<Vec<Token<'_>>, ParseError> {
     let bytes = text.as_bytes();
     let at = |index: usize| bytes.get(index).copied().unwrap_or(0);
     let mut tokens = Vec::with_capacity(text.len() / 4);
-    let (mut index, mut line) = (0, 1u32);
+    let (mut index, mut line, mut location_line) = (0, 1u32, 0);
     while index < bytes.len() {
         let (start, start_line, byte) = (index, line, bytes[index]);
         let kind = match byte {
@@ -55,7 +57,10 @@ pub(crate) fn tokenize(text: &str) -> Result<Vec<Token<'_>>, ParseError> {
                 while index < bytes.len() && bytes[index] != b'\n' {
                     index += 1;
                 }
-                continue;
+                if location_line != line {
+                    continue;
+                }
+                TokenKind::LocationComment
             }
             b'/' if at(index + 1) == b'*' => {
                 index += 2;
@@ -113,6 +118,9 @@ pub(crate) fn tokenize(text: &str) -> Result<Vec<Token<'_>>, ParseError> {
             TokenKind::Text => &text[start + 1..index - 1],
             _ => &text[start..index],
         };
+        if text == ".loc" {
+            location_line = line;
+        }
         tokens.push(Token { kind, text, line: start_line });
     }
     tokens.push(Token { kind: TokenKind::End, text: "", line });

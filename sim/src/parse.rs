@@ -496,10 +496,12 @@ impl<'a> Parser<'a> {
     fn location(&mut self) -> Result<Location> {
         let line = self.take().line;
         let file = self.small()?;
-        let mut location = Location { file, line: self.small()?, inlined_at: None };
+        let mut location = Location { file, line: self.small()?, ..Location::default() };
         while self.kind() != TokenKind::End && self.peek().line == line {
             if self.accept_word("inlined_at") {
                 location.inlined_at = Some((self.small()?, self.small()?));
+            } else if self.kind() == TokenKind::LocationComment {
+                location.comment = self.take().text.to_owned();
             } else {
                 self.next += 1;
             }
@@ -662,7 +664,7 @@ mod tests {
             .minnctapersm 1
             {
                 .reg .pred %p<2>;
-                .loc 1 7 3, function_name $L__info_string0, inlined_at 1 9 1
+                .loc 1 7 3, function_name $L__info_string0, inlined_at 1 9 1 // b.rs:7 @[ c.rs:9 ]
                 @!%p1 bra $L__BB0_1;
                 { .reg .b32 t; mov.b32 t, 0f3F800000; }
             $L__BB0_1:
@@ -674,7 +676,8 @@ mod tests {
         assert_eq!(ast.functions[0].max_threads, Some(384));
         assert_eq!(ast.functions[0].parameters[1].bytes, 16);
         let body = ast.functions[0].body.as_ref().unwrap();
-        assert!(matches!(body[1], Statement::Location(Location { file: 1, line: 7, inlined_at: Some((1, 9)) })));
+        let location = Location { file: 1, line: 7, inlined_at: Some((1, 9)), comment: "// b.rs:7 @[ c.rs:9 ]".into() };
+        assert!(matches!(&body[1], Statement::Location(found) if *found == location));
         assert_eq!(
             ast.variables[2].0.initial[3],
             InitialValue::Address { symbol: "other".into(), offset: 0, shift: 8 }

@@ -111,18 +111,16 @@ pub(crate) enum Reference {
 /// A `.loc`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SourceLocation {
-    pub file: String,
-    pub line: u32,
-    pub inlined_at: Option<(String, u32)>,
+    /// `file:line`.
+    pub place: String,
+    /// The places it was inlined at, the nearest first.
+    pub callers: Vec<String>,
 }
 
 impl fmt::Display for SourceLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file, self.line)?;
-        if let Some((file, line)) = &self.inlined_at {
-            write!(f, " (inlined at {file}:{line})")?;
-        }
-        Ok(())
+        f.write_str(&self.place)?;
+        self.callers.iter().try_for_each(|caller| write!(f, " < {caller}"))
     }
 }
 

@@ -93,10 +93,11 @@ impl Registers {
     /// Registers that all hold zero.
     pub fn new(counts: RegisterCounts) -> Self {
         Self {
-            r16: vec![[0; LANES]; counts.r16 as usize],
-            r32: vec![[0; LANES]; counts.r32 as usize],
-            r64: vec![[0; LANES]; counts.r64 as usize],
-            predicates: vec![0; counts.predicates as usize],
+            // Zero pages of the system: a warp touches only the registers of its role.
+            r16: bytemuck::zeroed_vec(counts.r16 as usize),
+            r32: bytemuck::zeroed_vec(counts.r32 as usize),
+            r64: bytemuck::zeroed_vec(counts.r64 as usize),
+            predicates: bytemuck::zeroed_vec(counts.predicates as usize),
         }
     }
 

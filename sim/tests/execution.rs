@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Setup, error, kernel, lanes, run};
-use ptx_sim::RunOptions;
+use ptx_sim::{Arg, Launch, Machine, Module, RunOptions};
 
 #[test]
 fn divergent_lanes_meet_again() {
@@ -336,4 +336,160 @@ fn setmaxnreg_moves_registers_between_warpgroups() {
     assert_eq!(words[..384], [1; 384]);
     let text = error("", &body.replace("u32 24;", "u32 80;"), &setup);
     assert!(text.contains("240 registers a thread"), "{text}");
+}
+
+#[test]
+fn peers_share_one_address_space_and_their_traffic_is_nvlink() {
+    let text = kernel(
+        "",
+        "ld.global.u32 %r3, [%rd3]; st.relaxed.sys.global.u32 [%rd1], %r3; fence.acq_rel.sys; bar.warp.sync 0xffffffff;
+         setp.ne.u32 %p1, %r1, 0; @!%p1 red.release.sys.global.add.u32 [%rd2+512], 1;
+         SPIN: ld.acquire.sys.global.u32 %r4, [%rd3+512]; setp.eq.u32 %p2, %r4, 0; @%p2 bra SPIN;",
+    );
+    let module = Module::parse(&text).unwrap();
+    let mut machine = Machine::new(2);
+    let buffers: Vec<u64> = (0..2)
+        .map(|device| {
+            let buffer = machine.alloc(device, 1024, &format!("buffer {device}")).unwrap();
+            machine.fill(buffer, 1024, 0).unwrap();
+            machine.write(buffer, &(device as u32 + 7).to_le_bytes()).unwrap();
+            buffer
+        })
+        .collect();
+    // Each device reads its own buffer, writes the other's, and waits for the other.
+    let launches: Vec<Launch> = (0..2)
+        .map(|device| Launch {
+            device,
+            module: &module,
+            entry: "k",
+            grid: [1, 1, 1],
+            block: [32, 1, 1],
+            shared_bytes: 0,
+            args: vec![Arg::U64(buffers[1 - device] + 128), Arg::U64(buffers[device] + 128)],
+        })
+        .collect();
+    for (device, buffer) in buffers.iter().enumerate() {
+        machine.write(buffer + 128, &(device as u32 + 7).to_le_bytes()).unwrap();
+    }
+    let costs = machine.run(&launches, &RunOptions::default()).unwrap();
+    for cost in costs {
+        assert_eq!((cost.nvlink_write, cost.nvlink_read), (32 * 4 + 4, 0));
+        assert_eq!((cost.hbm_read, cost.hbm_write), (256, 0));
+    }
+}
+
+#[test]
+fn residency_limits_ctas_and_smids() {
+    let setup =
+        Setup { ctas: 12, options: RunOptions { residency: Some(2), ..RunOptions::default() }, ..Setup::default() };
+    let body = "mov.u32 %r2, %smid; mov.u32 %r3, %nsmid; mul.wide.u32 %rd4, %r2, 4; add.s64 %rd4, %rd4, %rd2;
+                setp.ne.u32 %p1, %r1, 0; @%p1 exit; red.global.add.u32 [%rd4], 1; st.global.u32 [%rd2+64], %r3;";
+    let (words, _) = run(&kernel("", body), &setup).unwrap();
+    assert_eq!(words[0] + words[1], 12);
+    assert_eq!((words[2], words[16]), (0, 2));
+}
+
+#[test]
+fn launches_are_checked() {
+    let module = Module::parse(&kernel("", "")).unwrap();
+    let mut machine = Machine::new(1);
+    let good = Launch {
+        device: 0,
+        module: &module,
+        entry: "k",
+        grid: [1, 1, 1],
+        block: [32, 1, 1],
+        shared_bytes: 0,
+        args: vec![Arg::U64(0), Arg::U64(0)],
+    };
+    let mut fails = |launch: Launch, reason: &str| {
+        let text = machine.run(&[launch], &RunOptions::default()).unwrap_err().to_string();
+        assert!(text.contains(reason), "{text}");
+    };
+    fails(Launch { device: 1, ..good.clone() }, "device 1 does not exist");
+    fails(Launch { entry: "q", ..good.clone() }, "no such entry");
+    fails(Launch { block: [1025, 1, 1], ..good.clone() }, "1 to 1024");
+    fails(Launch { grid: [0, 1, 1], ..good.clone() }, "grid");
+    fails(Launch { shared_bytes: 1 << 20, ..good.clone() }, "shared memory");
+    fails(Launch { args: vec![Arg::U64(0)], ..good.clone() }, "the kernel takes 2");
+    fails(Launch { args: vec![Arg::U64(0), Arg::U32(0)], ..good.clone() }, "it must have 8");
+    assert!(machine.run(&[good], &RunOptions::default()).is_ok());
+}
+
+#[test]
+fn small_copies_wait_by_group_and_by_mbarrier() {
+    let body = "mov.u32 %r10, tile; shl.b32 %r11, %r1, 4; add.u32 %r10, %r10, %r11; cvt.u64.u32 %rd5, %r11;
+        add.s64 %rd4, %rd3, %rd5; mov.u32 %r12, bar; setp.ne.u32 %p1, %r1, 0; @!%p1 mbarrier.init.shared.b64 [%r12], 32;
+        bar.sync 0; cp.async.cg.shared.global [%r10], [%rd4], 16, 8; cp.async.commit_group; cp.async.wait_group 0;
+        ld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [%r10]; add.u32 %r6, %r2, %r3; add.u32 %r6, %r6, %r4; add.u32 %r6, %r6, %r5;
+        cp.async.ca.shared.global [%r10], [%rd4], 4; cp.async.mbarrier.arrive.noinc.shared.b64 [%r12];
+        SPIN: mbarrier.test_wait.parity.shared.b64 %p2, [%r12], 0; @!%p2 bra SPIN;
+        ld.shared.u32 %r7, [%r10]; add.u32 %r6, %r6, %r7; st.global.u32 [%rd1], %r6;";
+    for seed in 0..16 {
+        let setup = Setup {
+            input: (0..128u32).flat_map(u32::to_le_bytes).collect(),
+            options: RunOptions { seed, ..RunOptions::default() },
+            ..Setup::default()
+        };
+        let globals = ".shared .align 16 .b8 tile[512]; .shared .align 8 .b64 bar;";
+        let (words, _) = run(&kernel(globals, body), &setup).unwrap_or_else(|error| panic!("{seed}: {error}"));
+        let expected: Vec<u32> = (0..32).map(|lane| 4 * lane + (4 * lane + 1) + 4 * lane).collect();
+        assert_eq!(words[..32], expected);
+    }
+}
+
+#[test]
+fn bulk_reductions_add_in_memory() {
+    let body = "mov.u32 %r10, tile; shl.b32 %r11, %r1, 2; add.u32 %r11, %r11, %r10; st.shared.u32 [%r11], %r1;
+        fence.proxy.async; bar.sync 0; setp.ne.u32 %p1, %r1, 0; @%p1 exit; mov.u32 %r3, 0;
+        LOOP: cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%rd2], [%r10], 128; cp.async.bulk.commit_group;
+        add.u32 %r3, %r3, 1; setp.lt.u32 %p2, %r3, 5; @%p2 bra LOOP; cp.async.bulk.wait_group.read 0;";
+    let (words, _) = run(&kernel(".shared .align 128 .b8 tile[128];", body), &Setup::default()).unwrap();
+    assert_eq!(words[..32], (0..32).map(|lane| 5 * lane).collect::<Vec<u32>>());
+}
+
+#[test]
+fn warp_matrices_multiply() {
+    // A = 16 x 16 of 1 on the diagonal, from shared memory; B = 16 x 8 with B[k][n] = k + n; D = A * B.
+    let body = "mov.u32 %r10, tile; shl.b32 %r2, %r1, 4; add.u32 %r3, %r10, %r2; shl.b32 %r4, %r2, 0; cvt.u64.u32 %rd4, %r4;
+        add.s64 %rd4, %rd3, %rd4; ld.global.v4.u32 {%r5, %r6, %r7, %r8}, [%rd4]; st.shared.v4.u32 [%r3], {%r5, %r6, %r7, %r8};
+        bar.warp.sync 0xffffffff;
+        // Rows of the matrices are rows of A: 0-7 left, 8-15 left, 0-7 right, 8-15 right.
+        and.b32 %r12, %r1, 15; shl.b32 %r12, %r12, 5; shr.u32 %r13, %r1, 4; shl.b32 %r13, %r13, 4; add.u32 %r12, %r12, %r13;
+        add.u32 %r12, %r12, %r10; ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r12];
+        // B: column lane / 4, rows 2 * (lane % 4) and the next, then 8 more.
+        shr.u32 %r14, %r1, 2; and.b32 %r15, %r1, 3; shl.b32 %r15, %r15, 1; add.u32 %r16, %r14, %r15; add.u32 %r17, %r16, 1;
+        cvt.rn.f32.u32 %f1, %r16; cvt.rn.f32.u32 %f2, %r17; cvt.rn.bf16x2.f32 %r24, %f2, %f1;
+        add.u32 %r16, %r16, 8; add.u32 %r17, %r17, 8; cvt.rn.f32.u32 %f1, %r16; cvt.rn.f32.u32 %f2, %r17;
+        cvt.rn.bf16x2.f32 %r25, %f2, %f1; mov.b32 %f3, 0f00000000;
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f4, %f5, %f6, %f7}, {%r20, %r21, %r22, %r23}, {%r24, %r25}, {%f3, %f3, %f3, %f3};
+        shl.b32 %r18, %r14, 5; shl.b32 %r19, %r15, 2; add.u32 %r18, %r18, %r19; cvt.u64.u32 %rd5, %r18; add.s64 %rd5, %rd5, %rd2;
+        st.global.v2.f32 [%rd5], {%f4, %f5}; st.global.v2.f32 [%rd5+256], {%f6, %f7};";
+    let diagonal = |index: usize| if index / 16 == index % 16 { 0x3f80u16 } else { 0 };
+    let setup = Setup { input: (0..256).flat_map(|index| diagonal(index).to_le_bytes()).collect(), ..Setup::default() };
+    let (words, cost) = run(&kernel(".shared .align 16 .b8 tile[512];", body), &setup).unwrap();
+    for (index, word) in words[..128].iter().enumerate() {
+        assert_eq!(f32::from_bits(*word), (index / 8 + index % 8) as f32, "row {}, column {}", index / 8, index % 8);
+    }
+    assert_eq!(cost.tensor_ops, 2 * 16 * 8 * 16);
+}
+
+#[test]
+fn a_cta_must_wait_for_its_copies() {
+    let body =
+        "mov.u32 %r10, tile; mov.u32 %r11, bar; setp.ne.u32 %p1, %r1, 0; @%p1 exit; mbarrier.init.shared.b64 [%r11], 1;
+        mbarrier.arrive.expect_tx.shared.b64 _, [%r11], 16;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r10], [%rd3], 16, [%r11];";
+    let text = error(".shared .align 16 .b8 tile[16]; .shared .align 8 .b64 bar;", body, &Setup::default());
+    assert!(text.contains("exited before") && text.contains("cp.async.bulk"), "{text}");
+}
+
+#[test]
+fn cluster_of_one() {
+    let words = lanes(
+        "mov.u32 %r2, %cluster_ctarank; mov.u32 %r3, %cluster_nctaid.x; barrier.cluster.arrive.release.aligned;
+         barrier.cluster.wait.acquire.aligned; mapa.shared::cluster.u32 %r4, %r1, %r2; add.u32 %r4, %r4, %r3;
+         st.global.u32 [%rd1], %r4;",
+    );
+    assert_eq!(words, (1..33).collect::<Vec<u32>>());
 }

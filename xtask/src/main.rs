@@ -1,6 +1,7 @@
-//! The project's commands: `cargo xtask build | run | test | lint | doctor`.
+//! The project's commands: `cargo xtask build | run | bench | test | lint | bundle | doctor`.
 
 mod build;
+mod bundle;
 mod cuda_builder;
 mod device_compiler;
 mod doctor;
@@ -44,10 +45,18 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
+    /// Run `ferromoe bench` in release mode, building what is missing first.
+    Bench {
+        /// Its arguments; put `--` before them.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
     /// Check everything: the PTX's stamp, the lint, all tests. Installs what they need.
     Test,
     /// Check the PTX with ptxas and the Rust with rustfmt and clippy.
     Lint,
+    /// Make target/bundle/: checks and measures on a GPU machine with no Rust and no network.
+    Bundle,
     /// Say what is installed, what is missing, and what to type.
     Doctor,
 }
@@ -56,9 +65,11 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Build { check: true, .. } => build::check(),
         Command::Build { force, .. } => build::build(force),
-        Command::Run { args } => run::run(&args),
+        Command::Run { args } => run::run("run", &args),
+        Command::Bench { args } => run::run("bench", &args),
         Command::Test => test::test(),
         Command::Lint => lint::lint(),
+        Command::Bundle => bundle::bundle(),
         Command::Doctor => doctor::doctor(),
     };
     match result {

@@ -1,4 +1,4 @@
-//! `cargo xtask run`: `ferromoe run` in release mode, with everything it needs built first.
+//! `cargo xtask run` and `bench`: `ferromoe run` and `bench` in release mode, with everything it needs built first.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -12,16 +12,16 @@ use xshell::{Shell, cmd};
 use crate::build::{self, Freshness};
 use crate::workspace;
 
-/// Builds what is missing and becomes `ferromoe run ARGS`: same terminal, same working directory, same exit code.
+/// Builds what is missing and becomes `ferromoe COMMAND ARGS`: same terminal, same working directory, same exit code.
 ///
 /// # Errors
 /// When something does not build; else it does not return.
-pub fn run(args: &[OsString]) -> Result<()> {
+pub fn run(command: &str, args: &[OsString]) -> Result<()> {
     if build::freshness()? != Freshness::Fresh {
         build::build(false)?;
     }
     let binary = build_binary()?;
-    let error = Command::new(&binary).arg("run").args(args).exec();
+    let error = Command::new(&binary).arg(command).args(args).exec();
     Err(error).with_context(|| format!("cannot run {}", binary.display()))
 }
 

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ferromoe::bench::{BenchShape, Choice, SHAPES};
 
 /// Fused Mixture-of-Experts layers on NVIDIA Hopper GPUs, or on a simulator of them.
 #[derive(Debug, Parser)]
@@ -15,6 +17,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Run(RunArgs),
+    Bench(BenchArgs),
 }
 
 /// Run one MoE layer of a checkpoint over several ranks, and check the result.
@@ -103,4 +106,81 @@ pub enum RouteArg {
     File,
     /// By the checkpoint's router
     Compute,
+}
+
+/// Measure how long a layer of a model takes, against what it must take.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "\
+Measure how long one Mixture-of-Experts layer takes with random weights and tokens, against what it must take.
+
+On GPUs, launches follow each other without a wait of the host, and take turns with several sets of inputs; times are taken \
+by events on the GPUs. TFLOP/s counts 2 x 3 x hidden x intermediate operations for every (token, expert), shared experts \
+included; memory GB/s the weights of every hit expert once and the tokens in and out; NVLink GB/s what comes into a GPU. The limit \
+is the larger of that memory traffic at the rate of a large copy and those operations at the rate of a dense product by cuBLAS, \
+both measured in the same run. Some tokens of every measurement are compared with a reference in f64.
+
+In the simulator, the shapes are scaled down, and bytes and operations are counted against the least that there can be.",
+    after_long_help = "\
+Examples:
+  ferromoe bench --shape flash
+      one GPU with the experts of one rank of eight
+  ferromoe bench --shape v3 --ranks 8 --tokens 128 --routing skewed --json
+      the whole layer on eight GPUs
+  ferromoe bench --shape flash --device sim --ranks 2
+      counted bytes and operations
+
+Environment:
+  FERROMOE_CUBLAS  the cuBLAS library to measure with, if it is not where libraries are [libcublas.so.13, libcublas.so.12]"
+)]
+pub struct BenchArgs {
+    /// Shapes, separated by commas; with fewer than 8 ranks, flash, pro and v3 have the experts of as many ranks of eight
+    #[arg(long = "shape", value_name = "SHAPE", required = true, value_delimiter = ',', value_parser = shape_parser())]
+    pub shapes: Vec<BenchShape>,
+
+    /// Number of ranks, 1 to 8
+    #[arg(long, value_name = "R", default_value_t = 1)]
+    pub ranks: usize,
+
+    /// Tokens of every rank, separated by commas [default: 1,8,64,512,2048,8192; in the simulator 1,8,64,512]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub tokens: Vec<usize>,
+
+    /// Routed experts of a rank [default: what the shape says]
+    #[arg(long, value_name = "N")]
+    pub experts_per_rank: Option<usize>,
+
+    /// How tokens choose experts
+    #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
+    pub routing: RoutingArg,
+
+    /// What to run on; `auto` takes GPUs if there are enough, else the simulator
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+
+    /// Print each measurement as one line of JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn shape_parser() -> impl TypedValueParser<Value = BenchShape> {
+    PossibleValuesParser::new(SHAPES.map(|shape| shape.name))
+        .try_map(|name| BenchShape::find(&name).ok_or("no such shape"))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RoutingArg {
+    /// Every expert alike
+    Balanced,
+    /// Some experts are far more popular than others (Zipf)
+    Skewed,
+}
+
+impl From<RoutingArg> for Choice {
+    fn from(routing: RoutingArg) -> Self {
+        match routing {
+            RoutingArg::Balanced => Self::Balanced,
+            RoutingArg::Skewed => Self::Skewed,
+        }
+    }
 }

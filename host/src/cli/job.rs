@@ -142,7 +142,7 @@ mod tests {
     fn prepare(options: &str) -> Result<Job> {
         let words = options.replace('@', FIXTURES);
         let words = ["ferromoe", "run"].into_iter().chain(words.split_whitespace());
-        let Command::Run(args) = Cli::try_parse_from(words).unwrap().command;
+        let Command::Run(args) = Cli::try_parse_from(words).unwrap().command else { panic!("not run") };
         Job::prepare(&args)
     }
 

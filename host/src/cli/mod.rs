@@ -1,6 +1,7 @@
 //! The `ferromoe` command: what it takes, what it prints, and its exit codes.
 
 mod args;
+mod bench;
 mod job;
 mod output;
 mod report;
@@ -9,9 +10,9 @@ mod run;
 use std::io::{self, Write};
 
 use clap::Parser;
-use ferromoe::{CudaError, Error};
+use ferromoe::{CudaError, Error, Result};
 
-use args::{Cli, Command};
+use args::{Cli, Command, RunArgs};
 use report::Report;
 
 /// The result is wrong, or the run failed.
@@ -23,19 +24,21 @@ const NO_DRIVER: u8 = 3;
 
 /// Runs the command; gives the exit code.
 pub fn main() -> u8 {
-    let Command::Run(args) = Cli::parse().command;
-    match run::run(&args) {
-        Ok(report) => {
-            let code = if report.passed { 0 } else { FAILED };
-            // A reader that has gone away (`| head`) does not change how the run went.
-            let _ = print(&report, args.json);
-            code
-        }
-        Err(error) => {
-            eprintln!("error: {error}");
-            exit_code(&error)
-        }
-    }
+    let done = match Cli::parse().command {
+        Command::Run(args) => run(&args),
+        Command::Bench(args) => bench::bench(&args).map(|()| 0),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        exit_code(&error)
+    })
+}
+
+fn run(args: &RunArgs) -> Result<u8> {
+    let report = run::run(args)?;
+    // A reader that has gone away (`| head`) does not change how the run went.
+    let _ = print(&report, args.json);
+    Ok(if report.passed { 0 } else { FAILED })
 }
 
 fn print(report: &Report, json: bool) -> io::Result<()> {
@@ -48,7 +51,12 @@ fn exit_code(error: &Error) -> u8 {
     match error {
         Error::Cuda(CudaError::NoDriver { .. }) => NO_DRIVER,
         Error::Cuda(CudaError::TooFewGpus { .. }) => BAD_INPUT,
-        Error::Cuda(_) | Error::Deadline { .. } | Error::Simulator(_) | Error::Ptx(_) | Error::TensorMap(_) => FAILED,
+        Error::Cuda(_)
+        | Error::Deadline { .. }
+        | Error::WrongResult(_)
+        | Error::Simulator(_)
+        | Error::Ptx(_)
+        | Error::TensorMap(_) => FAILED,
         _ => BAD_INPUT,
     }
 }

@@ -208,7 +208,7 @@ mod tests {
     use crate::cli::args::{Cli, Command};
 
     fn report(error: f64) -> Report {
-        let Command::Run(args) = Cli::try_parse_from(["ferromoe", "run"]).unwrap().command;
+        let Command::Run(args) = Cli::try_parse_from(["ferromoe", "run"]).unwrap().command else { panic!("not run") };
         let job = Job::prepare(&args).unwrap();
         let cost = |instructions| Cost { instructions, ..Cost::default() };
         let execution = Execution {

@@ -5,7 +5,7 @@ use super::error::CudaError;
 use super::gpu::{Current, Gpu, Origin, RankGpu};
 use crate::backend::{Backend, RankLaunch, RankReport};
 use crate::error::Error;
-use crate::rendezvous::Rendezvous;
+use crate::rendezvous::{Member, Rendezvous};
 use cust::event::Event;
 use ptx_sim::{TensorMap as CheckedMap, TensorMapSpec};
 use std::collections::HashMap;
@@ -23,6 +23,8 @@ pub(crate) struct CudaBackend {
     ranks: Vec<RankGpu>,
     /// The first of them.
     first: usize,
+    /// Number of ranks, those of other processes included.
+    total: usize,
     /// The meeting point with the ranks of other processes.
     others: Option<Mutex<Rendezvous>>,
     /// Held by [`Backend::launch`]: ranks that got two launches in different orders would wait for each other.
@@ -45,19 +47,19 @@ impl CudaBackend {
         for from in &ranks {
             ranks.iter().try_for_each(|to| from.enable_peer(to))?;
         }
-        Ok(Self::new(ranks, 0, None))
+        let total = ranks.len();
+        Ok(Self::new(ranks, 0, total, None))
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "FusedMoe does not span processes yet"))]
     /// Opens this process's one rank of a group whose other ranks are other processes, met at `others`.
     pub(crate) fn open_process(gpu: Gpu, ptx: &str, others: Rendezvous) -> Result<Self, CudaError> {
         let _current = Current::save()?;
-        let first = others.member().rank;
-        Ok(Self::new(vec![RankGpu::open(gpu, ptx)?], first, Some(Mutex::new(others))))
+        let Member { rank, ranks, .. } = others.member();
+        Ok(Self::new(vec![RankGpu::open(gpu, ptx)?], rank, ranks, Some(Mutex::new(others))))
     }
 
-    fn new(ranks: Vec<RankGpu>, first: usize, others: Option<Mutex<Rendezvous>>) -> Self {
-        Self { ranks, first, others, launching: Mutex::default(), buffers: Mutex::default() }
+    fn new(ranks: Vec<RankGpu>, first: usize, total: usize, others: Option<Mutex<Rendezvous>>) -> Self {
+        Self { ranks, first, total, others, launching: Mutex::default(), buffers: Mutex::default() }
     }
 
     fn rank(&self, rank: usize) -> Result<&RankGpu, CudaError> {
@@ -167,7 +169,7 @@ impl CudaBackend {
     ///
     /// # Safety
     /// `stream` belongs to the rank's GPU, and the arguments are what the entry takes.
-    unsafe fn try_enqueue(&self, launch: &RankLaunch, stream: Handle) -> Result<(), CudaError> {
+    unsafe fn try_enqueue(&self, launch: &RankLaunch<'_>, stream: Handle) -> Result<(), CudaError> {
         let gpu = self.rank(launch.rank)?;
         let function = gpu.function(launch.entry, launch.shared_bytes)?;
         let mut args = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
@@ -175,7 +177,7 @@ impl CudaBackend {
             let count = launch.args.len();
             return Err(CudaError::Invalid(format!("{} has {count} arguments, at most {MAX_ARGS}", launch.entry)));
         }
-        for (place, arg) in args.iter_mut().zip(&launch.args) {
+        for (place, arg) in args.iter_mut().zip(launch.args) {
             *place = std::ptr::from_ref(arg).cast_mut().cast();
         }
         let attribute = cooperative_attribute();
@@ -193,7 +195,7 @@ impl CudaBackend {
             .map_err(|error| error.doing(|| of(launch)))
     }
 
-    fn start(&self, launch: &RankLaunch) -> Result<(), CudaError> {
+    fn start(&self, launch: &RankLaunch<'_>) -> Result<(), CudaError> {
         let gpu = self.rank(launch.rank)?;
         let _current = gpu.enter()?;
         let record =
@@ -204,14 +206,14 @@ impl CudaBackend {
         record(&gpu.stop)
     }
 
-    fn wait(&self, launch: &RankLaunch) -> Result<(), CudaError> {
+    fn wait(&self, launch: &RankLaunch<'_>) -> Result<(), CudaError> {
         let gpu = self.rank(launch.rank)?;
         let _current = gpu.enter()?;
         gpu.stream.synchronize().map_err(failure).map_err(|error| error.doing(|| of(launch)))
     }
 
     /// Only of a launch that was started: else the events are those of another.
-    fn report(&self, launch: &RankLaunch) -> Result<RankReport, CudaError> {
+    fn report(&self, launch: &RankLaunch<'_>) -> Result<RankReport, CudaError> {
         let gpu = self.rank(launch.rank)?;
         let milliseconds = gpu.stop.elapsed_time_f32(&gpu.start).map_err(failure);
         let milliseconds = milliseconds.map_err(|error| error.doing(|| of(launch)))?;
@@ -224,25 +226,33 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn of(launch: &RankLaunch) -> String {
+fn of(launch: &RankLaunch<'_>) -> String {
     format!("for {} on rank {}", launch.entry, launch.rank)
 }
 
 impl Backend for CudaBackend {
     fn description(&self) -> String {
         let names: Vec<&str> = self.ranks.iter().map(|rank| rank.gpu.name.as_str()).collect();
-        match names.first() {
-            Some(first) if names.iter().all(|name| name == first) => format!("{} x {first}", names.len()),
+        match names.as_slice() {
+            [name] if self.total > 1 => format!("rank {} of {}, {name}", self.first, self.total),
+            [first, ..] if names.iter().all(|name| name == first) => format!("{} x {first}", names.len()),
             _ => names.join(", "),
         }
     }
 
     fn ranks(&self) -> usize {
-        self.others.as_ref().map_or(self.ranks.len(), |others| lock(others).member().ranks)
+        self.total
     }
 
     fn local_ranks(&self) -> Range<usize> {
         self.first..self.first + self.ranks.len()
+    }
+
+    fn exchange(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        match &self.others {
+            Some(others) => Ok(lock(others).exchange(blob)?),
+            None => Ok(vec![blob.to_vec()]),
+        }
     }
 
     fn share(&self, addresses: &[u64], name: &'static str) -> Result<Vec<u64>, Error> {
@@ -298,7 +308,7 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn launch(&self, launches: &[RankLaunch]) -> Result<Vec<RankReport>, Error> {
+    fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>, Error> {
         let _launching = lock(&self.launching);
         let started: Vec<_> = launches.iter().map(|launch| self.start(launch)).collect();
         // Also after a failure: a rank that runs still uses its buffers (until the deadline for the one that does not).
@@ -307,9 +317,31 @@ impl Backend for CudaBackend {
         Ok(launches.iter().map(|launch| self.report(launch)).collect::<Result<_, _>>()?)
     }
 
-    unsafe fn enqueue(&self, launch: &RankLaunch, stream: *mut c_void) -> Result<(), Error> {
+    unsafe fn enqueue(&self, launch: &RankLaunch<'_>, stream: *mut c_void) -> Result<(), Error> {
         // SAFETY: the caller keeps the same contract.
         Ok(unsafe { self.try_enqueue(launch, stream) }?)
+    }
+
+    fn create_stream(&self, rank: usize) -> Result<*mut c_void, Error> {
+        const NON_BLOCKING: c_uint = 1;
+        let _current = self.rank(rank)?.enter()?;
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: `stream` is a place for a stream.
+        unsafe { call::cuStreamCreateWithPriority(&mut stream, NON_BLOCKING, 0) }
+            .map_err(|error| error.doing(|| format!("on rank {rank}")))?;
+        Ok(stream)
+    }
+
+    unsafe fn synchronize(&self, rank: usize, stream: *mut c_void) -> Result<(), Error> {
+        let _current = self.rank(rank)?.enter()?;
+        // SAFETY: the caller's.
+        Ok(unsafe { call::cuStreamSynchronize(stream) }.map_err(|error| error.doing(|| format!("on rank {rank}")))?)
+    }
+
+    unsafe fn destroy_stream(&self, rank: usize, stream: *mut c_void) -> Result<(), Error> {
+        let _current = self.rank(rank)?.enter()?;
+        // SAFETY: the caller's.
+        Ok(unsafe { call::cuStreamDestroy_v2(stream) }.map_err(|error| error.doing(|| format!("on rank {rank}")))?)
     }
 }
 

@@ -243,6 +243,7 @@ calls! {
     fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char);
     fn cuFuncSetAttribute(function: Handle, attribute: c_uint, value: c_int);
     fn cuStreamCreateWithPriority(stream: *mut Handle, flags: c_uint, priority: c_int);
+    fn cuStreamGetCtx(stream: Handle, context: *mut Handle);
     fn cuStreamSynchronize(stream: Handle);
     fn cuStreamDestroy_v2(stream: Handle);
     fn cuStreamBeginCapture_v2(stream: Handle, mode: c_uint);

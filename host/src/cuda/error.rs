@@ -74,6 +74,17 @@ pub enum CudaError {
 }
 
 impl CudaError {
+    /// What is missing, in a few words.
+    pub(crate) fn brief(&self) -> String {
+        match self {
+            Self::NoDriver { .. } => "no CUDA driver found".into(),
+            Self::TooFewGpus { ranks, found } => {
+                format!("{ranks} rank{} need as many Hopper GPUs, found {}", plural(*ranks), Listing(found))
+            }
+            other => other.to_string(),
+        }
+    }
+
     /// The same error, saying what the call was for (`on rank 1`, `of 4096 bytes for pool on rank 0`).
     pub(crate) fn doing(mut self, what: impl FnOnce() -> String) -> Self {
         if let CudaError::Call { doing, .. } = &mut self
@@ -83,6 +94,10 @@ impl CudaError {
         }
         self
     }
+}
+
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
 }
 
 /// ` (what)`, or nothing.

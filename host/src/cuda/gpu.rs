@@ -42,6 +42,16 @@ pub fn share_gpu(ranks: usize) -> Result<Vec<Gpu>, CudaError> {
     choose(list_gpus()?, ranks, true)
 }
 
+/// The GPU of rank `rank`, one of `ranks` processes: of its number, or the only one where `CUDA_VISIBLE_DEVICES` gives each
+/// process its own.
+pub(crate) fn gpu_of(rank: usize, ranks: usize, share: bool) -> Result<Gpu, CudaError> {
+    let all = list_gpus()?;
+    if all.len() == 1 && std::env::var_os("CUDA_VISIBLE_DEVICES").is_some() && !share {
+        return Ok(choose(all, 1, false)?.swap_remove(0));
+    }
+    Ok(choose(all, ranks, share)?.swap_remove(rank))
+}
+
 fn choose(all: Vec<Gpu>, ranks: usize, share: bool) -> Result<Vec<Gpu>, CudaError> {
     let found = all.iter().map(|gpu| format!("{} ({}.{})", gpu.name, gpu.capability.0, gpu.capability.1)).collect();
     let mut hopper: Vec<Gpu> = all.into_iter().filter(|gpu| gpu.capability == (9, 0)).take(ranks).collect();
@@ -225,6 +235,22 @@ impl Current {
     fn enter(context: &Context) -> Result<Self, CudaError> {
         let saved = Self::save()?;
         CurrentContext::set_current(context).map_err(driver::failure)?;
+        Ok(saved)
+    }
+}
+
+impl Current {
+    /// Makes a stream's context current.
+    ///
+    /// # Safety
+    /// `stream` is a stream.
+    pub(super) unsafe fn enter_stream(stream: Handle) -> Result<Self, CudaError> {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: `context` is a place for a context, and the stream is the caller's.
+        unsafe { call::cuStreamGetCtx(stream, &mut context) }?;
+        let saved = Self::save()?;
+        // SAFETY: a context that a stream belongs to is alive.
+        unsafe { call::cuCtxSetCurrent(context) }?;
         Ok(saved)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::driver::{Handle, call};
 use super::error::CudaError;
+use super::gpu::Current;
 use std::ffi::c_void;
 
 /// An executable CUDA graph.
@@ -30,6 +31,8 @@ impl CapturedGraph {
         // Forbids unsafe calls to this thread only: other threads may serve other ranks.
         const THREAD_LOCAL: u32 = 1;
         // SAFETY: by this function's contract.
+        let _current = unsafe { Current::enter_stream(stream) }?;
+        // SAFETY: by this function's contract.
         unsafe { call::cuStreamBeginCapture_v2(stream, THREAD_LOCAL) }?;
         let worked = work();
         let mut graph = std::ptr::null_mut();
@@ -52,6 +55,8 @@ impl CapturedGraph {
     /// # Safety
     /// `stream` is a stream of the GPU on which the work was captured, and all that the work uses is still valid.
     pub unsafe fn launch(&self, stream: *mut c_void) -> Result<(), CudaError> {
+        // SAFETY: by this function's contract.
+        let _current = unsafe { Current::enter_stream(stream) }?;
         // SAFETY: by this function's contract.
         unsafe { call::cuGraphLaunch(self.exec, stream) }
     }

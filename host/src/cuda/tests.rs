@@ -2,8 +2,9 @@
 
 use super::driver;
 use super::{CapturedGraph, CudaBackend, CudaError, find_gpus, share_gpu};
-use crate::backend::{Backend, DeviceBuffer, RankLaunch};
+use crate::backend::{Backend, RankLaunch};
 use crate::error::Error;
+use crate::memory::DeviceBuffer;
 use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
 use cust::stream::{Stream, StreamFlags};
 use libloading::Library;
@@ -71,7 +72,7 @@ impl FakeDriver {
     }
 }
 
-fn launch(rank: usize, args: Vec<u64>) -> RankLaunch {
+fn launch(rank: usize, args: &[u64]) -> RankLaunch<'_> {
     RankLaunch {
         rank,
         entry: "moe",
@@ -98,7 +99,7 @@ fn whole_path() -> Result<(), Error> {
     assert_eq!(back[..32], [9; 32]);
     assert_eq!(back[32..], [7; 16]);
     assert_ne!(backend.encode_tensor_map(&weights_map(weights.address()))?, [0; 128]);
-    let reports = backend.launch(&[launch(0, vec![1, 2]), launch(1, vec![3, 4])])?;
+    let reports = backend.launch(&[launch(0, &[1, 2]), launch(1, &[3, 4])])?;
     assert_eq!(reports.iter().map(|report| report.elapsed).collect::<Vec<_>>(), [Duration::from_micros(1500); 2]);
     Ok(())
 }
@@ -119,7 +120,7 @@ fn several_processes(ranks: usize) -> Vec<Result<(), Error>> {
         assert_eq!(addresses[rank], buffer.address());
         backend.encode_tensor_map(&weights_map(buffer.address()))?;
         backend.prepare("moe", 220 << 10)?;
-        backend.launch(&[launch(rank, addresses[..2].to_vec())])?;
+        backend.launch(&[launch(rank, &addresses[..2])])?;
         Ok(())
     };
     std::thread::scope(|scope| {
@@ -309,15 +310,15 @@ fn too_much_memory_says_what_for() {
 fn what_no_driver_would_take_is_refused_before_it_is_asked() {
     let fake = FakeDriver::with(1, 9);
     let backend = CudaBackend::open(find_gpus(1).unwrap(), PTX).unwrap();
-    let not_prepared = backend.launch(&[launch(0, vec![1, 2])]).unwrap_err();
+    let not_prepared = backend.launch(&[launch(0, &[1, 2])]).unwrap_err();
     assert_eq!(not_prepared.to_string(), "moe was not prepared before its launch");
     backend.prepare("moe", 1024).unwrap();
-    let too_large = backend.launch(&[launch(0, vec![1, 2])]).unwrap_err();
+    let too_large = backend.launch(&[launch(0, &[1, 2])]).unwrap_err();
     assert_eq!(too_large.to_string(), "moe was prepared for 1024 bytes of shared memory, not 225280");
     backend.prepare("moe", 220 << 10).unwrap();
-    let too_many = backend.launch(&[launch(0, vec![0; 17])]).unwrap_err();
+    let too_many = backend.launch(&[launch(0, &[0; 17])]).unwrap_err();
     assert_eq!(too_many.to_string(), "moe has 17 arguments, at most 16");
-    let other_rank = backend.launch(&[launch(1, vec![1, 2])]).unwrap_err();
+    let other_rank = backend.launch(&[launch(1, &[1, 2])]).unwrap_err();
     assert_eq!(other_rank.to_string(), "rank 1 is not of this process, which has ranks 0..1");
     assert!(fake.calls_of("cuLaunchKernelEx").is_empty());
     let missing = backend.prepare("other", 0).unwrap_err();
@@ -345,7 +346,7 @@ fn a_launch_can_be_captured_and_replayed() {
     let stream = Stream::new(StreamFlags::DEFAULT, None).unwrap();
     let raw = stream.as_inner().cast();
     // SAFETY: the stream is alive and not captured, and fake kernels use nothing.
-    let graph = unsafe { CapturedGraph::capture(raw, || backend.enqueue(&launch(0, vec![5, 6]), raw)) }.unwrap();
+    let graph = unsafe { CapturedGraph::capture(raw, || backend.enqueue(&launch(0, &[5, 6]), raw)) }.unwrap();
     assert_eq!(fake.calls_of("cuLaunchKernelEx").len(), 1);
     for _ in 0..2 {
         // SAFETY: as above.
@@ -369,8 +370,8 @@ fn a_rank_that_cannot_be_launched_leaves_no_other_running() {
     let fake = FakeDriver::with(2, 9);
     let backend = CudaBackend::open(find_gpus(2).unwrap(), PTX).unwrap();
     backend.prepare("moe", 220 << 10).unwrap();
-    let refused = RankLaunch { block: [2048, 1, 1], ..launch(1, vec![3, 4]) };
-    let error = backend.launch(&[launch(0, vec![1, 2]), refused]).unwrap_err();
+    let refused = RankLaunch { block: [2048, 1, 1], ..launch(1, &[3, 4]) };
+    let error = backend.launch(&[launch(0, &[1, 2]), refused]).unwrap_err();
     assert_eq!(
         error.to_string(),
         "cuLaunchKernelEx failed for moe on rank 1: CUDA_ERROR_INVALID_VALUE (1), invalid argument"
@@ -392,7 +393,7 @@ fn several_ranks_share_gpus_when_told_to() {
     let backend = CudaBackend::open(shared, PTX).unwrap();
     assert_eq!((0..3).map(|rank| backend.sms(rank)).collect::<Vec<_>>(), [3; 3]);
     backend.prepare("moe", 220 << 10).unwrap();
-    backend.launch(&[launch(0, vec![1, 2]), launch(2, vec![3, 4])]).unwrap();
+    backend.launch(&[launch(0, &[1, 2]), launch(2, &[3, 4])]).unwrap();
     drop(backend);
     assert_eq!(fake.live(), "");
     drop(fake);

@@ -85,9 +85,9 @@ impl Decoder {
     }
 
     fn add_sub(&mut self, opcode: &mut Opcode<'_>, o: &[Operand]) -> Decoded<Op> {
-        let carries = opcode.name().ends_with('c') || opcode.take("cc");
-        if carries {
-            return Err("the carry register is not supported".to_owned());
+        let sets_carry = opcode.take("cc");
+        if sets_carry || opcode.name().ends_with('c') {
+            return self.carry_arithmetic(opcode, o, sets_carry);
         }
         expect_count(o, 3)?;
         let saturate = opcode.take("sat");
@@ -110,9 +110,12 @@ impl Decoder {
         if opcode.name().ends_with("24") {
             return self.multiply24(opcode, o, is_mad);
         }
+        if opcode.take("cc") {
+            return self.carry_arithmetic(opcode, o, true);
+        }
         let part = opcode.take_one(&["lo", "hi", "wide"]).ok_or("`.lo`, `.hi` or `.wide` is missing")?;
-        if opcode.take("cc") || opcode.take("sat") {
-            return Err("carry and saturation are not supported".to_owned());
+        if opcode.take("sat") {
+            return Err("saturation is not supported".to_owned());
         }
         let kind = opcode.need_type()?;
         match (part, is_mad) {

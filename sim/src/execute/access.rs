@@ -318,9 +318,7 @@ pub(crate) fn touch(
 #[inline]
 fn unpack(registers: &mut Registers, access: &Access, lane: usize, data: &[u8]) {
     for (register, part) in access.registers.iter().zip(data.chunks_exact(access.element as usize)) {
-        let mut word = [0u8; 8];
-        word[..part.len()].copy_from_slice(part);
-        let mut value = u64::from_le_bytes(word);
+        let mut value = read_word(part);
         if access.signed {
             let shift = 64 - 8 * access.element;
             value = ((value << shift) as i64 >> shift) as u64;
@@ -329,12 +327,29 @@ fn unpack(registers: &mut Registers, access: &Access, lane: usize, data: &[u8]) 
     }
 }
 
+/// Up to 8 bytes as a number.
+#[inline(always)]
+fn read_word(bytes: &[u8]) -> u64 {
+    match *bytes {
+        [a] => u64::from(a),
+        [a, b] => u64::from(u16::from_le_bytes([a, b])),
+        [a, b, c, d] => u64::from(u32::from_le_bytes([a, b, c, d])),
+        [a, b, c, d, e, f, g, h] => u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+        _ => bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
+    }
+}
+
 #[inline]
 fn pack(registers: &Registers, access: &Access, lane: usize, buffer: &mut [u8; 64]) {
     let element = access.element as usize;
     for (index, register) in access.registers.iter().enumerate() {
-        let value = register.lane(registers, lane).to_le_bytes();
-        buffer[index * element..(index + 1) * element].copy_from_slice(&value[..element]);
+        let value = register.lane(registers, lane);
+        let place = &mut buffer[index * element..(index + 1) * element];
+        match element {
+            4 => place.copy_from_slice(&(value as u32).to_le_bytes()),
+            8 => place.copy_from_slice(&value.to_le_bytes()),
+            _ => place.copy_from_slice(&value.to_le_bytes()[..element]),
+        }
     }
 }
 

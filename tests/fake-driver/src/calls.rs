@@ -167,6 +167,10 @@ exports! {
         let handle = fake.add(Object::Stream { gpu, capture: None });
         put(stream, handle)
     }
+    fn cuStreamGetCtx(stream: Handle, context: *mut Handle) |fake| {
+        let gpu = fake.stream_gpu(stream)?;
+        put(context, gpu as Handle + 1)
+    }
     fn cuStreamSynchronize(stream: Handle) |fake| {
         let gpu = fake.stream_gpu(stream)?;
         fake.note(&format!("gpu={gpu} {}", if stream == 0 { "default" } else { "own" }));

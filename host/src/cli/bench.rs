@@ -1,0 +1,175 @@
+//! `ferromoe bench`.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+
+use ferromoe::bench::{self, BenchShape, GpuMeasurement, Plan, SimMeasurement};
+use ferromoe::cuda::{Gpu, Limits, find_gpus};
+use ferromoe::{Device, DeviceGroup, Result, SimOptions};
+use serde::Serialize;
+
+use super::args::{BenchArgs, DeviceArg};
+
+/// Tokens of a rank on a GPU, and in the simulator, which is far slower.
+const GPU_TOKENS: [usize; 6] = [1, 8, 64, 512, 2048, 8192];
+const SIM_TOKENS: [usize; 4] = [1, 8, 64, 512];
+
+/// Runs the benchmark and prints each measurement when it is there.
+pub fn bench(args: &BenchArgs) -> Result<()> {
+    let gpus = match args.device {
+        DeviceArg::Sim => None,
+        DeviceArg::Cuda => Some(find_gpus(args.ranks)?),
+        DeviceArg::Auto => find_gpus(args.ranks).ok(),
+    };
+    match gpus {
+        Some(gpus) => on_gpus(args, &gpus),
+        None => simulated(args),
+    }
+}
+
+fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
+    let group = DeviceGroup::open(Device::Cuda, args.ranks)?;
+    let limits = Limits::measure(gpus)?;
+    for &shape in &args.shapes {
+        let plan = plan(args, shape, &GPU_TOKENS);
+        if !args.json {
+            print(&format!("{}{}{GPU_HEADER}", heading(&plan, &group), limits_line(&limits)));
+        }
+        let text = |found: &GpuMeasurement| if args.json { json(found) } else { gpu_row(found) };
+        bench::on_gpus(&plan, &group, gpus, &limits, |found| print(&text(&found)))?;
+    }
+    Ok(())
+}
+
+fn simulated(args: &BenchArgs) -> Result<()> {
+    let group = DeviceGroup::open(Device::Sim(SimOptions::default()), args.ranks)?;
+    for &shape in &args.shapes {
+        let plan = plan(args, shape.scaled_down(args.ranks), &SIM_TOKENS);
+        if !args.json {
+            print(&format!("{}{SIM_HEADER}", heading(&plan, &group)));
+        }
+        let text = |found: &SimMeasurement| if args.json { json(found) } else { sim_row(found) };
+        bench::simulated(&plan, &group, |found| print(&text(&found)))?;
+    }
+    Ok(())
+}
+
+fn plan(args: &BenchArgs, shape: BenchShape, tokens: &[usize]) -> Plan {
+    let tokens = if args.tokens.is_empty() { tokens } else { &args.tokens };
+    let experts = args
+        .experts_per_rank
+        .map_or_else(|| shape.experts_on(args.ranks), |experts| experts.saturating_mul(args.ranks));
+    Plan { shape, experts, choice: args.routing.into(), tokens: tokens.to_vec() }
+}
+
+/// A reader that has gone away (`| head`) is no error.
+fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+fn json(found: &impl Serialize) -> String {
+    serde_json::to_string(found).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+}
+
+fn heading(plan: &Plan, group: &DeviceGroup) -> String {
+    let BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } = plan.shape;
+    let experts = plan.experts / group.ranks();
+    format!(
+        "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
+         {:?} routing\non {}\n",
+        plan.choice,
+        group.description()
+    )
+}
+
+fn limits_line(limits: &Limits) -> String {
+    let mut line = format!("limits measured: copy {:.0} GB/s", limits.copy_gbs);
+    // Writing to a String cannot fail.
+    if let Some(peer) = limits.peer_copy_gbs {
+        let _ = write!(line, ", copy between GPUs {peer:.0} GB/s");
+    }
+    let _ = match (limits.bf16_tflops, &limits.without_cublas) {
+        (Some(rate), _) => write!(line, ", bf16 8192^3 by cuBLAS {rate:.0} TFLOP/s"),
+        (None, reason) => write!(line, "; {}", reason.as_deref().unwrap_or("no cuBLAS")),
+    };
+    line.push('\n');
+    line
+}
+
+const GPU_HEADER: &str = "  \
+tokens        us      p10      p90  TFLOP/s  memory GB/s  NVLink GB/s  limit us  of limit  launches  experts  busiest    error";
+
+fn gpu_row(found: &GpuMeasurement) -> String {
+    let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".into());
+    let setting = &found.setting;
+    format!(
+        "{:>8} {:>9.1} {:>8.1} {:>8.1} {:>8.1} {:>12.0} {:>12.0} {:>9} {:>9} {:>9} {:>8.1} {:>7.1}x {:>8.1e}",
+        setting.tokens,
+        found.us,
+        found.us_p10,
+        found.us_p90,
+        found.tflops,
+        found.memory_gbs,
+        found.nvlink_gbs,
+        or_dash(found.limit_us.map(|us| format!("{us:.1}"))),
+        or_dash(found.fraction_of_limit.map(|part| format!("{:.1}%", 100.0 * part))),
+        found.launches,
+        setting.hit_experts,
+        setting.imbalance,
+        setting.relative_error,
+    )
+}
+
+const SIM_HEADER: &str = "  \
+tokens      operations  tile efficiency  memory bytes  least/moved   NVLink bytes        least  warp instructions  simulated us    error";
+
+fn sim_row(found: &SimMeasurement) -> String {
+    format!(
+        "{:>8} {:>15} {:>15.1}% {:>13} {:>11.1}% {:>14} {:>12.0} {:>18} {:>13.1} {:>8.1e}",
+        found.setting.tokens,
+        found.tensor_ops,
+        100.0 * found.tile_efficiency,
+        found.memory_bytes,
+        100.0 * found.memory_efficiency,
+        found.nvlink_bytes,
+        found.least_nvlink_bytes,
+        found.instructions,
+        found.simulated_us,
+        found.setting.relative_error,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+
+    fn args(options: &str) -> Result<BenchArgs, clap::Error> {
+        let words = ["ferromoe", "bench"].into_iter().chain(options.split_whitespace());
+        match Cli::try_parse_from(words)?.command {
+            Command::Bench(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_plan_is_what_was_asked_for() {
+        let args = args("--shape flash,qwen3-30b --ranks 2 --tokens 1,64").unwrap();
+        let plans: Vec<_> = args.shapes.iter().map(|&shape| plan(&args, shape, &GPU_TOKENS)).collect();
+        assert_eq!(plans.iter().map(|plan| plan.experts).collect::<Vec<_>>(), [64, 128]);
+        assert_eq!(plans[0].tokens, [1, 64]);
+        let args = self::args("--shape pro --experts-per-rank 3 --ranks 4 --routing skewed").unwrap();
+        let plan = plan(&args, args.shapes[0], &GPU_TOKENS);
+        assert_eq!((plan.experts, plan.choice), (12, bench::Choice::Skewed));
+        assert_eq!(plan.tokens, GPU_TOKENS);
+    }
+
+    #[test]
+    fn a_shape_that_does_not_exist_is_refused_with_those_that_do() {
+        let error = args("--shape flash,llama").unwrap_err().to_string();
+        assert!(error.contains("llama") && error.contains("mixtral-8x7b"), "{error}");
+    }
+}

@@ -1,0 +1,65 @@
+//! `ferromoe bench` as a user meets it, on simulated ranks.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn bench(options: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ferromoe"))
+        .arg("bench")
+        .args(options)
+        .env("FERROMOE_CUDA_DRIVER", "/nonexistent/libcuda.so.1")
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn every_measurement_is_a_line_of_json() {
+    let output =
+        bench(&["--shape", "qwen3-30b,flash", "--ranks", "2", "--tokens", "1,40", "--routing", "skewed", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let what: Vec<_> =
+        lines.iter().map(|line| (line["shape"].as_str().unwrap(), line["tokens"].as_u64().unwrap())).collect();
+    assert_eq!(what, [("qwen3-30b", 1), ("qwen3-30b", 40), ("flash", 1), ("flash", 40)]);
+    for line in &lines {
+        let number = |field: &str| line[field].as_f64().unwrap_or_else(|| panic!("{field} of {line}"));
+        assert!(number("relative_error") < 1e-2, "{line}");
+        for (least, counted) in [
+            ("least_ops", "tensor_ops"),
+            ("least_memory_bytes", "memory_bytes"),
+            ("least_nvlink_bytes", "nvlink_bytes"),
+        ] {
+            assert!(0.0 < number(least) && number(least) <= number(counted), "{least} of {line}");
+        }
+        assert_eq!(line["routing"], "skewed");
+    }
+    assert!(lines[1]["tile_efficiency"].as_f64() > lines[0]["tile_efficiency"].as_f64());
+}
+
+#[test]
+fn people_read_a_table() {
+    let output = bench(&["--shape", "pro", "--device", "sim", "--tokens", "3"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.starts_with("pro: hidden 448, intermediate 192, top-6, 1 shared, 8 experts a rank"), "{text}");
+    assert_eq!(text.lines().last().unwrap().split_whitespace().next(), Some("3"), "{text}");
+}
+
+#[test]
+fn what_cannot_be_run_is_told_by_the_exit_code() {
+    for (options, code, expected) in [
+        (&["--shape", "flash", "--device", "cuda"][..], 3, "no CUDA driver found"),
+        (&["--shape", "mixtral-8x7b", "--ranks", "3"], 2, "8 experts cannot be cut evenly over 3 ranks"),
+        (&["--shape", "flash", "--ranks", "9"], 2, "9 ranks are not possible"),
+        (&["--shape", "flash", "--experts-per-rank", "2"], 2, "top-k is 6"),
+        (&["--shape", "flash", "--tokens", "8,0"], 2, "0 is not in 1.."),
+        (&["--shape", "gpt"], 2, "mixtral-8x7b"),
+        (&[], 2, "--shape"),
+    ] {
+        let output = bench(options);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{options:?}: {text}");
+        assert!(text.contains(expected), "{options:?}: {text}");
+    }
+}
