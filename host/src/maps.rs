@@ -2,8 +2,8 @@
 
 use ferromoe_kernel::layout::{BF16_BYTES, Shape, WorkspaceLayout};
 use ferromoe_kernel::params::{TensorMap, TensorMaps};
-use ferromoe_kernel::shared::LINEAR1_STAGING_TOKENS;
-use ferromoe_kernel::tile::{K_BLOCK, MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE};
+use ferromoe_kernel::shared::linear1_staging_tokens;
+use ferromoe_kernel::tile::{K_BLOCK, TOKEN_TILES, WEIGHT_TILE};
 
 use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType, TensorMapSpec};
 
@@ -28,20 +28,20 @@ pub(crate) fn tensor_maps(
         let dims = vec![columns, rows, shape.local_experts().into()];
         encode(backend, address, dims, vec![K_BLOCK, WEIGHT_TILE, 1], Swizzle::B128)
     };
-    let pool = |address, columns, tile_columns, most_rows: u32, swizzle| -> Result<[TensorMap; TOKEN_TILES.len()]> {
+    let pool = |address, columns, tile_columns, tile_rows: fn(u32) -> u32, swizzle| -> Result<[TensorMap; TOKEN_TILES.len()]> {
         let mut maps = [TensorMap([0; 16]); TOKEN_TILES.len()];
         for (map, rows) in maps.iter_mut().zip(TOKEN_TILES) {
             let dims = vec![columns, shape.pool_rows().into()];
-            *map = encode(backend, address, dims, vec![tile_columns, rows.min(most_rows)], swizzle)?;
+            *map = encode(backend, address, dims, vec![tile_columns, tile_rows(rows)], swizzle)?;
         }
         Ok(maps)
     };
     Ok(TensorMaps {
         linear1: weights(linear1, hidden, 2 * intermediate)?,
         linear2: weights(linear2, intermediate, hidden)?,
-        tokens: pool(tokens, hidden, K_BLOCK, MAX_TOKEN_TILE, Swizzle::B128)?,
-        intermediate: pool(activations, intermediate, K_BLOCK, MAX_TOKEN_TILE, Swizzle::B128)?,
-        activation: pool(activations, intermediate, ACTIVATION_COLUMNS, LINEAR1_STAGING_TOKENS, Swizzle::B64)?,
+        tokens: pool(tokens, hidden, K_BLOCK, |width| width, Swizzle::B128)?,
+        intermediate: pool(activations, intermediate, K_BLOCK, |width| width, Swizzle::B128)?,
+        activation: pool(activations, intermediate, ACTIVATION_COLUMNS, linear1_staging_tokens, Swizzle::B64)?,
     })
 }
 

@@ -17,7 +17,7 @@ pub const CONSUMERS_BARRIER: u32 = 2;
 pub const WARPGROUP_BARRIER: u32 = 3;
 
 /// Longest pause between two looks at a condition, in nanoseconds.
-const MAX_PAUSE_NS: u32 = 1024;
+const MAX_PAUSE_NS: u32 = 256;
 
 /// What every role gets. Nothing is kept that can be loaded again: consumers have no register to spare.
 #[derive(Clone, Copy)]

@@ -25,7 +25,7 @@ pub struct TensorMaps {
     pub tokens: [TensorMap; TOKEN_TILES.len()],
     /// Intermediate pool `[intermediate, pool_rows]`, box 64 x token tile, 128-byte swizzle, for loads.
     pub intermediate: [TensorMap; TOKEN_TILES.len()],
-    /// Intermediate pool, box 32 x token tile (at most what one warpgroup stages at once), 64-byte swizzle, for stores.
+    /// Intermediate pool, box 32 x what one warpgroup stages at once of a token tile, 64-byte swizzle, for stores.
     pub activation: [TensorMap; TOKEN_TILES.len()],
 }
 

@@ -218,10 +218,10 @@ impl TaskCursor {
         if self.phase as u32 == Phase::Combine as u32 {
             return Task::plain(Phase::Combine, index);
         }
-        // Tiles first: neighbouring CTAs share a block of weights.
+        // Blocks first: neighbouring CTAs share a tile of tokens, of which each loads twice as much as of its weights.
         let count = rows(self.current.expert);
-        let tiles = token_tiles(count);
-        let (block, tile) = (index / tiles, index % tiles);
+        let blocks = self.tasks / token_tiles(count);
+        let (tile, block) = (index / blocks, index % blocks);
         let rest = count - tile * MAX_TOKEN_TILE;
         let rows = if rest < MAX_TOKEN_TILE { rest } else { MAX_TOKEN_TILE };
         Task {

@@ -40,8 +40,10 @@ pub const STAGE_BYTES: u32 = WEIGHT_STAGE_BYTES + MAX_TOKEN_TILE * K_BLOCK * 2;
 pub const STAGING_BYTES: u32 = 8192;
 /// Staging buffers of one consumer warpgroup.
 pub const STAGING_BUFFERS: u32 = 1;
-/// Tokens that fit the staging buffer in linear 1: 32 bf16 each.
-pub const LINEAR1_STAGING_TOKENS: u32 = STAGING_BYTES / 64;
+/// Tokens that are staged at once in linear 1, 32 bf16 each, of a tile of `width` tokens: an even share of it.
+pub const fn linear1_staging_tokens(width: u32) -> u32 {
+    width / width.div_ceil(STAGING_BYTES / 64)
+}
 /// Tokens that fit the staging buffer in linear 2: 64 bf16 each.
 pub const LINEAR2_STAGING_TOKENS: u32 = STAGING_BYTES / 128;
 /// Bytes of one buffer for pulling a row, piece by piece.

@@ -15,8 +15,8 @@ pub const K_BLOCK: u32 = 64;
 /// Elements of the contraction dimension that one bf16 wgmma consumes.
 pub const K_STEP: u32 = 16;
 
-/// Widths of the token tiles, each twice the one before; a width is the N of wgmma.
-pub const TOKEN_TILES: [u32; 5] = [16, 32, 64, 128, 256];
+/// Widths of the token tiles, ascending; a width is the N of wgmma.
+pub const TOKEN_TILES: [u32; 6] = [16, 32, 64, 128, 192, 256];
 
 /// The widest token tile.
 pub const MAX_TOKEN_TILE: u32 = TOKEN_TILES[TOKEN_TILES.len() - 1];
@@ -25,11 +25,17 @@ pub const MAX_TOKEN_TILE: u32 = TOKEN_TILES[TOKEN_TILES.len() - 1];
 pub const GATE_UP_GROUP: u32 = 8;
 
 const _: () = assert!(WEIGHT_TILE == 2 * WARPGROUP_ROWS);
-const _: () = assert!(token_tile(TOKEN_TILES.len() as u32 - 1) == MAX_TOKEN_TILE);
+const _: () = {
+    let mut index = 0;
+    while index < TOKEN_TILES.len() {
+        assert!(token_tile(index as u32) == TOKEN_TILES[index]);
+        index += 1;
+    }
+};
 
-/// The width of the tile with this index.
+/// The width of the tile with this index: [`TOKEN_TILES`] without a table, which would lie in memory.
 pub const fn token_tile(index: u32) -> u32 {
-    TOKEN_TILES[0] << index
+    if index < 4 { 16 << index } else { 64 * (index - 1) }
 }
 
 /// Index into [`TOKEN_TILES`] of the tile for `rows` tokens (1 to [`MAX_TOKEN_TILE`]; more counts as the widest).
@@ -79,7 +85,8 @@ mod tests {
             (17, 1, 32),
             (64, 1, 64),
             (65, 1, 128),
-            (129, 1, 256),
+            (129, 1, 192),
+            (193, 1, 256),
             (256, 1, 256),
             (257, 2, 272),
             (600, 3, 640),

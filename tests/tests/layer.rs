@@ -19,6 +19,14 @@ fn one_rank_at_every_token_count() {
 }
 
 #[test]
+fn every_token_tile_and_the_borders_between_them() {
+    for tokens in [15, 16, 17, 32, 33, 65, 128, 129, 192, 193, 256, 273] {
+        let choices = Choices::AllTo(1);
+        Case { choices, ..case(config(128, 128, 4, 1), &[tokens]) }.check();
+    }
+}
+
+#[test]
 fn every_number_of_ranks() {
     for ranks in [1, 2, 3, 4, 8] {
         Case { data: ranks as u64, ..case(config(64, 64, 24, 6), &vec![7; ranks]) }.check();

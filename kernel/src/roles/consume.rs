@@ -113,6 +113,7 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
                 1 => run::<4>(consumer, &task, &mut ring, &mut staging),
                 2 => run::<8>(consumer, &task, &mut ring, &mut staging),
                 3 => run::<16>(consumer, &task, &mut ring, &mut staging),
+                4 => run::<24>(consumer, &task, &mut ring, &mut staging),
                 _ => run::<32>(consumer, &task, &mut ring, &mut staging),
             }
         }

@@ -6,10 +6,12 @@ use crate::device::fence::fence_proxy_async;
 use crate::device::matrix::{stmatrix_x2_trans, stmatrix_x4_trans};
 use crate::device::wgmma::Accumulators;
 use crate::roles::consume::Consumer;
-use crate::shared::{LINEAR1_STAGING_TOKENS, STAGING_BUFFERS};
+use crate::shared::{STAGING_BUFFERS, linear1_staging_tokens};
 
 /// Quads that are staged at once.
-const STAGED_QUADS: usize = LINEAR1_STAGING_TOKENS as usize / 8;
+const fn staged_quads(quads: usize) -> usize {
+    linear1_staging_tokens(8 * quads as u32) as usize / 8
+}
 
 /// Finishes a task. A quad holds, for two tokens, the gates (first two values) and ups of one intermediate column.
 #[inline(always)]
@@ -20,7 +22,7 @@ pub fn finish<const QUADS: usize>(
 ) {
     // The metas are in place.
     consumer.sync();
-    unroll!(CHUNK < QUADS.div_ceil(STAGED_QUADS), {
+    unroll!(CHUNK < QUADS / staged_quads(QUADS), {
         consumer.take_staging(staging);
         stage::<QUADS, CHUNK>(consumer, accumulators);
         // The rows were written by ordinary stores, and will be read by a bulk copy.
@@ -52,8 +54,8 @@ fn stage<const QUADS: usize, const CHUNK: usize>(consumer: Consumer<'_>, accumul
         return;
     }
     unroll!(GROUP < 4, {
-        let quad = CHUNK * STAGED_QUADS + 4 * GROUP;
-        if quad < QUADS {
+        let quad = CHUNK * staged_quads(QUADS) + 4 * GROUP;
+        if 4 * GROUP < staged_quads(QUADS) {
             let columns = [activate(quad), activate(quad + 1), activate(quad + 2), activate(quad + 3)];
             // SAFETY: as above.
             unsafe { stmatrix_x4_trans(address(32 * GROUP as u32 + consumer.lane), columns) };

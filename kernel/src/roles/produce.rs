@@ -1,7 +1,7 @@
 //! The producer warp: keeps the stages full of weight and token tiles.
 
 use crate::cta::{Cta, Ring, TaskReader};
-use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_3d};
+use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_3d, tensor_prefetch_3d};
 use crate::device::fence::fence_proxy_async;
 use crate::device::global::ld_acquire_gpu_u32;
 use crate::launch::Launch;
@@ -10,6 +10,9 @@ use crate::schedule::{Phase, Task};
 use crate::shared::{STAGES, WEIGHT_STAGE_BYTES};
 use crate::status::{Stage, Timeout};
 use crate::tile::{K_BLOCK, token_tile};
+
+/// Weight tiles behind the stages that are prefetched while tokens are waited for: of all SMs together, about half of the L2 cache.
+const PREFETCHED_BLOCKS: u32 = 16;
 
 /// Loads the operands of every task.
 #[inline(always)]
@@ -47,11 +50,9 @@ fn load_linear1(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>)
         tokens: (&raw const params.maps.tokens).cast::<TensorMap>().wrapping_add(task.width as usize),
         k_blocks: params.shape.hidden / K_BLOCK,
     };
-    operands.load(cta, task, ring, || {
-        let missing = || Timeout { stage: Stage::Rows, rank: params.rank, subject: task.tile };
-        // SAFETY: a counter of this launch.
-        launch.wait_until(missing, || unsafe { ld_acquire_gpu_u32(pulled) } >= task.rows);
-    });
+    let missing = || Timeout { stage: Stage::Rows, rank: params.rank, subject: task.tile };
+    // SAFETY: a counter of this launch.
+    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(pulled) } >= task.rows);
 }
 
 /// Linear 2 multiplies intermediate rows: waits until all of the tile's columns are in the pool.
@@ -65,11 +66,9 @@ fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>)
         tokens: (&raw const params.maps.intermediate).cast::<TensorMap>().wrapping_add(task.width as usize),
         k_blocks,
     };
-    operands.load(cta, task, ring, || {
-        let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
-        // SAFETY: a counter of this launch. A linear 1 task makes the 64 columns of one k-block.
-        launch.wait_until(missing, || unsafe { ld_acquire_gpu_u32(stored) } >= k_blocks);
-    });
+    let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
+    // SAFETY: a counter of this launch. A linear 1 task makes the 64 columns of one k-block.
+    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= k_blocks);
 }
 
 /// The two operands of a task.
@@ -80,16 +79,31 @@ struct Operands {
 }
 
 impl Operands {
-    /// Loads all k-blocks. The weights of the first stages are on their way before the tokens are waited for.
+    /// Loads all k-blocks. The weights of the first stages are on their way before the tokens are waited for, and while
+    /// they are, more weights come as near as the L2 cache.
     #[inline(always)]
-    fn load(&self, cta: Cta, task: &Task, ring: &mut Ring<STAGES>, wait_for_tokens: impl Fn()) {
+    fn load(
+        &self,
+        launch: &Launch,
+        cta: Cta,
+        task: &Task,
+        ring: &mut Ring<STAGES>,
+        missing: impl Fn() -> Timeout,
+        tokens_ready: impl Fn() -> bool,
+    ) {
         let early = self.k_blocks.min(STAGES);
         let mut weights_ring = *ring;
         for k_block in 0..early {
             self.load_weights(cta, task, weights_ring, k_block);
             weights_ring.advance();
         }
-        wait_for_tokens();
+        if !tokens_ready() {
+            for k_block in early..self.k_blocks.min(early + PREFETCHED_BLOCKS) {
+                // SAFETY: a tensor map of the parameter block.
+                unsafe { tensor_prefetch_3d(self.weights, weight_tile(task, k_block)) };
+            }
+            launch.wait_until(missing, tokens_ready);
+        }
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
         fence_proxy_async();
         for k_block in 0..self.k_blocks {
@@ -111,8 +125,13 @@ impl Operands {
         cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
         let full = cta.stage_full(ring.slot);
         full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
-        let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
         // SAFETY: the stage is free; its barrier expects these bytes.
-        unsafe { tensor_load_3d(cta.weight_stage(ring.slot), self.weights, coordinates, full) };
+        unsafe { tensor_load_3d(cta.weight_stage(ring.slot), self.weights, weight_tile(task, k_block), full) };
     }
+}
+
+/// Coordinates of a weight tile.
+#[inline(always)]
+fn weight_tile(task: &Task, k_block: u32) -> [u32; 3] {
+    [k_block * K_BLOCK, task.weight_row, task.expert]
 }

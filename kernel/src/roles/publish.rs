@@ -9,7 +9,7 @@ use crate::launch::Launch;
 use crate::params::TensorMap;
 use crate::roles::pull::count_from;
 use crate::schedule::{Phase, Task};
-use crate::shared::{CONSUMER_WARPGROUPS, LINEAR1_STAGING_TOKENS, STAGING_BUFFERS};
+use crate::shared::{CONSUMER_WARPGROUPS, STAGING_BUFFERS, linear1_staging_tokens};
 use crate::tile::token_tile;
 
 /// Intermediate columns that one warpgroup makes: half of its 64 rows are gates.
@@ -48,8 +48,9 @@ impl Publisher<'_> {
     fn store_columns(&mut self, task: &Task) {
         let params = self.launch.params();
         let map = (&raw const params.maps.activation).cast::<TensorMap>().wrapping_add(task.width as usize);
+        let width = token_tile(task.width);
         let mut token = 0;
-        while token < token_tile(task.width) {
+        while token < width {
             for warpgroup in 0..CONSUMER_WARPGROUPS {
                 self.cta.staging_full(warpgroup).wait(self.ring.parity);
                 let column = task.weight_row / 2 + warpgroup * COLUMNS;
@@ -59,7 +60,7 @@ impl Publisher<'_> {
             }
             bulk_wait_group_read::<0>();
             self.give_back();
-            token += LINEAR1_STAGING_TOKENS;
+            token += linear1_staging_tokens(width);
         }
         bulk_wait_group::<0>();
         // Written, and to be read, by bulk copies; the release is an ordinary one.
