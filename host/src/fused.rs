@@ -567,3 +567,6 @@ fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static st
 fn wave_experts(shape: &Shape, sms: u32) -> u32 {
     (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
 }
+
+#[cfg(test)]
+mod tests;

@@ -179,8 +179,8 @@ impl Case {
 }
 
 impl Layer {
-    /// Runs `tokens` and holds every rank's output against the reference.
-    pub fn check(&mut self, tokens: &Tokens, what: &str) {
+    /// Runs `tokens`, holds every rank's output against the reference, and returns them.
+    pub fn check(&mut self, tokens: &Tokens, what: &str) -> Vec<RankOutput> {
         let outputs = self.moe.forward(&tokens.batch()).unwrap_or_else(|error| panic!("{what}: {error}"));
         for (rank, output) in outputs.iter().enumerate() {
             let states = &tokens.hidden_states[rank];
@@ -189,5 +189,6 @@ impl Layer {
             let error = reference::relative_l2(&output.output, &expected);
             assert!(error <= TOLERANCE, "{what}: rank {rank} has a relative L2 error of {error:.2e}");
         }
+        outputs
     }
 }

@@ -9,6 +9,7 @@ for candidate in 2 4 8; do
     if [ "$gpus" -ge "$candidate" ]; then ranks=$candidate; fi
 done
 failed=""
+export FERROMOE_TEST_LAUNCHES=${FERROMOE_TEST_LAUNCHES:-10000}
 
 for test in "$here"/tests/*; do
     name=$(basename "$test")

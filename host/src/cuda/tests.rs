@@ -4,8 +4,12 @@ use super::driver;
 use super::{CapturedGraph, CudaBackend, CudaError, find_gpus, share_gpu};
 use crate::backend::{Backend, RankLaunch};
 use crate::error::Error;
+use crate::fused::FusedMoe;
+use crate::group::{Device, DeviceGroup};
 use crate::memory::DeviceBuffer;
 use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
+use crate::testing::{EngineRank, Tokens, small_config};
+use crate::weights::ExpertWeights;
 use cust::stream::{Stream, StreamFlags};
 use libloading::Library;
 use ptx_sim::TensorMapSpec;
@@ -425,5 +429,46 @@ fn a_buffer_that_one_rank_cannot_map_fails_all_ranks_and_leaks_nothing() {
     assert_eq!(errors[0], "rank 1 could not map the other ranks' symmetric buffer");
     let own = "cuIpcOpenMemHandle_v2 failed for another process's symmetric buffer, on rank 1";
     assert!(errors[1].starts_with(own), "{errors:?}");
+    assert_eq!(fake.live(), "");
+}
+
+/// A layer on two fake GPUs, which run the kernel in the simulator.
+#[test]
+fn a_captured_layer_is_replayed_with_other_token_counts() {
+    let fake = FakeDriver::with(2, 9);
+    let config = small_config();
+    let weights = ExpertWeights::random(&config, 5);
+    let group = DeviceGroup::open(Device::Cuda, 2).unwrap();
+    let moe = FusedMoe::new(&group, &config, &weights).unwrap();
+    let engine = [0, 1].map(|rank| EngineRank::new(&group, &config, rank));
+    let capture = |rank: usize, engine: &EngineRank| {
+        let stream = engine.stream.raw();
+        // SAFETY: the stream is the rank's, and everything lives until the graph is dropped.
+        let graph = unsafe { CapturedGraph::capture::<Error>(stream, || moe.enqueue(rank, stream, engine.inputs())) };
+        graph.unwrap()
+    };
+    let before = fake.calls().len();
+    let graphs = [capture(0, &engine[0]), capture(1, &engine[1])];
+    let captured = fake.calls().split_off(before);
+    let forbidden = ["Alloc", "Free", "Memcpy", "Memset", "Synchronize"];
+    let found = captured.iter().find(|call| forbidden.iter().any(|word| call.contains(word)));
+    assert_eq!(found, None, "a queued launch neither waits nor allocates");
+
+    for (step, counts) in [[3, 16], [16, 0], [1, 5]].into_iter().enumerate() {
+        let tokens = counts.map(|count| Tokens::random(&config, count, (10 * step + count) as u64));
+        engine.iter().zip(&tokens).for_each(|(engine, tokens)| engine.write(tokens));
+        for (graph, engine) in graphs.iter().zip(&engine) {
+            // SAFETY: the graph was captured on this stream, and all that it uses is alive.
+            unsafe { graph.launch(engine.stream.raw()) }.unwrap();
+        }
+        engine.iter().for_each(|engine| engine.stream.synchronize().unwrap());
+        moe.check().unwrap();
+        for (engine, tokens) in engine.iter().zip(&tokens) {
+            tokens.check(&config, &weights, &engine.output(tokens), &format!("replay {step}"));
+        }
+    }
+    assert_eq!(fake.calls_of("cuLaunchKernelEx").len(), 2, "only those that were captured");
+    assert_eq!(fake.calls_of("cuGraphLaunch").len(), 6);
+    drop((graphs, engine, moe, group));
     assert_eq!(fake.live(), "");
 }
