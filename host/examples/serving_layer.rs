@@ -1,19 +1,26 @@
-//! A decode loop as a serving engine has it: the engine owns memory and streams, every step has other tokens on every rank,
-//! and one launch a rank does the layer. On GPUs the launches are captured once and replayed as CUDA graphs: the number of
-//! tokens is read from device memory, so the graph stays the same. The simulator has no graphs, and each step queues
-//! its launches.
+//! A decode loop as a serving engine has it: every step has other tokens on every rank, and one launch a rank does the layer.
+//! On GPUs the launches are captured once and replayed as CUDA graphs: the number of tokens is read from device memory, so
+//! the graph stays the same. The simulator has no graphs, and each step queues its launches.
 //!
 //! ```sh
 //! cargo run --release --example serving_layer -- --ranks 2 --steps 8
 //! ```
+//!
+//! With `--rank` each rank is a process of its own; start one for every rank:
+//!
+//! ```sh
+//! for rank in 0 1; do serving_layer --device cuda --ranks 2 --rank $rank --meet tcp:127.0.0.1:29500 & done; wait
+//! ```
 
-use std::time::Instant;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use ferromoe::cuda::CapturedGraph;
 use ferromoe::{
-    Device, DeviceBuffer, DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, RankInputs, SimOptions, Stream,
+    Device, DeviceBuffer, DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, RankInputs, RendezvousAddress,
+    SimOptions, Stream,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -32,6 +39,12 @@ struct Arguments {
     /// What to run on
     #[arg(long, value_enum, default_value_t = DeviceArgument::Auto)]
     device: DeviceArgument,
+    /// The rank of this process, if every rank is one
+    #[arg(long, requires = "meet")]
+    rank: Option<usize>,
+    /// Where processes meet: unix:PATH or tcp:127.0.0.1:PORT
+    #[arg(long, requires = "rank")]
+    meet: Option<RendezvousAddress>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -46,36 +59,42 @@ enum DeviceArgument {
     SharedGpu,
 }
 
-/// What the engine owns for one rank.
+/// What the engine has for one rank.
 struct EngineRank {
-    hidden_states: DeviceBuffer,
+    rank: usize,
+    /// Where the hidden states are: the layer's own memory, for processes can read no other rank's but that.
+    hidden_states: u64,
     topk_idx: DeviceBuffer,
     topk_weights: DeviceBuffer,
     tokens: DeviceBuffer,
     output: DeviceBuffer,
     stream: Stream,
     graph: Option<CapturedGraph>,
+    random: StdRng,
 }
 
 impl EngineRank {
-    fn new(group: &DeviceGroup, config: &MoeConfig, rank: usize) -> ferromoe::Result<Self> {
+    fn new(group: &DeviceGroup, moe: &FusedMoe, rank: usize) -> ferromoe::Result<Self> {
+        let config = moe.config();
         let states = (config.max_tokens_per_rank * config.hidden * size_of::<bf16>()) as u64;
         let choices = (config.max_tokens_per_rank * config.top_k * size_of::<f32>()) as u64;
         Ok(Self {
-            hidden_states: group.alloc(rank, states, "hidden states")?,
+            rank,
+            hidden_states: moe.hidden_states(rank)?.address(),
             topk_idx: group.alloc(rank, choices, "expert ids")?,
             topk_weights: group.alloc(rank, choices, "routing weights")?,
             tokens: group.alloc(rank, 4, "token count")?,
             output: group.alloc(rank, states, "output")?,
             stream: group.stream(rank)?,
             graph: None,
+            random: StdRng::seed_from_u64(rank as u64),
         })
     }
 
     /// The same addresses in every step: a graph holds them.
     fn inputs(&self) -> RankInputs {
         RankInputs {
-            hidden_states: self.hidden_states.address(),
+            hidden_states: self.hidden_states,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
@@ -84,36 +103,39 @@ impl EngineRank {
     }
 
     /// Records the rank's launch instead of running it.
-    fn capture(&mut self, moe: &FusedMoe, rank: usize) -> ferromoe::Result<()> {
-        let (stream, inputs) = (self.stream.raw(), self.inputs());
+    fn capture(&mut self, moe: &FusedMoe) -> ferromoe::Result<()> {
+        let (rank, stream, inputs) = (self.rank, self.stream.raw(), self.inputs());
         // SAFETY: the stream is the rank's, and layer, memory and stream live as long as the graph is launched.
         let graph = unsafe { CapturedGraph::capture::<Error>(stream, || moe.enqueue(rank, stream, inputs)) }?;
         self.graph = Some(graph);
         Ok(())
     }
 
-    /// Stands for the attention block and the router, which leave this step's tokens in device memory.
-    fn prepare(&self, config: &MoeConfig, tokens: usize, random: &mut StdRng) -> ferromoe::Result<()> {
+    /// Stands for the attention block and the router, which leave a step's tokens in device memory. Gives their number.
+    fn prepare(&mut self, moe: &FusedMoe) -> ferromoe::Result<usize> {
+        let (config, random) = (moe.config(), &mut self.random);
+        let tokens = random.random_range(0..=config.max_tokens_per_rank);
         let states: Vec<_> =
             (0..tokens * config.hidden).map(|_| bf16::from_f32(random.random_range(-1.0..1.0))).collect();
         let ids: Vec<i32> = (0..tokens)
             .flat_map(|_| index::sample(random, config.experts, config.top_k).into_iter().map(|id| id as i32))
             .collect();
         let weights = vec![1.0 / config.top_k as f32; ids.len()];
-        self.hidden_states.write(bytemuck::cast_slice(&states))?;
+        moe.hidden_states(self.rank)?.write(bytemuck::cast_slice(&states))?;
         self.topk_idx.write(bytemuck::cast_slice(&ids))?;
         self.topk_weights.write(bytemuck::cast_slice(&weights))?;
-        self.tokens.write(&(tokens as u32).to_ne_bytes())
+        self.tokens.write(&(tokens as u32).to_ne_bytes())?;
+        Ok(tokens)
     }
 
     /// Starts the step's launch and returns at once.
-    fn launch(&self, moe: &FusedMoe, rank: usize) -> ferromoe::Result<()> {
+    fn launch(&self, moe: &FusedMoe) -> ferromoe::Result<()> {
         let stream = self.stream.raw();
         match &self.graph {
             // SAFETY: the graph was captured on this stream, and all that it uses is alive.
             Some(graph) => Ok(unsafe { graph.launch(stream) }?),
             // SAFETY: the stream is the rank's, and its memory is alive until the step has ended.
-            None => unsafe { moe.enqueue(rank, stream, self.inputs()) },
+            None => unsafe { moe.enqueue(self.rank, stream, self.inputs()) },
         }
     }
 
@@ -126,12 +148,6 @@ impl EngineRank {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    let device = match arguments.device {
-        DeviceArgument::Auto => Device::Auto(SimOptions::default()),
-        DeviceArgument::Sim => Device::Sim(SimOptions::default()),
-        DeviceArgument::Cuda => Device::Cuda,
-        DeviceArgument::SharedGpu => Device::SharedGpu,
-    };
     let config = MoeConfig {
         hidden: 256,
         intermediate: 128,
@@ -141,35 +157,47 @@ fn main() -> anyhow::Result<()> {
         swiglu_limit: None,
         shared_experts: 1,
     };
-    let group = DeviceGroup::open(device, arguments.ranks)?;
+    let group = open(&arguments)?;
     println!("{}", group.description());
     let moe = FusedMoe::new(&group, &config, &ExpertWeights::random(&config, 1))?;
     let mut ranks: Vec<_> =
-        (0..group.ranks()).map(|rank| EngineRank::new(&group, &config, rank)).collect::<Result<_, _>>()?;
+        group.local_ranks().map(|rank| EngineRank::new(&group, &moe, rank)).collect::<Result<_, _>>()?;
     if !group.is_simulated() {
-        ranks.iter_mut().enumerate().try_for_each(|(rank, engine)| engine.capture(&moe, rank))?;
+        ranks.iter_mut().try_for_each(|engine| engine.capture(&moe))?;
     }
+    (0..arguments.steps).try_for_each(|step| decode(&moe, &mut ranks).with_context(|| format!("step {step}")))
+}
 
-    let mut random = StdRng::seed_from_u64(1);
-    for step in 0..arguments.steps {
-        let tokens: Vec<_> = ranks.iter().map(|_| random.random_range(0..=config.max_tokens_per_rank)).collect();
-        for (engine, &tokens) in ranks.iter().zip(&tokens) {
-            engine.prepare(&config, tokens, &mut random)?;
-        }
-        let started = Instant::now();
-        // All ranks are launched before any is waited for: they wait for each other.
-        ranks.iter().enumerate().try_for_each(|(rank, engine)| engine.launch(&moe, rank))?;
-        ranks.iter().try_for_each(|engine| engine.stream.synchronize())?;
-        let elapsed = started.elapsed();
-        moe.check()?;
-        for (rank, (engine, &tokens)) in ranks.iter().zip(&tokens).enumerate() {
-            let output = engine.output(&config, tokens)?;
-            ensure!(
-                output.iter().all(|value| value.is_finite()),
-                "step {step}: rank {rank} has a value that is no number"
-            );
-        }
-        println!("step {step}: tokens {tokens:?}, {elapsed:.1?}");
+fn open(arguments: &Arguments) -> ferromoe::Result<DeviceGroup> {
+    /// How long processes wait for each other.
+    const TIMEOUT: Duration = Duration::from_secs(60);
+    let device = match arguments.device {
+        DeviceArgument::Auto => Device::Auto(SimOptions::default()),
+        DeviceArgument::Sim => Device::Sim(SimOptions::default()),
+        DeviceArgument::Cuda => Device::Cuda,
+        DeviceArgument::SharedGpu => Device::SharedGpu,
+    };
+    match (arguments.rank, &arguments.meet) {
+        (Some(rank), Some(address)) => DeviceGroup::join(device, rank, arguments.ranks, address, TIMEOUT),
+        _ => DeviceGroup::open(device, arguments.ranks),
+    }
+}
+
+/// One step on the ranks of this process.
+fn decode(moe: &FusedMoe, ranks: &mut [EngineRank]) -> anyhow::Result<()> {
+    let tokens: Vec<_> = ranks.iter_mut().map(|engine| engine.prepare(moe)).collect::<Result<_, _>>()?;
+    let started = Instant::now();
+    // All ranks are launched before any is waited for: they wait for each other.
+    ranks.iter().try_for_each(|engine| engine.launch(moe))?;
+    ranks.iter().try_for_each(|engine| engine.stream.synchronize())?;
+    let elapsed = started.elapsed();
+    moe.check()?;
+    for (engine, tokens) in ranks.iter().zip(tokens) {
+        let (rank, output) = (engine.rank, engine.output(moe.config(), tokens)?);
+        ensure!(output.iter().all(|value| value.is_finite()), "rank {rank} has a value that is no number");
+        let mut hasher = DefaultHasher::new();
+        bytemuck::cast_slice::<_, u16>(&output).hash(&mut hasher);
+        println!("rank {rank}: {tokens} tokens, output {:016x}, {elapsed:.1?}", hasher.finish());
     }
     Ok(())
 }

@@ -71,13 +71,10 @@ impl MoeConfig {
         combine_rows.min((u32::MAX as usize - padding) / pool_rows_per_token)
     }
 
-    /// Checks the number of tokens each rank brings to one forward pass.
-    pub fn check_tokens(&self, tokens_per_rank: &[usize]) -> Result<()> {
+    /// Checks the number of tokens that a rank brings to one forward pass.
+    pub fn check_tokens(&self, rank: usize, tokens: usize) -> Result<()> {
         let max = self.max_tokens_per_rank;
-        match tokens_per_rank.iter().position(|&tokens| tokens > max) {
-            Some(rank) => Err(Error::TooManyTokens { rank, tokens: tokens_per_rank[rank], max }),
-            None => Ok(()),
-        }
+        if tokens <= max { Ok(()) } else { Err(Error::TooManyTokens { rank, tokens, max }) }
     }
 
     /// The experts that `rank` of `ranks` owns.
@@ -160,9 +157,9 @@ mod tests {
         );
         of(message(MoeConfig { max_tokens_per_rank: 1 << 28, ..config() }, 1), &["268435456 tokens"]);
         of(message(MoeConfig { swiglu_limit: Some(f32::NAN), ..config() }, 1), &["limit is NaN", "above 0"]);
-        let tokens = config().check_tokens(&[16, 17]).unwrap_err().to_string();
+        let tokens = config().check_tokens(1, 17).unwrap_err().to_string();
         of(tokens, &["rank 1", "17 tokens", "16"]);
-        config().check_tokens(&[16, 0]).unwrap();
+        config().check_tokens(1, 16).unwrap();
     }
 
     proptest! {

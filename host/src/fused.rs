@@ -1,26 +1,29 @@
 //! The layer on its ranks: buffers, parameter blocks, launches, and what a launch reports.
 
+mod rank;
+#[cfg(test)]
+mod tests;
+
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ferromoe_kernel::layout::{BF16_BYTES, MAX_COMBINE_ROWS, MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
-use ferromoe_kernel::params::{Arguments, ENTRY, Params};
+use ferromoe_kernel::layout::{MAX_COMBINE_ROWS, MAX_RANKS, Shape, WorkspaceLayout};
+use ferromoe_kernel::params::{Arguments, ENTRY};
 use ferromoe_kernel::shared::{SHARED_BYTES, THREADS};
 use ferromoe_kernel::status::{BadChoice, Fault, Status, Timeout};
-use ferromoe_kernel::tile::K_BLOCK;
 use half::bf16;
 
 use crate::backend::{Backend, RankLaunch, RankReport};
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
 use crate::group::DeviceGroup;
-use crate::maps::tensor_maps;
 use crate::memory::DeviceBuffer;
 use crate::rendezvous::RendezvousError;
-use crate::weights::{ExpertWeights, RankWeights};
+use crate::weights::ExpertWeights;
+
+use rank::{Rank, symmetric_buffer};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -50,7 +53,7 @@ pub struct RankOutput {
 /// One rank's arguments of a queued launch: device addresses in memory of any owner.
 ///
 /// The memory is the rank's own, and every rank of the group can read the hidden states: with one process they may be anywhere on
-/// the rank's GPU, with several they are at [`FusedMoe::hidden_states`], which is mapped into all processes.
+/// the rank's GPU, with several they are in [`FusedMoe::hidden_states`], which is mapped into all processes.
 #[derive(Clone, Copy, Debug)]
 pub struct RankInputs {
     /// bf16 [T, H], 16-byte aligned.
@@ -79,27 +82,6 @@ pub struct FusedMoe {
     _symmetric: Vec<DeviceBuffer>,
 }
 
-/// One rank's memory.
-struct Rank {
-    params: Params,
-    params_buffer: DeviceBuffer,
-    workspace: DeviceBuffer,
-    _linear1: DeviceBuffer,
-    _linear2: DeviceBuffer,
-    /// Where [`FusedMoe::forward`] puts its batch.
-    inputs: InputBuffers,
-}
-
-/// Device copies of a rank's batch and output, for the most tokens there can be.
-struct InputBuffers {
-    /// bf16 [max_tokens, H] behind what [`SymmetricLayout`] lays out, where every rank can read it.
-    hidden_states: u64,
-    topk_idx: DeviceBuffer,
-    topk_weights: DeviceBuffer,
-    tokens: DeviceBuffer,
-    output: DeviceBuffer,
-}
-
 impl FusedMoe {
     /// Prepares and uploads the weights of this process's ranks, and allocates all buffers. The processes of a group call this
     /// together.
@@ -119,9 +101,11 @@ impl FusedMoe {
         let mut bases = [0; MAX_RANKS as usize];
         let shared = backend.share(&addresses, "symmetric buffer")?;
         bases[..shared.len()].copy_from_slice(&shared);
-        let make =
-            |rank| Rank::new(backend, config, shape, rank, bases, &weights.prepare(config, rank, group.ranks())?);
-        let ranks: Result<Vec<_>> = local.map(make).collect();
+        let make = |(rank, symmetric)| {
+            let weights = weights.prepare(config, rank, group.ranks())?;
+            Rank::new(backend, config, shape, rank, bases, symmetric, &weights)
+        };
+        let ranks: Result<Vec<_>> = local.zip(&symmetric).map(make).collect();
         // The symmetric buffers of a layer that cannot be are released by all processes together.
         let made = backend.exchange(&[ranks.is_ok().into()]);
         let ranks = ranks?;
@@ -144,13 +128,13 @@ impl FusedMoe {
         &self.config
     }
 
-    /// Where a rank's hidden states, bf16 [max_tokens_per_rank, H], can lie so that all ranks see them. [`Self::forward`] puts them
-    /// there; an engine whose layer before writes there needs no copy. No launch may be running when it is written.
+    /// Memory for a rank's hidden states, bf16 [max_tokens_per_rank, H], that the ranks of all processes can read.
+    /// [`Self::forward`] puts them there; an engine whose layer before writes there needs no copy.
     ///
     /// # Errors
     /// A rank of another process.
-    pub fn hidden_states(&self, rank: usize) -> Result<u64> {
-        Ok(self.rank(rank)?.inputs.hidden_states)
+    pub fn hidden_states(&self, rank: usize) -> Result<&DeviceBuffer> {
+        Ok(&self.rank(rank)?.inputs.hidden_states)
     }
 
     /// Sets how long one wait of this process's kernels may last before the launch ends with an error. No launch may be running.
@@ -296,10 +280,8 @@ impl FusedMoe {
             });
         }
         for (rank, batch) in self.local_ranks().zip(batch) {
-            let (tokens, max) = (batch.hidden_states.len() / hidden, self.config.max_tokens_per_rank);
-            if tokens > max {
-                return Err(Error::TooManyTokens { rank, tokens, max });
-            }
+            let tokens = batch.hidden_states.len() / hidden;
+            self.config.check_tokens(rank, tokens)?;
             for (what, found, expected) in [
                 ("hidden states", batch.hidden_states.len(), tokens * hidden),
                 ("expert ids", batch.topk_idx.len(), tokens * top_k),
@@ -323,7 +305,7 @@ impl FusedMoe {
         if self.broken.load(Ordering::Relaxed) {
             return Err(Error::NotRecovered);
         }
-        let own = state.inputs.hidden_states;
+        let own = state.inputs.hidden_states.address();
         if self.spans_processes() && inputs.hidden_states != own {
             return Err(Error::Address {
                 what: "hidden states",
@@ -417,84 +399,6 @@ impl FusedMoe {
     }
 }
 
-impl Rank {
-    fn new(
-        backend: &Arc<dyn Backend>,
-        config: &MoeConfig,
-        shape: Shape,
-        rank: usize,
-        symmetric_bases: [u64; MAX_RANKS as usize],
-        weights: &RankWeights,
-    ) -> Result<Self> {
-        let layout = WorkspaceLayout::new(&shape);
-        // Zeroed: counters start at 0, and the padding rows of the pools hold numbers from the first launch on.
-        let workspace = zeroed(backend, rank, layout.bytes, "workspace")?;
-        backend.write(rank, workspace.address() + layout.status, bytemuck::bytes_of(&Status::CLEAR))?;
-        let linear1 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear1), "linear 1 weights")?;
-        let linear2 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear2), "linear 2 weights")?;
-        let params = Params {
-            maps: tensor_maps(&**backend, &shape, &layout, workspace.address(), linear1.address(), linear2.address())?,
-            symmetric_bases,
-            workspace_base: workspace.address(),
-            deadline_ns: DEFAULT_DEADLINE.as_nanos() as u64,
-            symmetric: SymmetricLayout::new(&shape),
-            workspace: layout,
-            shape,
-            rank: rank as u32,
-            swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
-            wave_experts: wave_experts(&shape, backend.sms(rank)),
-            reserved: [0; 6],
-        };
-        Ok(Self {
-            params,
-            params_buffer: DeviceBuffer::with(backend, rank, bytemuck::bytes_of(&params), "parameter block")?,
-            workspace,
-            _linear1: linear1,
-            _linear2: linear2,
-            inputs: InputBuffers::new(backend, rank, &shape, symmetric_bases[rank])?,
-        })
-    }
-
-    fn upload_params(&self, backend: &dyn Backend) -> Result<()> {
-        backend.write(self.params.rank as usize, self.params_buffer.address(), bytemuck::bytes_of(&self.params))
-    }
-
-    fn upload_batch(&self, backend: &dyn Backend, batch: &RankBatch<'_>) -> Result<()> {
-        let rank = self.params.rank as usize;
-        let tokens = (batch.hidden_states.len() / self.params.shape.hidden as usize) as u32;
-        let inputs = &self.inputs;
-        backend.write(rank, inputs.hidden_states, bytemuck::cast_slice(batch.hidden_states))?;
-        inputs.topk_idx.write(bytemuck::cast_slice(batch.topk_idx))?;
-        inputs.topk_weights.write(bytemuck::cast_slice(batch.topk_weights))?;
-        inputs.tokens.write(bytemuck::bytes_of(&tokens))?;
-        // NaN everywhere: a value that the kernel does not write is never one of an earlier launch.
-        backend.fill(rank, inputs.output.address(), inputs.output.bytes(), 0xff)
-    }
-}
-
-impl InputBuffers {
-    fn new(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape, symmetric_base: u64) -> Result<Self> {
-        let choices = u64::from(shape.max_tokens) * u64::from(shape.top_k) * 4;
-        Ok(Self {
-            hidden_states: symmetric_base + SymmetricLayout::new(shape).bytes,
-            topk_idx: DeviceBuffer::new(backend, rank, choices, "expert ids")?,
-            topk_weights: DeviceBuffer::new(backend, rank, choices, "routing weights")?,
-            tokens: DeviceBuffer::new(backend, rank, 4, "token count")?,
-            output: DeviceBuffer::new(backend, rank, states_bytes(shape), "output")?,
-        })
-    }
-
-    fn arguments(&self) -> RankInputs {
-        RankInputs {
-            hidden_states: self.hidden_states,
-            topk_idx: self.topk_idx.address(),
-            topk_weights: self.topk_weights.address(),
-            tokens: self.tokens.address(),
-            output: self.output.address(),
-        }
-    }
-}
-
 /// The sizes as the kernel takes them, checked.
 fn layer_shape(config: &MoeConfig, ranks: usize) -> Result<Shape> {
     config.validate(ranks)?;
@@ -543,30 +447,3 @@ fn agree(backend: &dyn Backend, config: &MoeConfig) -> Result<()> {
     }
     Ok(())
 }
-
-/// A rank's symmetric buffer, with its hidden states behind what the kernel lays out. Zeroed but for those.
-fn symmetric_buffer(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape) -> Result<DeviceBuffer> {
-    let layout = SymmetricLayout::new(shape);
-    let buffer = DeviceBuffer::new(backend, rank, layout.bytes + states_bytes(shape), "symmetric buffer")?;
-    backend.fill(rank, buffer.address(), layout.bytes, 0)?;
-    Ok(buffer)
-}
-
-/// Bytes of the most hidden states that a rank can have.
-fn states_bytes(shape: &Shape) -> u64 {
-    u64::from(shape.max_tokens) * u64::from(shape.hidden) * BF16_BYTES
-}
-
-fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static str) -> Result<DeviceBuffer> {
-    let buffer = DeviceBuffer::new(backend, rank, bytes, name)?;
-    backend.fill(rank, buffer.address(), bytes, 0)?;
-    Ok(buffer)
-}
-
-/// Experts of one wave: enough that their linear 1, at a single token tile each, gives every SM two tasks.
-fn wave_experts(shape: &Shape, sms: u32) -> u32 {
-    (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
-}
-
-#[cfg(test)]
-mod tests;

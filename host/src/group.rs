@@ -72,8 +72,9 @@ impl DeviceGroup {
     }
 
     /// Opens rank `rank` of `ranks`, whose other ranks are other processes. All meet at `address`: rank 0 listens there, and all
-    /// wait for each other for at most `timeout`, now and whenever they do something together ([`crate::FusedMoe::new`],
-    /// [`crate::FusedMoe::recover`], and the release of a layer).
+    /// wait for each other for at most `timeout`, now and whenever they do something together: [`crate::FusedMoe::new`],
+    /// [`crate::FusedMoe::recover`], and the release of a layer. So it is longer than weights take to load, and than the deadline
+    /// of a launch.
     ///
     /// A rank takes the GPU of its number, or the only one that `CUDA_VISIBLE_DEVICES` leaves it; with [`Device::SharedGpu`] ranks
     /// share GPUs. [`Device::Auto`] takes GPUs if every rank has one. Simulated ranks are threads of one process: what
@@ -108,7 +109,7 @@ impl DeviceGroup {
         }
     }
 
-    fn new(backend: impl Backend + 'static, simulated: bool, why: &str) -> Self {
+    pub(crate) fn new(backend: impl Backend + 'static, simulated: bool, why: &str) -> Self {
         let choice = format!("{} ({why})", backend.description());
         Self { backend: Arc::new(backend), choice, simulated }
     }

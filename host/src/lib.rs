@@ -3,7 +3,8 @@
 //!
 //! [`HfLayer::open`] reads the MoE block of a Hugging Face checkpoint, its [`Router`] chooses experts,
 //! [`ExpertWeights::prepare`] lays the weights out for a rank, and [`reference::forward`] is the plain definition that
-//! results are held against.
+//! results are held against. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, and [`FusedMoe`] runs the layer on
+//! them.
 
 mod backend;
 pub mod bench;

@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 
 /// Memory of one rank. [`crate::DeviceGroup::alloc`] makes it; an engine that has its own needs none of these.
 pub struct DeviceBuffer {
+    /// Whether it is freed with this; if not, it is a part of another.
+    owned: bool,
     backend: Arc<dyn Backend>,
     name: &'static str,
     rank: usize,
@@ -19,7 +21,19 @@ impl DeviceBuffer {
     /// Allocates `bytes` (at least 1) on a rank.
     pub(crate) fn new(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static str) -> Result<Self> {
         let address = backend.alloc(rank, bytes, name)?;
-        Ok(Self { backend: backend.clone(), name, rank, address, bytes })
+        Ok(Self { owned: true, backend: backend.clone(), name, rank, address, bytes })
+    }
+
+    /// The end of this buffer, from `offset` (at most its size) on, which is not used for longer than the buffer lives.
+    pub(crate) fn tail(&self, offset: u64, name: &'static str) -> Self {
+        Self {
+            owned: false,
+            backend: self.backend.clone(),
+            name,
+            rank: self.rank,
+            address: self.address + offset,
+            bytes: self.bytes - offset,
+        }
     }
 
     /// Allocates as much as `contents` has, and copies it there.
@@ -71,7 +85,9 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
-        if let Err(error) = self.backend.free(self.rank, self.address) {
+        if self.owned
+            && let Err(error) = self.backend.free(self.rank, self.address)
+        {
             tracing::warn!(%error, rank = self.rank, name = self.name, "a buffer could not be freed");
         }
     }

@@ -84,7 +84,8 @@ impl SimBackend {
         }
         let joined = find_node(&mut others, number);
         lock(&OPENED).remove(&number);
-        let patience = others.timeout();
+        // Ranks that meet after a launch without all ranks wait for each other for the whole time.
+        let patience = others.timeout() / 2;
         let local = member.rank..member.rank + 1;
         Ok(Self { node: joined?, local, others: Some(Mutex::new(others)), patience })
     }

@@ -339,9 +339,11 @@ impl Backend for CudaBackend {
     }
 
     unsafe fn destroy_stream(&self, rank: usize, stream: *mut c_void) -> Result<(), Error> {
-        let _current = self.rank(rank)?.enter()?;
+        // When the context cannot be made current, the driver is asked all the same.
+        let current = self.rank(rank)?.enter();
         // SAFETY: the caller's.
-        Ok(unsafe { call::cuStreamDestroy_v2(stream) }.map_err(|error| error.doing(|| format!("on rank {rank}")))?)
+        let destroyed = unsafe { call::cuStreamDestroy_v2(stream) };
+        Ok(current.and(destroyed).map_err(|error| error.doing(|| format!("on rank {rank}")))?)
     }
 }
 

@@ -3,9 +3,10 @@
 use super::driver;
 use super::{CapturedGraph, CudaBackend, CudaError, find_gpus, share_gpu};
 use crate::backend::{Backend, RankLaunch};
+use crate::config::MoeConfig;
 use crate::error::Error;
-use crate::fused::FusedMoe;
-use crate::group::{Device, DeviceGroup};
+use crate::fused::{FusedMoe, RankInputs};
+use crate::group::{Device, DeviceGroup, SimOptions};
 use crate::memory::DeviceBuffer;
 use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
 use crate::testing::{EngineRank, Tokens, small_config};
@@ -471,4 +472,81 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
     assert_eq!(fake.calls_of("cuGraphLaunch").len(), 6);
     drop((graphs, engine, moe, group));
     assert_eq!(fake.live(), "");
+}
+
+/// A kernel with the entry and the arguments of the real one that does nothing.
+const EMPTY_LAYER: &str = ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry ferromoe_forward(\n.param .u64 a,\n\
+    .param .u64 b,\n.param .u64 c,\n.param .u64 d,\n.param .u64 e,\n.param .u64 f\n)\n{ ret; }\n";
+
+/// Everything that an engine does with a layer, on two ranks.
+fn whole_layer(config: &MoeConfig, weights: &ExpertWeights) -> Result<(), Error> {
+    let group = DeviceGroup::new(CudaBackend::open(find_gpus(2)?, EMPTY_LAYER)?, false, "as a test");
+    let mut moe = FusedMoe::new(&group, config, weights)?;
+    moe.set_deadline(Duration::from_secs(1))?;
+    let tokens = [3, 4].map(|count| Tokens::random(config, count, 1));
+    moe.forward(&[tokens[0].batch(), tokens[1].batch()])?;
+    let memory = group.alloc(1, 64, "engine memory")?;
+    memory.write(&[1; 64])?;
+    let stream = group.stream(1)?;
+    let address = memory.address();
+    let inputs = RankInputs {
+        hidden_states: address,
+        topk_idx: address,
+        topk_weights: address,
+        tokens: address,
+        output: address,
+    };
+    // SAFETY: the kernel uses nothing, and the stream outlives the graph.
+    let graph = unsafe { CapturedGraph::capture::<Error>(stream.raw(), || moe.enqueue(1, stream.raw(), inputs)) }?;
+    // SAFETY: as above.
+    unsafe { graph.launch(stream.raw()) }?;
+    stream.synchronize()?;
+    moe.check()
+}
+
+#[test]
+fn a_layer_whose_driver_fails_anywhere_reports_the_call_and_leaks_nothing() {
+    const LAUNCH_FAILED: u32 = 719;
+    let config = small_config();
+    let weights = ExpertWeights::random(&config, 5);
+    let fake = FakeDriver::with(2, 9);
+    whole_layer(&config, &weights).unwrap();
+    assert_eq!(fake.live(), "");
+    let calls = fake.calls();
+    drop(fake);
+    for (index, call) in calls.iter().enumerate() {
+        let name = call.split(' ').next().unwrap();
+        let fake = FakeDriver::with(2, 9);
+        fake.fail(index as i64, LAUNCH_FAILED);
+        let result = whole_layer(&config, &weights);
+        assert_eq!(fake.live(), "", "after call {index}, {call}, failed: {:#?}", fake.calls());
+        match result {
+            Err(error) => assert_eq!(failed_call(&error), Some(name), "{error}"),
+            // What fails in a destructor is logged.
+            Ok(()) => assert!(
+                ["Free", "Destroy", "Unload", "Release", "Current"].iter().any(|word| name.contains(word)),
+                "the failure of call {index}, {call}, was swallowed"
+            ),
+        }
+    }
+}
+
+#[test]
+fn processes_take_gpus_if_every_rank_has_one() {
+    let joined = |gpus| {
+        let _fake = FakeDriver::with(gpus, 9);
+        let folder = tempfile::tempdir().unwrap();
+        let address = RendezvousAddress::Unix(folder.path().join("group"));
+        let join = |rank| {
+            let device = Device::Auto(SimOptions::default());
+            DeviceGroup::join(device, rank, 2, &address, Duration::from_secs(20)).unwrap().description().to_owned()
+        };
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| join(1));
+            [join(0), other.join().unwrap()]
+        })
+    };
+    assert_eq!(joined(2), [0, 1].map(|rank| format!("rank {rank} of 2, Fake GPU (found on this machine)")));
+    let simulated = "2 simulated ranks of 4 SMs (2 ranks need as many Hopper GPUs, found Fake GPU (9.0))";
+    assert_eq!(joined(1), [0, 1].map(|rank| format!("rank {rank} of {simulated}")));
 }

@@ -10,7 +10,7 @@ use crate::testing::{EngineRank, Tokens, small_config};
 
 const LONG: Duration = Duration::from_secs(60);
 /// Long enough for ranks that come, also on a busy machine.
-const SHORT: Duration = Duration::from_secs(2);
+const SHORT: Duration = Duration::from_secs(3);
 
 /// Runs `rank` in a thread for each of `present`, with a group of `ranks` ranks that each joins; the results in their order.
 fn processes<T: Send>(
@@ -169,16 +169,15 @@ fn ranks_driven_apart_queue_launches_on_hidden_states_that_all_can_read() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let queued = processes(2, &[0, 1], LONG, |rank, group| {
-        let mut moe = FusedMoe::new(&group, &config, &weights)?;
+        let moe = FusedMoe::new(&group, &config, &weights)?;
         let tokens = Tokens::random(&config, 6 + rank, rank as u64);
-        // Leaves the hidden states in place.
-        moe.forward(&[tokens.batch()])?;
+        moe.hidden_states(rank)?.write(bytemuck::cast_slice(&tokens.hidden_states))?;
         let engine = EngineRank::new(&group, &config, rank);
         engine.write(&tokens);
         // SAFETY: nothing is launched.
         let error = message(unsafe { moe.enqueue(rank, engine.stream.raw(), engine.inputs()) });
         assert!(error.contains("other processes read them, so they must be at 0x"), "{error}");
-        let inputs = RankInputs { hidden_states: moe.hidden_states(rank)?, ..engine.inputs() };
+        let inputs = RankInputs { hidden_states: moe.hidden_states(rank)?.address(), ..engine.inputs() };
         for _ in 0..2 {
             // SAFETY: the engine's memory is as large as it says, and lives until the launch has ended.
             unsafe { moe.enqueue(rank, engine.stream.raw(), inputs) }?;
@@ -194,7 +193,7 @@ fn ranks_driven_apart_queue_launches_on_hidden_states_that_all_can_read() {
 
 #[test]
 fn a_rank_that_does_not_come_is_named() {
-    let errors = processes(3, &[0, 2], Duration::from_millis(300), |_, _| ());
+    let errors = processes(3, &[0, 2], SHORT, |_, _| ());
     for (error, by) in errors.into_iter().zip(["", "rank 0 reports: "]) {
         let error = message(error);
         assert!(error.starts_with(&format!("{by}rank 1 did not come to unix:")), "{error}");
@@ -228,23 +227,25 @@ fn a_rank_that_cannot_make_its_part_is_named_to_all() {
 fn ranks_driven_apart_recover_together_from_a_launch_that_lost_one() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
-    let results = processes(2, &[0, 1], SHORT, |rank, group| {
-        let mut moe = FusedMoe::new(&group, &config, &weights)?;
-        let tokens = Tokens::random(&config, 4 + rank, rank as u64);
-        moe.set_deadline(Duration::from_millis(1))?;
-        if rank == 0 {
-            let error = moe.forward(&[tokens.batch()]).unwrap_err();
-            assert!(matches!(error, Error::Deadline { rank: 0, missing: 1, .. }), "{error}");
-            let error = moe.forward(&[tokens.batch()]).unwrap_err();
-            assert!(matches!(error, Error::NotRecovered), "{error}");
-        }
-        moe.recover()?;
-        moe.set_deadline(DEFAULT_DEADLINE)?;
-        for step in 0..2 {
-            let outputs = moe.forward(&[tokens.batch()])?;
-            tokens.check(&config, &weights, &outputs[0].output, &format!("step {step} after the loss"));
-        }
-        Ok::<_, Error>(())
-    });
-    results.into_iter().for_each(|result| result.unwrap().unwrap());
+    for lost in [0, 1] {
+        let results = processes(2, &[0, 1], SHORT, |rank, group| {
+            let mut moe = FusedMoe::new(&group, &config, &weights)?;
+            let tokens = Tokens::random(&config, 4 + rank, rank as u64);
+            moe.set_deadline(Duration::from_millis(1))?;
+            if rank != lost {
+                let error = moe.forward(&[tokens.batch()]).unwrap_err();
+                assert!(matches!(error, Error::Deadline { missing, .. } if missing == lost), "{error}");
+                let error = moe.forward(&[tokens.batch()]).unwrap_err();
+                assert!(matches!(error, Error::NotRecovered), "{error}");
+            }
+            moe.recover()?;
+            moe.set_deadline(DEFAULT_DEADLINE)?;
+            for step in 0..2 {
+                let outputs = moe.forward(&[tokens.batch()])?;
+                tokens.check(&config, &weights, &outputs[0].output, &format!("step {step} after the loss"));
+            }
+            Ok::<_, Error>(())
+        });
+        results.into_iter().for_each(|result| result.unwrap().unwrap());
+    }
 }

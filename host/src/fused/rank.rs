@@ -1,0 +1,139 @@
+//! One rank's memory.
+
+use std::sync::Arc;
+
+use ferromoe_kernel::layout::{BF16_BYTES, MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
+use ferromoe_kernel::params::Params;
+use ferromoe_kernel::status::Status;
+use ferromoe_kernel::tile::K_BLOCK;
+
+use super::{DEFAULT_DEADLINE, RankBatch, RankInputs};
+use crate::backend::Backend;
+use crate::config::MoeConfig;
+use crate::error::Result;
+use crate::maps::tensor_maps;
+use crate::memory::DeviceBuffer;
+use crate::weights::RankWeights;
+
+/// What a layer has on one rank.
+pub(super) struct Rank {
+    pub(super) params: Params,
+    pub(super) params_buffer: DeviceBuffer,
+    pub(super) workspace: DeviceBuffer,
+    _linear1: DeviceBuffer,
+    _linear2: DeviceBuffer,
+    /// Where [`FusedMoe::forward`] puts its batch.
+    pub(super) inputs: InputBuffers,
+}
+
+/// Device copies of a rank's batch and output, for the most tokens there can be.
+pub(super) struct InputBuffers {
+    /// bf16 [max_tokens, H] behind what [`SymmetricLayout`] lays out, where every rank can read it.
+    pub(super) hidden_states: DeviceBuffer,
+    topk_idx: DeviceBuffer,
+    topk_weights: DeviceBuffer,
+    tokens: DeviceBuffer,
+    pub(super) output: DeviceBuffer,
+}
+
+impl Rank {
+    pub(super) fn new(
+        backend: &Arc<dyn Backend>,
+        config: &MoeConfig,
+        shape: Shape,
+        rank: usize,
+        symmetric_bases: [u64; MAX_RANKS as usize],
+        symmetric: &DeviceBuffer,
+        weights: &RankWeights,
+    ) -> Result<Self> {
+        let layout = WorkspaceLayout::new(&shape);
+        // Zeroed: counters start at 0, and the padding rows of the pools hold numbers from the first launch on.
+        let workspace = zeroed(backend, rank, layout.bytes, "workspace")?;
+        backend.write(rank, workspace.address() + layout.status, bytemuck::bytes_of(&Status::CLEAR))?;
+        let linear1 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear1), "linear 1 weights")?;
+        let linear2 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear2), "linear 2 weights")?;
+        let params = Params {
+            maps: tensor_maps(&**backend, &shape, &layout, workspace.address(), linear1.address(), linear2.address())?,
+            symmetric_bases,
+            workspace_base: workspace.address(),
+            deadline_ns: DEFAULT_DEADLINE.as_nanos() as u64,
+            symmetric: SymmetricLayout::new(&shape),
+            workspace: layout,
+            shape,
+            rank: rank as u32,
+            swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
+            wave_experts: wave_experts(&shape, backend.sms(rank)),
+            reserved: [0; 6],
+        };
+        Ok(Self {
+            params,
+            params_buffer: DeviceBuffer::with(backend, rank, bytemuck::bytes_of(&params), "parameter block")?,
+            workspace,
+            _linear1: linear1,
+            _linear2: linear2,
+            inputs: InputBuffers::new(backend, rank, &shape, symmetric)?,
+        })
+    }
+
+    pub(super) fn upload_params(&self, backend: &dyn Backend) -> Result<()> {
+        backend.write(self.params.rank as usize, self.params_buffer.address(), bytemuck::bytes_of(&self.params))
+    }
+
+    pub(super) fn upload_batch(&self, backend: &dyn Backend, batch: &RankBatch<'_>) -> Result<()> {
+        let tokens = (batch.hidden_states.len() / self.params.shape.hidden as usize) as u32;
+        let inputs = &self.inputs;
+        inputs.hidden_states.write(bytemuck::cast_slice(batch.hidden_states))?;
+        inputs.topk_idx.write(bytemuck::cast_slice(batch.topk_idx))?;
+        inputs.topk_weights.write(bytemuck::cast_slice(batch.topk_weights))?;
+        inputs.tokens.write(bytemuck::bytes_of(&tokens))?;
+        // NaN everywhere: a value that the kernel does not write is never one of an earlier launch.
+        backend.fill(self.params.rank as usize, inputs.output.address(), inputs.output.bytes(), 0xff)
+    }
+}
+
+impl InputBuffers {
+    fn new(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape, symmetric: &DeviceBuffer) -> Result<Self> {
+        let choices = u64::from(shape.max_tokens) * u64::from(shape.top_k) * 4;
+        Ok(Self {
+            hidden_states: symmetric.tail(SymmetricLayout::new(shape).bytes, "hidden states"),
+            topk_idx: DeviceBuffer::new(backend, rank, choices, "expert ids")?,
+            topk_weights: DeviceBuffer::new(backend, rank, choices, "routing weights")?,
+            tokens: DeviceBuffer::new(backend, rank, 4, "token count")?,
+            output: DeviceBuffer::new(backend, rank, states_bytes(shape), "output")?,
+        })
+    }
+
+    pub(super) fn arguments(&self) -> RankInputs {
+        RankInputs {
+            hidden_states: self.hidden_states.address(),
+            topk_idx: self.topk_idx.address(),
+            topk_weights: self.topk_weights.address(),
+            tokens: self.tokens.address(),
+            output: self.output.address(),
+        }
+    }
+}
+
+/// A rank's symmetric buffer, with its hidden states behind what the kernel lays out. Zeroed but for those.
+pub(super) fn symmetric_buffer(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape) -> Result<DeviceBuffer> {
+    let layout = SymmetricLayout::new(shape);
+    let buffer = DeviceBuffer::new(backend, rank, layout.bytes + states_bytes(shape), "symmetric buffer")?;
+    backend.fill(rank, buffer.address(), layout.bytes, 0)?;
+    Ok(buffer)
+}
+
+/// Bytes of the most hidden states that a rank can have.
+fn states_bytes(shape: &Shape) -> u64 {
+    u64::from(shape.max_tokens) * u64::from(shape.hidden) * BF16_BYTES
+}
+
+fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static str) -> Result<DeviceBuffer> {
+    let buffer = DeviceBuffer::new(backend, rank, bytes, name)?;
+    backend.fill(rank, buffer.address(), bytes, 0)?;
+    Ok(buffer)
+}
+
+/// Experts of one wave: enough that their linear 1, at a single token tile each, gives every SM two tasks.
+fn wave_experts(shape: &Shape, sms: u32) -> u32 {
+    (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
+}
