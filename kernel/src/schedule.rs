@@ -17,6 +17,19 @@ pub const fn route_chunks(tokens: u32) -> u32 {
     if chunks == 0 { 1 } else { chunks }
 }
 
+/// The most rows that one pull ticket stands for, a power of two: a lane copies each.
+pub const MAX_PULL_ROWS: u32 = 8;
+
+/// Rows of one pull ticket, a power of two: a single one while rows are few, so that all CTAs share them, then more, so that one
+/// CTA has several on their way.
+pub const fn pull_rows(rows: u32, ctas: u32) -> u32 {
+    let mut batch = MAX_PULL_ROWS;
+    while batch > 1 && batch * 4 * ctas > rows {
+        batch /= 2;
+    }
+    batch
+}
+
 /// Tokens of one combine task, so that few tokens spread over all CTAs and many need few tickets.
 pub const fn combine_tokens(tokens: u32, ctas: u32) -> u32 {
     let even = tokens.div_ceil(ctas);

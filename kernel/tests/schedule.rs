@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
-    Phase, RowCursor, ScheduleShape, Task, TaskCursor, combine_chunks, combine_tokens, route_chunks,
+    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, combine_chunks, combine_tokens, pull_rows,
+    route_chunks,
 };
 use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
 use proptest::prelude::*;
@@ -113,6 +114,27 @@ proptest! {
         }
         prop_assert_eq!(row.next(), None);
         prop_assert_eq!(end, rows.iter().map(|&rows| padded_rows(rows)).sum::<u32>());
+    }
+
+    /// A lane of a ticket's rows sees every eighth row, or so; what it makes of them does not depend on which those are.
+    #[test]
+    fn a_row_cursor_that_skips_rows_finds_the_same((shape, rows) in schedule(), stride in 1..300usize, first in 0..9usize) {
+        let row = |cursor: &mut RowCursor, number: usize| {
+            cursor.seek(number as u32, shape.experts, |expert| rows[expert as usize])
+        };
+        let (mut all, mut skipping) = (RowCursor::new(), RowCursor::new());
+        let total = rows.iter().sum::<u32>() as usize;
+        let rows: Vec<_> = (0..total + 9).map(|number| row(&mut all, number)).collect();
+        for number in (first..rows.len()).step_by(stride) {
+            prop_assert_eq!(row(&mut skipping, number), rows[number]);
+        }
+    }
+
+    #[test]
+    fn pull_tickets_grow_with_the_rows(rows in 0..100_000u32, ctas in 1..200u32) {
+        let batch = pull_rows(rows, ctas);
+        prop_assert!(batch.is_power_of_two() && batch <= MAX_PULL_ROWS);
+        prop_assert!(batch == 1 || batch * 4 * ctas <= rows, "{batch} rows a ticket leave CTAs without work");
     }
 
     #[test]

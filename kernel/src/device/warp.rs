@@ -37,3 +37,12 @@ pub fn match_any(value: u32) -> u32 {
     unsafe { asm!("match.any.sync.b32 {0}, {1}, 0xffffffff;", out(reg32) lanes, in(reg32) value) };
     lanes
 }
+
+/// `redux.sync.add.u32`: the sum over all lanes.
+#[inline(always)]
+pub fn redux_add(value: u32) -> u32 {
+    let sum: u32;
+    // SAFETY: exchanges registers.
+    unsafe { asm!("redux.sync.add.u32 {0}, {1}, 0xffffffff;", out(reg32) sum, in(reg32) value) };
+    sum
+}
