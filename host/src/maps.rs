@@ -28,7 +28,12 @@ pub(crate) fn tensor_maps(
         let dims = vec![columns, rows, shape.local_experts().into()];
         encode(backend, address, dims, vec![K_BLOCK, WEIGHT_TILE, 1], Swizzle::B128)
     };
-    let pool = |address, columns, tile_columns, tile_rows: fn(u32) -> u32, swizzle| -> Result<[TensorMap; TOKEN_TILES.len()]> {
+    let pool = |address,
+                columns,
+                tile_columns,
+                tile_rows: fn(u32) -> u32,
+                swizzle|
+     -> Result<[TensorMap; TOKEN_TILES.len()]> {
         let mut maps = [TensorMap([0; 16]); TOKEN_TILES.len()];
         for (map, rows) in maps.iter_mut().zip(TOKEN_TILES) {
             let dims = vec![columns, shape.pool_rows().into()];

@@ -58,19 +58,6 @@ pub unsafe fn tensor_load_3d(destination: SharedAddress, map: *const TensorMap, 
     };
 }
 
-/// `cp.async.bulk.prefetch.tensor.3d.L2`: brings a box into the L2 cache.
-///
-/// # Safety
-/// `map` is a valid 3-d tensor map.
-#[inline(always)]
-pub unsafe fn tensor_prefetch_3d(map: *const TensorMap, [x, y, z]: [u32; 3]) {
-    // SAFETY: the caller's.
-    unsafe {
-        asm!("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [{0}, {{{1}, {2}, {3}}}];",
-            in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) z)
-    };
-}
-
 /// `cp.async.bulk.tensor.2d` from shared to global memory, in the current bulk group.
 ///
 /// # Safety

@@ -1,7 +1,7 @@
 //! The producer warp: keeps the stages full of weight and token tiles.
 
 use crate::cta::{Cta, Ring, TaskReader};
-use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_3d, tensor_prefetch_3d};
+use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_3d};
 use crate::device::fence::fence_proxy_async;
 use crate::device::global::ld_acquire_gpu_u32;
 use crate::launch::Launch;
@@ -10,9 +10,6 @@ use crate::schedule::{Phase, Task};
 use crate::shared::{STAGES, WEIGHT_STAGE_BYTES};
 use crate::status::{Stage, Timeout};
 use crate::tile::{K_BLOCK, token_tile};
-
-/// Weight tiles behind the stages that are prefetched while tokens are waited for: of all SMs together, about half of the L2 cache.
-const PREFETCHED_BLOCKS: u32 = 16;
 
 /// Loads the operands of every task.
 #[inline(always)]
@@ -79,8 +76,7 @@ struct Operands {
 }
 
 impl Operands {
-    /// Loads all k-blocks. The weights of the first stages are on their way before the tokens are waited for, and while
-    /// they are, more weights come as near as the L2 cache.
+    /// Loads all k-blocks. The weights of the first stages are on their way before the tokens are waited for.
     #[inline(always)]
     fn load(
         &self,
@@ -97,13 +93,7 @@ impl Operands {
             self.load_weights(cta, task, weights_ring, k_block);
             weights_ring.advance();
         }
-        if !tokens_ready() {
-            for k_block in early..self.k_blocks.min(early + PREFETCHED_BLOCKS) {
-                // SAFETY: a tensor map of the parameter block.
-                unsafe { tensor_prefetch_3d(self.weights, weight_tile(task, k_block)) };
-            }
-            launch.wait_until(missing, tokens_ready);
-        }
+        launch.wait_until(missing, tokens_ready);
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
         fence_proxy_async();
         for k_block in 0..self.k_blocks {
@@ -125,13 +115,8 @@ impl Operands {
         cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
         let full = cta.stage_full(ring.slot);
         full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
+        let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
         // SAFETY: the stage is free; its barrier expects these bytes.
-        unsafe { tensor_load_3d(cta.weight_stage(ring.slot), self.weights, weight_tile(task, k_block), full) };
+        unsafe { tensor_load_3d(cta.weight_stage(ring.slot), self.weights, coordinates, full) };
     }
-}
-
-/// Coordinates of a weight tile.
-#[inline(always)]
-fn weight_tile(task: &Task, k_block: u32) -> [u32; 3] {
-    [k_block * K_BLOCK, task.weight_row, task.expert]
 }
