@@ -39,7 +39,7 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         // SAFETY: the barriers' memory is the CTA's, and no other thread has passed the barrier below.
         unsafe { init_mbarriers(cta) };
     }
-    bar_sync::<CTA_BARRIER>(THREADS);
+    bar_sync::<CTA_BARRIER, THREADS>();
     // SAFETY: the caller's.
     let launch = unsafe { Launch::new(Arguments { params, hidden_states, topk_ids, topk_weights, tokens, output }) };
 
@@ -61,7 +61,7 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
     }
 
     bar_warp_sync();
-    bar_sync::<CTA_BARRIER>(THREADS);
+    bar_sync::<CTA_BARRIER, THREADS>();
     if thread == 0 {
         end_launch(&launch);
     }

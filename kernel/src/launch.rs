@@ -13,8 +13,10 @@ pub const CTA_BARRIER: u32 = 0;
 pub const COUNTS_BARRIER: u32 = 1;
 /// Named barrier of all consumer warps.
 pub const CONSUMERS_BARRIER: u32 = 2;
-/// Named barrier of the first consumer warpgroup; the second has the next.
-pub const WARPGROUP_BARRIER: u32 = 3;
+/// Named barrier of the first consumer warpgroup.
+pub const FIRST_WARPGROUP_BARRIER: u32 = 3;
+/// Named barrier of the second consumer warpgroup.
+pub const SECOND_WARPGROUP_BARRIER: u32 = 4;
 
 /// Longest pause between two looks at a condition, in nanoseconds.
 const MAX_PAUSE_NS: u32 = 256;

@@ -3,12 +3,12 @@
 //! A warpgroup has 64 of a task's 128 weight rows. The two work side by side and never wait for each other.
 
 use crate::cta::{Cta, Ring, TaskReader};
-use crate::device::barrier::{bar_sync, bar_sync_id, bar_warp_sync};
+use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::global::ld_weak_u64;
 use crate::device::wgmma::{
     Accumulators, MatrixDescriptor, MmaAsync, wgmma_commit_group, wgmma_fence, wgmma_wait_group,
 };
-use crate::launch::{CONSUMERS_BARRIER, Launch, WARPGROUP_BARRIER};
+use crate::launch::{CONSUMERS_BARRIER, FIRST_WARPGROUP_BARRIER, Launch, SECOND_WARPGROUP_BARRIER};
 use crate::layout::RowMeta;
 use crate::roles::combine::Combiner;
 use crate::roles::{linear1, linear2};
@@ -37,7 +37,11 @@ impl Consumer<'_> {
     /// Waits for the other warps of the warpgroup.
     #[inline(always)]
     pub fn sync(&self) {
-        bar_sync_id(WARPGROUP_BARRIER + self.warpgroup, WARPGROUP);
+        if self.warpgroup == 0 {
+            bar_sync::<FIRST_WARPGROUP_BARRIER, WARPGROUP>();
+        } else {
+            bar_sync::<SECOND_WARPGROUP_BARRIER, WARPGROUP>();
+        }
     }
 
     /// Waits until the staging buffer is this warpgroup's.
@@ -103,7 +107,7 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
         if task.phase == Phase::Combine as u32 {
             // The combine buffers are the stages: every warp must be done with its last product.
             if !combining {
-                bar_sync::<CONSUMERS_BARRIER>(CONSUMER_WARPS * WARP);
+                bar_sync::<CONSUMERS_BARRIER, { CONSUMER_WARPS * WARP }>();
                 combining = true;
             }
             combiner.combine(task.expert);

@@ -22,7 +22,7 @@ use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
 pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let params = launch.params();
     let experts = params.shape.local_experts();
-    bar_sync::<COUNTS_BARRIER>(COUNTS_THREADS);
+    bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     // SAFETY: the scheduler warp wrote the counts before the barrier.
     let rows = |expert: u32| unsafe { cta.expert_rows(expert).load_u32() };
     let batch = pull_rows(count_rows(experts, lane, rows), ctas());

@@ -20,7 +20,7 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     check_tokens(launch, lane);
     zero_next_counters(launch, lane);
     gather_counts(launch, cta, lane);
-    bar_sync::<COUNTS_BARRIER>(COUNTS_THREADS);
+    bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     if lane == 0 {
         hand_out_tasks(launch, cta);
     }
