@@ -140,6 +140,11 @@ impl Display for Report {
             self.seconds,
             1e6 * slowest
         )?;
+        let instructions: u64 = self.cost.iter().map(|cost| cost.instructions).sum();
+        if instructions > 0 {
+            let speed = instructions as f64 / 1e6 / self.seconds.max(1e-9);
+            writeln!(f, "         {speed:.1} million warp instructions a second")?;
+        }
         let verdict = if self.passed { "right" } else { "WRONG" };
         match self.relative_l2_error {
             Some(error) => {
@@ -232,6 +237,7 @@ mod tests {
             "         warp instructions           12  3,456,789",
             "         NVLink bytes read            0          0",
             "time     1.500 s on this machine; the slowest rank's launch took 9.0 us",
+            "         2.3 million warp instructions a second",
             "result   right: relative L2 error 3.21e-3 against output_f32 of the input file, limit 1e-2",
         ] {
             assert!(text.lines().any(|found| found == line), "{text}\nlacks {line:?}");
