@@ -2,6 +2,8 @@
 //!
 //! The tests run in the simulator, or on GPUs when `FERROMOE_TEST_DEVICE` is `cuda`.
 
+pub mod small;
+
 use std::sync::Arc;
 
 use ferromoe::{

@@ -1,0 +1,184 @@
+//! Plants bugs in the kernel's PTX, one at a time, and counts which of them the simulator and the small matrix find.
+
+mod edit;
+mod list;
+
+use std::fmt::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use ferromoe::Error;
+use ferromoe_tests::small::{Failure, SmallCase, small_matrix};
+use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
+use ptx_sim::{Module, RunOptions, SimError};
+use rayon::prelude::*;
+
+use crate::edit::Source;
+use crate::list::{Mutant, mutants};
+
+/// The share of planted bugs that must be found.
+const REQUIRED_PERCENT: usize = 95;
+/// How many times the warp instructions of the right kernel a mutant may take.
+const PATIENCE: u64 = 30;
+
+/// Plants bugs in the kernel's PTX, one at a time, and counts which are found.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask mutants")]
+struct Arguments {
+    /// Seeds that each bug gets to be found in.
+    #[arg(long, default_value_t = 20)]
+    seeds: u64,
+    /// Only bugs whose description contains this.
+    #[arg(long)]
+    only: Option<String>,
+    /// Only count the bugs.
+    #[arg(long)]
+    list: bool,
+    /// Write the table to docs/mutants.md.
+    #[arg(long, conflicts_with = "only")]
+    write: bool,
+}
+
+/// How a bug was found.
+struct Found {
+    by: String,
+    case: &'static str,
+    seed: u64,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<bool> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let source = Source::read(ferromoe::PTX, &root)?;
+    let mut mutants = mutants();
+    mutants.retain(|mutant| arguments.only.as_ref().is_none_or(|only| mutant.what.contains(only)));
+    let modules = mutants.iter().map(|mutant| plant(&source, mutant)).collect::<Vec<_>>();
+    let broken: Vec<_> = modules.iter().filter_map(|module| module.as_ref().err()).collect();
+    ensure!(broken.is_empty(), "bugs that cannot be planted:\n{}", lines(broken.iter().map(|error| format!("  {error:#}"))));
+    println!("{} planted bugs", mutants.len());
+    if arguments.list {
+        return Ok(true);
+    }
+    let cases = small_matrix();
+    let limits = right_kernel(&cases)?;
+    // A mutant that makes the simulator panic is shown in the table, once.
+    std::panic::set_hook(Box::new(|_| {}));
+    let progress = ProgressBar::new(mutants.len() as u64)
+        .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} bugs, {elapsed} ({eta} left)")?);
+    let found: Vec<Option<Found>> = modules
+        .into_par_iter()
+        .map(|module| find(&cases, &limits, &Arc::new(module.expect("checked above")), arguments.seeds))
+        .progress_with(progress)
+        .collect();
+    let table = table(&mutants, &found);
+    println!("{table}");
+    if arguments.write {
+        write(&root.join("docs/mutants.md"), &table)?;
+    }
+    let caught = found.iter().flatten().count();
+    println!("{caught} of {} planted bugs were found", found.len());
+    Ok(caught * 100 >= REQUIRED_PERCENT * found.len())
+}
+
+fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
+    let ptx = source.edited(&mutant.plants).with_context(|| mutant.what.to_owned())?;
+    Module::parse(&ptx).with_context(|| mutant.what.to_owned())
+}
+
+/// Runs the kernel as it is, and returns each case's limit of warp instructions.
+fn right_kernel(cases: &[SmallCase]) -> Result<Vec<u64>> {
+    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let limit = |case: &SmallCase| match case.run(&module, 0, &options(None)) {
+        Ok(instructions) => Ok(PATIENCE * instructions),
+        Err(failure) => bail!("the kernel without a bug fails case `{}`: {failure}", case.name),
+    };
+    cases.par_iter().map(limit).collect()
+}
+
+fn options(step_limit: Option<u64>) -> RunOptions {
+    RunOptions { step_limit, ..RunOptions::default() }
+}
+
+/// The first failure over all seeds and cases.
+fn find(cases: &[SmallCase], limits: &[u64], module: &Arc<Module>, seeds: u64) -> Option<Found> {
+    (0..seeds).find_map(|seed| {
+        cases.iter().zip(limits).find_map(|(case, &limit)| {
+            let run = || case.run(module, seed, &options(Some(limit)));
+            // Every run has its own machine, so nothing half-done survives a panic.
+            let by = match catch_unwind(AssertUnwindSafe(run)) {
+                Ok(Ok(_)) => return None,
+                Ok(Err(failure)) => describe(&failure),
+                Err(_) => "**the simulator panicked**".to_owned(),
+            };
+            Some(Found { by, case: case.name, seed })
+        })
+    })
+}
+
+/// What found a bug, in a few words.
+fn describe(failure: &Failure) -> String {
+    match failure {
+        Failure::Simulator(SimError::Fault { fault, .. }) => format!("check: {}", short(&fault.to_string())),
+        Failure::Simulator(SimError::Deadlock(_)) => "deadlock".to_owned(),
+        Failure::Simulator(SimError::StepLimit { .. }) => "livelock".to_owned(),
+        Failure::Simulator(SimError::Host(fault)) => format!("host check: {}", short(&fault.to_string())),
+        Failure::Simulator(other) => format!("check: {}", short(&other.to_string())),
+        Failure::Reported(Error::Deadline { stage, .. }) => format!("deadline: {stage:?}"),
+        Failure::Reported(other) => format!("reported: {}", short(&other.to_string())),
+        Failure::Unreported(_) => "an error that was not reported".to_owned(),
+        Failure::WrongResult { .. } => "wrong result".to_owned(),
+    }
+}
+
+/// The first line of a message, cut where a table would become too wide.
+fn short(message: &str) -> String {
+    const WIDTH: usize = 90;
+    let line = message.lines().next().unwrap_or_default().replace('|', "\\|");
+    match line.char_indices().nth(WIDTH) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
+fn table(mutants: &[Mutant], found: &[Option<Found>]) -> String {
+    let mut text = "| bug | found by | case | seed |\n| --- | --- | --- | --- |\n".to_owned();
+    for (mutant, found) in mutants.iter().zip(found) {
+        let what = mutant.what;
+        let row = match found {
+            Some(Found { by, case, seed }) => writeln!(text, "| {what} | {by} | {case} | {seed} |"),
+            None => writeln!(text, "| {what} | **not found**: {} | | |", mutant.harmless.unwrap_or("not explained")),
+        };
+        // Writing to a String cannot fail.
+        let _ = row;
+    }
+    text
+}
+
+/// Puts the table between the file's markers.
+fn write(path: &PathBuf, table: &str) -> Result<()> {
+    const BEGIN: &str = "<!-- table: cargo xtask mutants --write -->\n";
+    const END: &str = "<!-- end of table -->";
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let parts = text.split_once(BEGIN).and_then(|(head, rest)| Some((head, rest.split_once(END)?.1)));
+    let (head, tail) = parts.with_context(|| format!("{} has no place for the table", path.display()))?;
+    std::fs::write(path, format!("{head}{BEGIN}\n{table}\n{END}{tail}"))?;
+    Ok(())
+}
+
+fn lines(lines: impl Iterator<Item = String>) -> String {
+    lines.collect::<Vec<_>>().join("\n")
+}
