@@ -156,6 +156,11 @@ impl SmallCase {
     }
 }
 
+/// How the small matrix is run: with every check of the simulator.
+pub fn run_options(step_limit: Option<u64>) -> RunOptions {
+    RunOptions { step_limit, ..RunOptions::default() }
+}
+
 /// The small matrix.
 pub fn small_matrix() -> Vec<SmallCase> {
     use Expectation::{BadExpert, LostRank, Output};
@@ -175,7 +180,7 @@ pub fn small_matrix() -> Vec<SmallCase> {
         // Several tiles of one expert, the last of them narrow, and more than one chunk of tokens to route.
         case("tiles", config(64, 64, 4, 1, 0), &[259, 14], Choices::AllTo(1), sms(3, None), &[Output; 2]),
         // Rows of several pull and combine pieces.
-        case("wide rows", config(3200, 64, 2, 1, 0), &[5, 3], Choices::Random, sms(2, None), &[Output; 2]),
+        case("wide rows", config(6208, 64, 2, 1, 0), &[5, 3], Choices::Random, sms(2, None), &[Output; 2]),
         // More results than combine buffers, and one CTA at a time.
         case("many choices", config(64, 64, 16, 12, 2), &[9, 6], Choices::Sparse, sms(3, Some(1)), &[Output; 2]),
         // What the kernel reports, and that it works again afterwards.

@@ -12,9 +12,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use ferromoe::Error;
-use ferromoe_tests::small::{Failure, SmallCase, small_matrix};
+use ferromoe_tests::small::{Failure, SmallCase, run_options, small_matrix};
 use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
-use ptx_sim::{Module, RunOptions, SimError};
+use ptx_sim::{Module, SimError};
 use rayon::prelude::*;
 
 use crate::edit::Source;
@@ -102,22 +102,18 @@ fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
 /// Runs the kernel as it is, and returns each case's limit of warp instructions.
 fn right_kernel(cases: &[SmallCase]) -> Result<Vec<u64>> {
     let module = Arc::new(Module::parse(ferromoe::PTX)?);
-    let limit = |case: &SmallCase| match case.run(&module, 0, &options(None)) {
+    let limit = |case: &SmallCase| match case.run(&module, 0, &run_options(None)) {
         Ok(instructions) => Ok(PATIENCE * instructions),
         Err(failure) => bail!("the kernel without a bug fails case `{}`: {failure}", case.name),
     };
     cases.par_iter().map(limit).collect()
 }
 
-fn options(step_limit: Option<u64>) -> RunOptions {
-    RunOptions { step_limit, ..RunOptions::default() }
-}
-
 /// The first failure over all seeds and cases.
 fn find(cases: &[SmallCase], limits: &[u64], module: &Arc<Module>, seeds: u64) -> Option<Found> {
     (0..seeds).find_map(|seed| {
         cases.iter().zip(limits).find_map(|(case, &limit)| {
-            let run = || case.run(module, seed, &options(Some(limit)));
+            let run = || case.run(module, seed, &run_options(Some(limit)));
             // Every run has its own machine, so nothing half-done survives a panic.
             let by = match catch_unwind(AssertUnwindSafe(run)) {
                 Ok(Ok(_)) => return None,
