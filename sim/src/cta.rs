@@ -162,6 +162,8 @@ pub(crate) struct CtaState {
     pub launch: usize,
     pub device: usize,
     pub index: [u32; 3],
+    /// Number of the first warp in the checks.
+    pub first_agent: u32,
     /// Which of the device's places it runs in.
     pub sm: u32,
     pub shared: TrackedBytes,

@@ -164,6 +164,30 @@ pub enum Fault {
     /// A synchronising instruction used wrongly.
     #[error("{0}")]
     Synchronisation(String),
+    /// Two accesses to the same place, one of them a write, that nothing orders.
+    #[error("data race: {now} at {place}, which nothing orders after the {before} by [{earlier}]")]
+    Race {
+        /// The address: buffer and offset.
+        place: String,
+        /// What the access does.
+        now: String,
+        /// What the one before did.
+        before: String,
+        /// Where the one before was.
+        earlier: Box<Position>,
+    },
+    /// An ordinary write, and an asynchronous access after it, with no proxy fence between.
+    #[error("missing fence.proxy.async: {now} at {place}, which is ordered after the {before} by [{earlier}], but not across proxies")]
+    ProxyFence {
+        /// The address: buffer and offset.
+        place: String,
+        /// What the access does.
+        now: String,
+        /// What the one before did.
+        before: String,
+        /// Where the one before was.
+        earlier: Box<Position>,
+    },
     /// An asynchronous copy, tensor map or matrix instruction used wrongly.
     #[error("{0}")]
     Operand(String),

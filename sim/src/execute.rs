@@ -15,6 +15,7 @@ pub(crate) use mbarriers::{is_complete, update as update_mbarrier};
 pub(crate) use tensor_core::GROUP_WARPS;
 
 use crate::asynchronous::{AsyncQueue, Issuer};
+use crate::check::Checker;
 use crate::cost::Cost;
 use crate::cta::{CtaState, Fragment, Wait, Warp};
 use crate::error::Fault;
@@ -58,6 +59,11 @@ pub(crate) struct Context<'a> {
     pub progress: &'a mut u64,
     /// Lanes that a fault is about; all active ones if 0.
     pub fault_lanes: u32,
+    pub checker: Option<&'a mut Checker>,
+    /// The warp's number in the checks.
+    pub agent: u32,
+    /// The instruction that is executed.
+    pub pc: u32,
 }
 
 /// Where a warp failed.
@@ -160,6 +166,7 @@ impl Context<'_> {
                         return Ok(());
                     }
                     self.warp.fragments[index].pc = pc;
+                    self.pc = pc;
                     self.fault_lanes = 0;
                     let flow = self.execute(op, index, active).map_err(|fault| Failure {
                         fault,
@@ -226,6 +233,18 @@ impl Context<'_> {
                 Ok(Flow::Next)
             }
             Op::Nothing | Op::WgmmaFence => Ok(Flow::Next),
+            Op::Fence(scope) => {
+                if let Some(checker) = &mut self.checker {
+                    checker.fence(self.agent, active, *scope);
+                }
+                Ok(Flow::Next)
+            }
+            Op::FenceProxy => {
+                if let Some(checker) = &mut self.checker {
+                    checker.fence_proxy(self.agent, active);
+                }
+                Ok(Flow::Next)
+            }
             Op::Branch(target) => Ok(Flow::Jump(*target)),
             Op::Special { destination, which } => {
                 self.special(*destination, *which, active);
@@ -462,6 +481,8 @@ impl Op {
             self,
             Self::Alu(_)
                 | Self::Nothing
+                | Self::Fence(_)
+                | Self::FenceProxy
                 | Self::Special { .. }
                 | Self::GlobalAddress { .. }
                 | Self::Branch(_)

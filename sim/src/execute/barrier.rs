@@ -61,6 +61,9 @@ impl Context<'_> {
             )));
         }
         state.waiting |= !barrier.arrive;
+        if let Some(checker) = &mut self.checker {
+            checker.arrive_barrier(self.agent, active, self.state.id, id);
+        }
         self.state.changed = true;
         *self.progress += 1;
         self.warp.polls.reset();
