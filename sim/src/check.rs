@@ -122,6 +122,8 @@ pub(crate) struct Access {
     pub lanes: u32,
     pub pc: u32,
     pub mode: Mode,
+    /// An atomic, which reads what it writes over.
+    pub reads: bool,
     pub strong: Option<Scope>,
 }
 
@@ -215,7 +217,7 @@ impl Checker {
 
     /// Checks and remembers an access.
     pub fn access(&mut self, access: Access, key: u64, bytes: u64) -> Result<(), Fault> {
-        let Access { warp, lanes, pc, mode, strong } = access;
+        let Access { warp, lanes, pc, mode, reads: observes, strong } = access;
         let Some(state) = self.warps.get(warp as usize) else {
             return Ok(());
         };
@@ -225,9 +227,14 @@ impl Checker {
                 continue;
             }
             let record = Record::new(Agent::Warp(warp), state.tick, lanes, pc, strong, false, warp);
-            let actor = Actor { record, clock: &view.clock, mode, homes: &self.scopes };
+            let actor = Actor { record, clock: &view.clock, mode, observes, homes: &self.scopes };
             if let Err(clash) = self.shadow.access(key, bytes, &actor) {
                 return Err(note(&mut self.clash, clash));
+            }
+        }
+        if !self.shadow.observed.is_empty() {
+            for seen in std::mem::take(&mut self.shadow.observed) {
+                self.learn(warp, lanes, |clock| clock.see(seen.issuer, seen.tick(), seen.lanes()));
             }
         }
         Ok(())
@@ -534,7 +541,7 @@ impl Checker {
         let strong = atomic.then_some(Scope::Gpu);
         let record =
             Record::new(Agent::Async(agent), tick, flight.lanes, flight.pc, strong, flight.async_proxy, flight.issuer);
-        let actor = Actor { record, clock: &flight.clock, mode, homes: &self.scopes };
+        let actor = Actor { record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
         self.shadow.access(key, bytes, &actor).map_err(|clash| note(&mut self.clash, clash))
     }
 
@@ -547,7 +554,7 @@ impl Checker {
         let strong = Some(Scope::Cta);
         let record =
             Record::new(Agent::Async(agent), tick, flight.lanes, flight.pc, strong, flight.async_proxy, flight.issuer);
-        let actor = Actor { record, clock: &flight.clock, mode: Mode::Read, homes: &self.scopes };
+        let actor = Actor { record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
         let key = shared_key(cta, u64::from(address));
         self.shadow.access(key, 8, &actor).map_err(|clash| note(&mut self.clash, clash))
     }
@@ -667,7 +674,7 @@ impl Checker {
         };
         let record = Record::new(Agent::Warp(agent), tick, u32::MAX, pc, None, true, warp);
         for range in ranges {
-            let actor = Actor { record, clock: &clock, mode: Mode::Read, homes: &self.scopes };
+            let actor = Actor { record, clock: &clock, mode: Mode::Read, observes: false, homes: &self.scopes };
             let key = shared_key(cta, u64::from(range.start));
             self.shadow.access(key, range.len() as u64, &actor).map_err(|clash| note(&mut self.clash, clash))?;
         }

@@ -136,7 +136,8 @@ impl FromStr for Show {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let (index, element) = text.split_once(':').with_context(|| format!("`{text}` is not INDEX:TYPE, as in 0:f32"))?;
+        let (index, element) =
+            text.split_once(':').with_context(|| format!("`{text}` is not INDEX:TYPE, as in 0:f32"))?;
         let element = match element {
             "u32" => Element::U32,
             "f32" => Element::F32,
@@ -251,7 +252,8 @@ impl Run {
             Ok(contents)
         };
         for save in &self.saves {
-            fs::write(&save.path, contents(save.index)?).with_context(|| format!("cannot write {}", save.path.display()))?;
+            fs::write(&save.path, contents(save.index)?)
+                .with_context(|| format!("cannot write {}", save.path.display()))?;
         }
         for show in &self.shows {
             println!("parameter {}: {}", show.index, words(&contents(show.index)?, show.element));

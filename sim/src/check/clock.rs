@@ -60,6 +60,8 @@ pub(super) struct Clock {
     warps: Rc<Vec<Entry>>,
     /// The same for ordinary accesses that a proxy fence has made visible to the asynchronous proxy.
     proxied: Rc<Vec<Entry>>,
+    /// Strong writes that were read: they come before, though what their warp did before them does not.
+    seen: Rc<Vec<Entry>>,
     /// Of asynchronous operations, by the agent that stands for their completion.
     completed: Rc<Vec<u32>>,
 }
@@ -68,6 +70,7 @@ impl Clock {
     pub fn join(&mut self, other: &Self) {
         join_entries(&mut self.warps, &other.warps);
         join_entries(&mut self.proxied, &other.proxied);
+        join_entries(&mut self.seen, &other.seen);
         if Rc::ptr_eq(&self.completed, &other.completed) {
             return;
         }
@@ -87,6 +90,17 @@ impl Clock {
     /// Learns what lanes of a warp did up to a tick.
     pub fn learn(&mut self, warp: u32, entry: Entry) {
         learn(&mut self.warps, warp, entry);
+    }
+
+    /// Has read what lanes of a warp wrote at a tick.
+    pub fn see(&mut self, warp: u32, tick: u32, lanes: u32) {
+        if !self.has_seen(warp, tick, lanes) {
+            learn(&mut self.seen, warp, Entry::new(tick, lanes));
+        }
+    }
+
+    pub fn has_seen(&self, warp: u32, tick: u32, lanes: u32) -> bool {
+        self.seen.get(warp as usize).is_some_and(|entry| entry.covers(tick, lanes))
     }
 
     /// Learns that the operations of an agent are complete up to a tick.

@@ -62,9 +62,7 @@ pub(crate) struct Record {
 const PROXY: u32 = 1;
 const STRONG: u32 = 2;
 const SCOPE_SHIFT: u32 = 2;
-/// A read that causality orders after the write it read, though no clock says so.
-const OBSERVED: u32 = 16;
-const SITE_SHIFT: u32 = 5;
+const SITE_SHIFT: u32 = 4;
 
 impl Record {
     pub fn new(
@@ -98,6 +96,10 @@ impl Record {
         self.site >> SITE_SHIFT
     }
 
+    pub fn tick(self) -> u32 {
+        self.tick
+    }
+
     pub fn lanes(self) -> u32 {
         self.lanes
     }
@@ -108,6 +110,8 @@ pub(crate) struct Actor<'a> {
     pub record: Record,
     pub clock: &'a Clock,
     pub mode: Mode,
+    /// An atomic: it reads what it writes over.
+    pub observes: bool,
     /// Device and CTA of each warp, for scopes.
     pub homes: &'a [(usize, u64)],
 }
@@ -157,20 +161,22 @@ impl Actor<'_> {
                     // Lanes of one instruction that write the same place: one of them wins.
                     || same && before.tick == me.tick && before.pc() == me.pc()
                     || self.clock.knows(warp, before.tick, lanes)
+                    || before.site & STRONG != 0 && self.clock.has_seen(warp, before.tick, before.lanes)
             }
         }
     }
 
+    /// Whether the accesses are unordered, and no race as both are strong.
     #[inline]
-    fn check(&self, before: Record, before_mode: Mode) -> Result<(), Clash> {
+    fn check(&self, before: Record, before_mode: Mode) -> Result<bool, Clash> {
         if before.tick == 0 {
-            return Ok(());
+            return Ok(false);
         }
         let me = &self.record;
         let clash =
             |only_proxy| Err(Clash { before, before_mode, now: *me, now_mode: self.mode, only_proxy, key: 0 });
         if !self.follows(before, before_mode) {
-            return if self.morally_strong(*me, before) { Ok(()) } else { clash(false) };
+            return if self.morally_strong(*me, before) { Ok(true) } else { clash(false) };
         }
         if me.in_async_proxy()
             && !before.in_async_proxy()
@@ -180,7 +186,7 @@ impl Actor<'_> {
         {
             return clash(true);
         }
-        Ok(())
+        Ok(false)
     }
 }
 
@@ -202,6 +208,8 @@ pub(crate) struct Shadow {
     pages: HashMap<u64, u32, BuildHasherDefault<PageHasher>>,
     recent: Option<(u64, u32)>,
     lists: Vec<Vec<Record>>,
+    /// Strong writes that the last accesses have read, and that no clock had ordered before.
+    pub observed: Vec<Record>,
     free_lists: Vec<u32>,
     free_quarters: Vec<u32>,
     free_pages: Vec<u32>,
@@ -364,12 +372,9 @@ impl Shadow {
     fn read(&mut self, at: u32, actor: &Actor<'_>) -> Result<(), Clash> {
         let cell = &mut self.cells[at as usize];
         let last = cell.read;
-        let mut me = actor.record;
-        if let Err(clash) = actor.check(cell.write, Mode::Write) {
-            if !observed(cell, &self.lists, actor) {
-                return Err(clash);
-            }
-            me.site |= OBSERVED;
+        let me = actor.record;
+        if actor.check(cell.write, Mode::Write)? {
+            self.observed.push(cell.write);
         }
         if last.agent == me.agent && last.tick == me.tick && last.tick != 0 && last.site == me.site {
             cell.read.lanes |= me.lanes;
@@ -396,10 +401,8 @@ impl Shadow {
     #[inline]
     fn write(&mut self, at: u32, actor: &Actor<'_>) -> Result<(), Clash> {
         let cell = &mut self.cells[at as usize];
-        if let Err(clash) = actor.check(cell.write, Mode::Write)
-            && !observed(cell, &self.lists, actor)
-        {
-            return Err(clash);
+        if actor.check(cell.write, Mode::Write)? && actor.observes {
+            self.observed.push(cell.write);
         }
         actor.check(cell.read, Mode::Read)?;
         cell.write = actor.record;
@@ -413,17 +416,6 @@ impl Shadow {
         }
         Ok(())
     }
-}
-
-/// Whether a strong read has read the cell's write, and comes before the access: causality order includes what is observed.
-#[cold]
-fn observed(cell: &Cell, lists: &[Vec<Record>], actor: &Actor<'_>) -> bool {
-    let others = if cell.others == 0 { &[][..] } else { &lists[cell.others as usize - 1] };
-    others.iter().chain([&cell.read]).any(|read| {
-        read.tick != 0
-            && (read.site & OBSERVED != 0 || actor.morally_strong(*read, cell.write))
-            && actor.follows(*read, Mode::Read)
-    })
 }
 
 /// The key of an address in a CTA's shared memory.

@@ -152,7 +152,7 @@ impl Context<'_> {
         };
         let (warp, lanes, bytes) = (self.agent, 1 << lane, bytes as u64);
         let (order, scope) = (atomic.order, atomic.scope);
-        let access = check::Access { warp, lanes, pc: self.pc, mode: Mode::Write, strong: Some(scope) };
+        let access = check::Access { warp, lanes, pc: self.pc, reads: true, mode: Mode::Write, strong: Some(scope) };
         checker.access(access, key, bytes)?;
         if atomic.destination.is_some() {
             checker.observe(warp, lanes, key, bytes, order, scope);

@@ -73,7 +73,7 @@ impl Context<'_> {
             let address = addresses[rest.trailing_zeros() as usize % LANES];
             let same = lanes(rest).filter(|lane| addresses[*lane] == address).fold(0, |all, lane| all | 1 << lane);
             let access =
-                Access { warp: self.agent, lanes: same, pc: self.pc, mode: Mode::Read, strong: Some(Scope::Cta) };
+                Access { warp: self.agent, lanes: same, pc: self.pc, reads: false, mode: Mode::Read, strong: Some(Scope::Cta) };
             checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
             rest &= !same;
         }
@@ -150,7 +150,7 @@ impl Context<'_> {
         let changes = matches!(operation.action, MbarrierAction::Init { .. } | MbarrierAction::Invalidate);
         let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cta)) };
         checker.access(
-            Access { warp, lanes, pc: self.pc, mode, strong },
+            Access { warp, lanes, pc: self.pc, reads: false, mode, strong },
             shared_key(cta, u64::from(address)),
             8,
         )?;

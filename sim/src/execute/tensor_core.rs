@@ -98,16 +98,15 @@ impl Context<'_> {
             return Ok(wait);
         }
         let commits = &self.warp.wgmma_commits;
-        // Only what is done by then is learnt: the wait is executed again once it is.
-        let Some(last) = commits.len().checked_sub(1 + pending as usize) else {
-            return Ok(Flow::Next);
-        };
-        let needed = commits[last];
+        let needed = commits.len().checked_sub(1 + pending as usize).map_or(0, |last| commits[last]);
         let executed = self.state.warpgroups.get(self.warp_index / GROUP_WARPS).map_or(0, |group| group.executed);
-        if executed >= needed && let Some(checker) = &mut self.checker {
+        if executed < needed {
+            return Ok(Flow::Wait(Wait::Wgmma { executed: needed }, NEVER));
+        }
+        if let Some(checker) = &mut self.checker {
             checker.wait_wgmma(self.agent, pending);
         }
-        Ok(if executed >= needed { Flow::Next } else { Flow::Wait(Wait::Wgmma { executed: needed }, NEVER) })
+        Ok(Flow::Next)
     }
 
     pub(super) fn matrix(&mut self, access: &MatrixAccess, active: u32) -> Executed {
@@ -161,7 +160,7 @@ impl Context<'_> {
             return Ok(());
         };
         for address in &addresses[..8 * access.registers.len()] {
-            let one = Access { warp: self.agent, lanes: ALL, pc: self.pc, mode, strong: None };
+            let one = Access { warp: self.agent, lanes: ALL, pc: self.pc, reads: false, mode, strong: None };
             checker.access(one, shared_key(self.state.id, u64::from(*address)), 16)?;
         }
         Ok(())
