@@ -130,9 +130,8 @@ fn product_on_tensor_cores_with_ldmatrix_and_asynchronous_copies() {
         };
         let options = RunOptions { seed: seed as u64, ..RunOptions::default() };
         machine.run(&[launch], &options).unwrap_or_else(|error| panic!("{m} x {n} x {k}: {error}"));
-        let expected = |i: usize| -> f32 {
-            (0..k).map(|at| a[i / n * k + at].to_f32() * b[i % n * k + at].to_f32()).sum()
-        };
+        let expected =
+            |i: usize| -> f32 { (0..k).map(|at| a[i / n * k + at].to_f32() * b[i % n * k + at].to_f32()).sum() };
         let expected: Vec<f32> = (0..m * n).map(expected).collect();
         assert!(download::<f32>(&mut machine, c, m * n) == expected, "{m} x {n} x {k}");
     }

@@ -63,7 +63,8 @@ fn spoil() -> impl Strategy<Value = (prop::sample::Index, Spoil)> {
 
 /// The text with some pieces, cut at spaces and punctuation, replaced.
 fn spoiled(ptx: &str, spoils: Vec<(prop::sample::Index, Spoil)>) -> String {
-    let mut pieces: Vec<String> = ptx.split_inclusive([' ', '\t', ',', ';', '\n', '.', '[']).map(str::to_owned).collect();
+    let mut pieces: Vec<String> =
+        ptx.split_inclusive([' ', '\t', ',', ';', '\n', '.', '[']).map(str::to_owned).collect();
     for (at, spoil) in spoils {
         let at = at.index(pieces.len());
         match spoil {

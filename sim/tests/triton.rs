@@ -57,7 +57,8 @@ const PRODUCT: &str = include_str!("data/triton_product.ptx");
 #[test]
 fn matrix_product_on_wgmma() {
     for (seed, sizes) in [[64, 64, 32], [100, 80, 208], [1, 16, 16], [130, 192, 96]].into_iter().enumerate() {
-        let (found, expected) = product(PRODUCT, sizes, seed as u64).unwrap_or_else(|error| panic!("{sizes:?}: {error}"));
+        let (found, expected) =
+            product(PRODUCT, sizes, seed as u64).unwrap_or_else(|error| panic!("{sizes:?}: {error}"));
         assert!(found == expected, "{sizes:?}");
     }
 }

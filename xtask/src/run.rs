@@ -42,15 +42,7 @@ fn build_binary(package: &str, name: &str) -> Result<PathBuf> {
     let shell = Shell::new()?;
     let cargo = workspace::cargo();
     let manifest = workspace::root().join("Cargo.toml");
-    let build = [
-        "build",
-        "--release",
-        "--package",
-        package,
-        "--bin",
-        name,
-        "--message-format=json-render-diagnostics",
-    ];
+    let build = ["build", "--release", "--package", package, "--bin", name, "--message-format=json-render-diagnostics"];
     let messages = cmd!(shell, "{cargo} {build...} --manifest-path {manifest}").quiet().read()?;
     let executable = messages.lines().rev().find_map(|line| {
         let message: Value = serde_json::from_str(line).ok()?;

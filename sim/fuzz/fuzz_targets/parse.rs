@@ -1,6 +1,6 @@
 //! Whatever the text, `Module::parse` returns; and what it takes for a kernel without parameters runs to an end or an error.
 //!
-//! `cargo +nightly fuzz run parse -- -seed_inputs=$(ls ../tests/data/*.ptx | paste -sd,)`, in this folder.
+//! In the folder above: `mkdir -p fuzz/corpus/parse && cargo +nightly fuzz run parse fuzz/corpus/parse tests/data -- -timeout=10`.
 
 #![no_main]
 

@@ -63,6 +63,9 @@ struct Run {
     /// CTAs that are resident at once; all if absent.
     #[arg(long)]
     residency: Option<u32>,
+    /// Do without the checks that take time: data races and proxy fences.
+    #[arg(long)]
+    no_checks: bool,
     /// End the run after so many warp instructions.
     #[arg(long, value_name = "N")]
     step_limit: Option<u64>,
@@ -234,8 +237,13 @@ impl Run {
         }
         let (grid, block) = (self.grid.0, self.block.0);
         let launch = Launch { device: 0, module, entry, grid, block, shared_bytes: self.shared, args };
-        let options =
-            RunOptions { seed, residency: self.residency, step_limit: self.step_limit, ..RunOptions::default() };
+        let options = RunOptions {
+            seed,
+            residency: self.residency,
+            step_limit: self.step_limit,
+            checks: !self.no_checks,
+            ..RunOptions::default()
+        };
         match machine.run(&[launch], &options) {
             Ok(costs) => costs.iter().for_each(|cost| print_cost(entry, seed, cost)),
             Err(error @ SimError::Launch { .. }) => return Err(error.into()),

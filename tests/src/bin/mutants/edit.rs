@@ -267,9 +267,8 @@ mod tests {
             (2, 32, "%r2", "[%rd7, {%r1, mutant}], 16"),
             (-1, 32, "16", "[%rd7, {%r1, %r2}], mutant"),
         ] {
-            let expected = format!(
-                "{{\n.reg .b{bits} mutant;\nadd.s{bits} mutant, {old}, -8;\nld.x.v2.u32 {new}, _;\n}}"
-            );
+            let expected =
+                format!("{{\n.reg .b{bits} mutant;\nadd.s{bits} mutant, {old}, -8;\nld.x.v2.u32 {new}, _;\n}}");
             assert_eq!(with_operand(line, operand, "add.s", -8).expect("an operand"), expected);
         }
         with_operand(line, 4, "add.s", 1).expect_err("four operands");

@@ -3,7 +3,6 @@
 mod edit;
 mod list;
 
-use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,7 +13,7 @@ use clap::Parser;
 use ferromoe::Error;
 use ferromoe_tests::small::{Failure, SmallCase, run_options, small_matrix};
 use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
-use ptx_sim::{Module, SimError};
+use ptx_sim::{Fault, Module, SimError};
 use rayon::prelude::*;
 
 use crate::edit::Source;
@@ -43,9 +42,39 @@ struct Arguments {
     write: bool,
 }
 
+/// What finds bugs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Finder {
+    /// A check of the simulator: order, proxies, barriers, operands.
+    Check,
+    /// An access out of bounds, misaligned or of memory that nothing has written.
+    Memory,
+    /// Deadlock, livelock, or a deadline that passed.
+    Progress,
+    /// The output, or what the launch reported.
+    Result,
+    /// A panic of the simulator: a bug of its own.
+    Panic,
+}
+
+impl Finder {
+    const ALL: [Self; 5] = [Self::Check, Self::Memory, Self::Progress, Self::Result, Self::Panic];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Check => "check",
+            Self::Memory => "memory error",
+            Self::Progress => "no progress",
+            Self::Result => "wrong result",
+            Self::Panic => "**simulator panicked**",
+        }
+    }
+}
+
 /// How a bug was found.
 struct Found {
-    by: String,
+    by: Finder,
+    how: String,
     case: &'static str,
     seed: u64,
 }
@@ -68,7 +97,11 @@ fn run(arguments: &Arguments) -> Result<bool> {
     mutants.retain(|mutant| arguments.only.as_ref().is_none_or(|only| mutant.what.contains(only)));
     let modules = mutants.iter().map(|mutant| plant(&source, mutant)).collect::<Vec<_>>();
     let broken: Vec<_> = modules.iter().filter_map(|module| module.as_ref().err()).collect();
-    ensure!(broken.is_empty(), "bugs that cannot be planted:\n{}", lines(broken.iter().map(|error| format!("  {error:#}"))));
+    ensure!(
+        broken.is_empty(),
+        "bugs that cannot be planted:\n{}",
+        lines(broken.iter().map(|error| format!("  {error:#}")))
+    );
     println!("{} planted bugs", mutants.len());
     if arguments.list {
         return Ok(true);
@@ -89,8 +122,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
     if arguments.write {
         write(&root.join("docs/mutants.md"), &table)?;
     }
-    let caught = found.iter().flatten().count();
-    println!("{caught} of {} planted bugs were found", found.len());
+    // A simulator that panics has found nothing.
+    let caught = found.iter().flatten().filter(|found| found.by != Finder::Panic).count();
     Ok(caught * 100 >= REQUIRED_PERCENT * found.len())
 }
 
@@ -115,35 +148,43 @@ fn find(cases: &[SmallCase], limits: &[u64], module: &Arc<Module>, seeds: u64) -
         cases.iter().zip(limits).find_map(|(case, &limit)| {
             let run = || case.run(module, seed, &run_options(Some(limit)));
             // Every run has its own machine, so nothing half-done survives a panic.
-            let by = match catch_unwind(AssertUnwindSafe(run)) {
+            let (by, how) = match catch_unwind(AssertUnwindSafe(run)) {
                 Ok(Ok(_)) => return None,
                 Ok(Err(failure)) => describe(&failure),
-                Err(_) => "**the simulator panicked**".to_owned(),
+                Err(_) => (Finder::Panic, String::new()),
             };
-            Some(Found { by, case: case.name, seed })
+            Some(Found { by, how, case: case.name, seed })
         })
     })
 }
 
-/// What found a bug, in a few words.
-fn describe(failure: &Failure) -> String {
+/// What found a bug, and how, in a few words.
+fn describe(failure: &Failure) -> (Finder, String) {
     match failure {
-        Failure::Simulator(SimError::Fault { fault, .. }) => format!("check: {}", short(&fault.to_string())),
-        Failure::Simulator(SimError::Deadlock(_)) => "deadlock".to_owned(),
-        Failure::Simulator(SimError::StepLimit { .. }) => "livelock".to_owned(),
-        Failure::Simulator(SimError::Host(fault)) => format!("host check: {}", short(&fault.to_string())),
-        Failure::Simulator(other) => format!("check: {}", short(&other.to_string())),
-        Failure::Reported(Error::Deadline { stage, .. }) => format!("deadline: {stage:?}"),
-        Failure::Reported(other) => format!("reported: {}", short(&other.to_string())),
-        Failure::Unreported(_) => "an error that was not reported".to_owned(),
-        Failure::WrongResult { .. } => "wrong result".to_owned(),
+        Failure::Simulator(SimError::Fault { fault, position }) => {
+            let finder = match fault {
+                Fault::OutOfBounds { .. } | Fault::Misaligned { .. } | Fault::Uninitialised { .. } => Finder::Memory,
+                _ => Finder::Check,
+            };
+            let line = position.source.split(' ').next().unwrap_or_default().trim_start_matches("kernel/src/");
+            (finder, format!("{} ({line})", short(&fault.to_string())))
+        }
+        Failure::Simulator(SimError::Deadlock(_)) => (Finder::Progress, "deadlock".to_owned()),
+        Failure::Simulator(SimError::StepLimit { .. }) => (Finder::Progress, "livelock".to_owned()),
+        Failure::Simulator(SimError::Host(fault)) => (Finder::Memory, short(&fault.to_string())),
+        Failure::Simulator(other) => (Finder::Check, short(&other.to_string())),
+        Failure::Reported(Error::Deadline { stage, .. }) => (Finder::Progress, format!("deadline of {stage:?}")),
+        Failure::Reported(other) => (Finder::Result, short(&other.to_string())),
+        Failure::Unreported(_) => (Finder::Result, "an error that was not reported".to_owned()),
+        Failure::WrongResult { .. } => (Finder::Result, "wrong output".to_owned()),
     }
 }
 
-/// The first line of a message, cut where a table would become too wide.
+/// The first line of a message, without its second half, cut where a table would become too wide.
 fn short(message: &str) -> String {
-    const WIDTH: usize = 90;
-    let line = message.lines().next().unwrap_or_default().replace('|', "\\|");
+    const WIDTH: usize = 100;
+    let line = message.lines().next().unwrap_or_default();
+    let line = line.split(", which").next().unwrap_or_default().replace('|', "\\|");
     match line.char_indices().nth(WIDTH) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line,
@@ -151,17 +192,29 @@ fn short(message: &str) -> String {
 }
 
 fn table(mutants: &[Mutant], found: &[Option<Found>]) -> String {
-    let mut text = "| bug | found by | case | seed |\n| --- | --- | --- | --- |\n".to_owned();
+    let mut text = summary(found) + "\n\n| bug | found by | how | case | seed |\n| --- | --- | --- | --- | --- |\n";
     for (mutant, found) in mutants.iter().zip(found) {
         let what = mutant.what;
-        let row = match found {
-            Some(Found { by, case, seed }) => writeln!(text, "| {what} | {by} | {case} | {seed} |"),
-            None => writeln!(text, "| {what} | **not found**: {} | | |", mutant.harmless.unwrap_or("not explained")),
+        text += &match found {
+            Some(Found { by, how, case, seed }) => format!("| {what} | {} | {how} | {case} | {seed} |\n", by.name()),
+            None => format!("| {what} | **nothing** | {} | | |\n", mutant.harmless.unwrap_or("not explained")),
         };
-        // Writing to a String cannot fail.
-        let _ = row;
     }
     text
+}
+
+/// How many bugs were found, and by what.
+fn summary(found: &[Option<Found>]) -> String {
+    let by = |finder: Finder| found.iter().flatten().filter(|found| found.by == finder).count();
+    let counts = Finder::ALL.map(|finder| (by(finder), finder.name()));
+    let counts: Vec<_> = counts.iter().filter(|(n, _)| *n > 0).map(|(n, name)| format!("{name} {n}")).collect();
+    let first = found.iter().flatten().filter(|found| found.seed == 0).count();
+    let all = found.iter().flatten().count();
+    format!(
+        "{all} of {} planted bugs were found ({}), {first} of them with the first seed.",
+        found.len(),
+        counts.join(", ")
+    )
 }
 
 /// Puts the table between the file's markers.
