@@ -12,7 +12,7 @@ mod shadow;
 use std::collections::{HashMap, VecDeque};
 
 use crate::error::Fault;
-use crate::program::CopyKind;
+use crate::program::{CopyKind, WgmmaUse};
 use clock::{Clock, Entry};
 pub(crate) use shadow::{Clash, Mode, Record, Scope, shared_key};
 use shadow::{Actor, Agent, Shadow};
@@ -55,6 +55,30 @@ struct WarpState {
     observed: Vec<Aside>,
     groups: Vec<Groups>,
     wgmma_committed: u32,
+    /// Groups of wgmmas that were waited for.
+    wgmma_waited: u32,
+    wgmma_fenced: bool,
+    /// By their place among those that some wgmma uses.
+    wgmma_registers: Vec<RegisterState>,
+}
+
+/// A register that some wgmma uses.
+#[derive(Debug, Clone, Copy, Default)]
+struct RegisterState {
+    /// The group of the last wgmma that was given it, and its instruction.
+    group: u32,
+    given_at: u32,
+    /// Written since the last fence, and where.
+    written: bool,
+    written_at: u32,
+}
+
+/// What was wrong with a register of a wgmma.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RegisterMisuse {
+    UnderWay,
+    Unfenced,
+    NeverFenced,
 }
 
 /// Where an agent runs.
@@ -648,6 +672,62 @@ impl Checker {
         self.advance(warp);
     }
 
+    fn register(&mut self, warp: u32, register: u32) -> Option<&mut RegisterState> {
+        let registers = &mut self.warps.get_mut(warp as usize)?.wgmma_registers;
+        if registers.len() <= register as usize {
+            registers.resize(register as usize + 1, RegisterState::default());
+        }
+        registers.get_mut(register as usize)
+    }
+
+    /// An instruction other than a wgmma uses registers.
+    pub fn use_registers(&mut self, warp: u32, used: &[WgmmaUse], pc: u32) -> Result<(), (RegisterMisuse, u32)> {
+        let waited = self.warps.get(warp as usize).map_or(0, |state| state.wgmma_waited);
+        for WgmmaUse { register, written } in used {
+            let Some(state) = self.register(warp, *register) else {
+                continue;
+            };
+            if state.group > waited {
+                return Err((RegisterMisuse::UnderWay, state.given_at));
+            }
+            if *written {
+                (state.written, state.written_at) = (true, pc);
+            }
+        }
+        Ok(())
+    }
+
+    /// A wgmma is given registers. Those that one under way accumulates in may be accumulated in further.
+    pub fn give_registers(&mut self, warp: u32, used: &[WgmmaUse], pc: u32) -> Result<(), (RegisterMisuse, u32)> {
+        let Some(state) = self.warps.get(warp as usize) else {
+            return Ok(());
+        };
+        if !state.wgmma_fenced {
+            return Err((RegisterMisuse::NeverFenced, pc));
+        }
+        let group = state.wgmma_committed + 1;
+        for WgmmaUse { register, .. } in used {
+            let Some(state) = self.register(warp, *register) else {
+                continue;
+            };
+            if state.written {
+                return Err((RegisterMisuse::Unfenced, state.written_at));
+            }
+            (state.group, state.given_at) = (group, pc);
+        }
+        Ok(())
+    }
+
+    /// `wgmma.fence`.
+    pub fn fence_wgmma(&mut self, warp: u32) {
+        if let Some(state) = self.warps.get_mut(warp as usize) {
+            state.wgmma_fenced = true;
+            for register in &mut state.wgmma_registers {
+                register.written = false;
+            }
+        }
+    }
+
     pub fn commit_wgmma(&mut self, warp: u32) {
         if let Some(state) = self.warps.get_mut(warp as usize) {
             state.wgmma_committed += 1;
@@ -660,6 +740,9 @@ impl Checker {
         };
         let committed = self.warps.get(warp as usize).map_or(0, |state| state.wgmma_committed);
         let tick = committed.saturating_sub(pending);
+        if let Some(state) = self.warps.get_mut(warp as usize) {
+            state.wgmma_waited = state.wgmma_waited.max(tick);
+        }
         self.learn(warp, u32::MAX, |clock| clock.learn(agent, Entry::new(tick, lanes)));
     }
 

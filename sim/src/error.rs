@@ -188,6 +188,9 @@ pub enum Fault {
         /// Where the one before was.
         earlier: Box<Position>,
     },
+    /// A register of a wgmma used while it is under way, or given to one without a `wgmma.fence`.
+    #[error("{0}")]
+    WgmmaRegisters(String),
     /// An asynchronous copy, tensor map or matrix instruction used wrongly.
     #[error("{0}")]
     Operand(String),

@@ -142,6 +142,15 @@ pub(crate) struct Instruction {
     pub location: u32,
     /// The opcode as written.
     pub name: std::sync::Arc<str>,
+    /// Registers that some wgmma accumulates in or reads A from, by their place among those: what the instruction uses of them.
+    pub wgmma_registers: Box<[WgmmaUse]>,
+}
+
+/// Use of a register that some wgmma uses too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WgmmaUse {
+    pub register: u32,
+    pub written: bool,
 }
 
 /// State space of a memory access.
