@@ -13,7 +13,7 @@ use clap::Parser;
 use ferromoe::Error;
 use ferromoe_tests::small::{Failure, SmallCase, run_options, small_matrix};
 use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
-use ptx_sim::{Fault, Module, SimError};
+use ptx_sim::{Fault, Module, Position, SimError};
 use rayon::prelude::*;
 
 use crate::edit::Source;
@@ -161,14 +161,7 @@ fn find(cases: &[SmallCase], limits: &[u64], module: &Arc<Module>, seeds: u64) -
 /// What found a bug, and how, in a few words.
 fn describe(failure: &Failure) -> (Finder, String) {
     match failure {
-        Failure::Simulator(SimError::Fault { fault, position }) => {
-            let finder = match fault {
-                Fault::OutOfBounds { .. } | Fault::Misaligned { .. } | Fault::Uninitialised { .. } => Finder::Memory,
-                _ => Finder::Check,
-            };
-            let line = position.source.split(' ').next().unwrap_or_default().trim_start_matches("kernel/src/");
-            (finder, format!("{} ({line})", short(&fault.to_string())))
-        }
+        Failure::Simulator(SimError::Fault { fault, position }) => describe_fault(fault, position),
         Failure::Simulator(SimError::Deadlock(_)) => (Finder::Progress, "deadlock".to_owned()),
         Failure::Simulator(SimError::StepLimit { .. }) => (Finder::Progress, "livelock".to_owned()),
         Failure::Simulator(SimError::Host(fault)) => (Finder::Memory, short(&fault.to_string())),
@@ -180,14 +173,43 @@ fn describe(failure: &Failure) -> (Finder, String) {
     }
 }
 
-/// The first line of a message, without its second half, cut where a table would become too wide.
+fn describe_fault(fault: &Fault, position: &Position) -> (Finder, String) {
+    let (finder, what) = match fault {
+        Fault::Race { place, now, before, earlier } => {
+            let what = format!("data race: {now} at {}, after the {before} in {}", short(place), source_line(earlier));
+            (Finder::Check, what)
+        }
+        Fault::OutOfBounds { .. } | Fault::Misaligned { .. } | Fault::Uninitialised { .. } => {
+            (Finder::Memory, short(&fault.to_string()))
+        }
+        _ => (Finder::Check, short(&fault.to_string())),
+    };
+    (finder, format!("{what}, in {}", source_line(position)))
+}
+
+/// The innermost line of the kernel that is not one of its wrappers of instructions.
+fn source_line(position: &Position) -> &str {
+    let mut lines = position.source.split(" < ").map(|line| line.trim_start_matches("kernel/src/"));
+    lines.find(|line| !line.starts_with("device/")).unwrap_or_default()
+}
+
+/// The first line of a message, without what it says in parentheses and in its second half, cut where a table would become too wide.
 fn short(message: &str) -> String {
     const WIDTH: usize = 100;
     let line = message.lines().next().unwrap_or_default();
-    let line = line.split(", which").next().unwrap_or_default().replace('|', "\\|");
+    let line = line.split(", which").next().unwrap_or_default();
+    let mut depth = 0;
+    let mut outside = |c: &char| {
+        depth += i32::from(*c == '(');
+        let keep = depth == 0;
+        depth -= i32::from(*c == ')');
+        keep
+    };
+    let line: String = line.chars().filter(|c| outside(c)).collect();
+    let line = line.replace(" ,", ",").replace(" :", ":").replace('|', "\\|");
     match line.char_indices().nth(WIDTH) {
         Some((end, _)) => format!("{}…", &line[..end]),
-        None => line,
+        None => line.trim_end().to_owned(),
     }
 }
 
