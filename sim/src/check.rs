@@ -14,8 +14,8 @@ use std::collections::{HashMap, VecDeque};
 use crate::error::Fault;
 use crate::program::{CopyKind, WgmmaUse};
 use clock::{Clock, Entry};
-pub(crate) use shadow::{Clash, Mode, Record, Scope, shared_key};
 use shadow::{Actor, Agent, Shadow};
+pub(crate) use shadow::{Clash, Mode, Record, Scope, shared_key};
 
 /// Lanes with the same clock.
 #[derive(Debug, Clone)]
@@ -396,12 +396,8 @@ impl Checker {
         let Some(state) = self.warps.get_mut(warp as usize) else {
             return;
         };
-        let observed: Vec<Aside> = state
-            .observed
-            .iter()
-            .filter(|aside| aside.lanes & lanes != 0 && aside.scope <= scope)
-            .cloned()
-            .collect();
+        let observed: Vec<Aside> =
+            state.observed.iter().filter(|aside| aside.lanes & lanes != 0 && aside.scope <= scope).cloned().collect();
         for aside in &mut state.observed {
             if aside.scope <= scope {
                 aside.lanes &= !lanes;
@@ -551,7 +547,8 @@ impl Checker {
         };
         if let Some((reads, writes)) = agents {
             let async_proxy = kind == CopyKind::Bulk;
-            self.flights.insert(number, Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads, writes, async_proxy });
+            self.flights
+                .insert(number, Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads, writes, async_proxy });
         }
         self.advance(warp);
     }
@@ -630,8 +627,10 @@ impl Checker {
             clock.learn_completed(groups.writes, groups.committed + 1);
         }
         let none = (u32::MAX >> 1, 0);
-        self.flights
-            .insert(number, Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads: none, writes: none, async_proxy: false });
+        self.flights.insert(
+            number,
+            Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads: none, writes: none, async_proxy: false },
+        );
         self.advance(warp);
     }
 

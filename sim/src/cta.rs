@@ -85,6 +85,8 @@ pub(crate) struct Warp {
     pub wgmma_issued: u64,
     pub wgmma_commits: Vec<u64>,
     pub max_registers: u32,
+    /// The last `setmaxnreg`.
+    pub registers_set_at: Option<u32>,
     /// Already in the list of warps that can run.
     pub queued: bool,
     /// Slices run while diverged, for fairness.

@@ -500,9 +500,10 @@ impl Decoder {
             }
         }
         for instruction in &mut self.module.code {
-            let known = instruction.wgmma_registers.iter().filter_map(|used| {
-                Some(WgmmaUse { register: *places.get(&used.register)?, written: used.written })
-            });
+            let known = instruction
+                .wgmma_registers
+                .iter()
+                .filter_map(|used| Some(WgmmaUse { register: *places.get(&used.register)?, written: used.written }));
             instruction.wgmma_registers = known.collect();
         }
     }

@@ -97,6 +97,9 @@ pub enum SimError {
     /// No warp can ever go on.
     #[error("deadlock: no warp can go on{}", list(.0))]
     Deadlock(Vec<Stuck>),
+    /// Warps poll or sleep in turn, and nothing that they look at changes any more.
+    #[error("livelock: warps only poll or sleep, and nothing changes any more{}", list(.0))]
+    Livelock(Vec<Stuck>),
     /// The run took more steps than [`crate::RunOptions::step_limit`].
     #[error("the run passed its limit of {limit} warp instructions{}", list(.warps))]
     StepLimit {
@@ -177,7 +180,9 @@ pub enum Fault {
         earlier: Box<Position>,
     },
     /// An ordinary write, and an asynchronous access after it, with no proxy fence between.
-    #[error("missing fence.proxy.async: {now} at {place}, which is ordered after the {before} by [{earlier}], but not across proxies")]
+    #[error(
+        "missing fence.proxy.async: {now} at {place}, which is ordered after the {before} by [{earlier}], but not across proxies"
+    )]
     ProxyFence {
         /// The address: buffer and offset.
         place: String,

@@ -142,8 +142,7 @@ impl Context<'_> {
             };
             if !instruction.wgmma_registers.is_empty() && active != 0 && self.checker.is_some() {
                 self.pc = pc;
-                self.check_wgmma_registers(instruction)
-                    .map_err(|fault| Failure { fault, pc, lanes: active })?;
+                self.check_wgmma_registers(instruction).map_err(|fault| Failure { fault, pc, lanes: active })?;
             }
             self.executed += 1;
             *threads += u64::from(active.count_ones());
@@ -336,15 +335,16 @@ impl Context<'_> {
                 if source.is_empty() { format!("PTX line {line}") } else { format!("{source}, PTX line {line}") }
             };
             Fault::WgmmaRegisters(match misuse {
-                RegisterMisuse::UnderWay => format!(
-                    "a register of the wgmma at [{}], which has not been waited for, is used",
-                    at(pc)
-                ),
+                RegisterMisuse::UnderWay => {
+                    format!("a register of the wgmma at [{}], which has not been waited for, is used", at(pc))
+                }
                 RegisterMisuse::Unfenced => format!(
                     "missing wgmma.fence: a register of this wgmma was written at [{}], and no fence came after",
                     at(pc)
                 ),
-                RegisterMisuse::NeverFenced => "missing wgmma.fence: none came before this warp's first wgmma".to_owned(),
+                RegisterMisuse::NeverFenced => {
+                    "missing wgmma.fence: none came before this warp's first wgmma".to_owned()
+                }
             })
         })
     }

@@ -10,6 +10,7 @@ use crate::memory::{Copied, GlobalMemory};
 use crate::program::{AtomicOperation, AtomicType, Op, Wgmma, WgmmaA};
 use crate::registers::{LANES, R32, Slot};
 use crate::schedule::Run;
+use crate::wgmma::descriptor::MatrixDescriptor;
 use crate::wgmma::{self, THREADS};
 
 impl Run<'_, '_> {
@@ -183,6 +184,9 @@ impl Run<'_, '_> {
         let fail = |error: wgmma::WgmmaError| Fault::Operand(error.to_string());
         let a_descriptor = matches!(a, WgmmaA::Descriptor(_)).then_some(issued.a);
         if let Some(checker) = &mut self.checker {
+            for descriptor in a_descriptor.into_iter().chain([issued.b]) {
+                MatrixDescriptor::decode(descriptor).check_alignment().map_err(Fault::Operand)?;
+            }
             let mut ranges = Vec::new();
             wgmma::operand_ranges(shape, a_descriptor, issued.b, |range| ranges.push(range)).map_err(fail)?;
             checker.multiply(state.first_agent + issuer.warp as u32, &ranges)?;

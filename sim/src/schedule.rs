@@ -155,7 +155,12 @@ impl Run<'_, '_> {
                 self.time = target << TIME_SHIFT;
                 Ok(())
             }
-            _ => Err(SimError::Deadlock(self.stuck())),
+            _ => {
+                let fragments = self.ctas.iter().flatten().flat_map(|cta| &cta.warps).flat_map(|warp| &warp.fragments);
+                let polling = fragments.filter(|fragment| fragment.wait == Some(Wait::Time)).count() > 0;
+                let stuck = self.stuck();
+                Err(if polling { SimError::Livelock(stuck) } else { SimError::Deadlock(stuck) })
+            }
         }
     }
 
@@ -280,6 +285,20 @@ impl Run<'_, '_> {
             );
             return Err(self.failed(fault, issuer));
         }
+        for (index, group) in cta.warps.chunks_exact(GROUP_WARPS).enumerate() {
+            let Some(other) = group.iter().position(|warp| warp.max_registers != group[0].max_registers) else {
+                continue;
+            };
+            // The warp that executed one more: its last is what the others lack.
+            let at = if group[other].registers_set_at.is_some() { other } else { 0 };
+            let warp = index * GROUP_WARPS + at;
+            let fault = Fault::Synchronisation(format!(
+                "setmaxnreg by a part of a warpgroup: its warps have ended with {:?} registers a thread",
+                group.iter().map(|warp| warp.max_registers).collect::<Vec<_>>()
+            ));
+            let pc = group[at].registers_set_at.unwrap_or(0);
+            return Err(self.failed(fault, Issuer { slot, cta: cta.state.id, warp, lanes: ALL, pc }));
+        }
         let now = self.now();
         let launch = &mut self.launches[cta.state.launch];
         launch.finished += 1;
@@ -398,8 +417,7 @@ impl Run<'_, '_> {
             0 => self.memory.place(clash.key),
             _ => shared_place_of(clash.key & 0xff_ffff),
         };
-        let ((before, earlier), (now, position)) =
-            (of(clash.before, clash.before_mode), of(clash.now, clash.now_mode));
+        let ((before, earlier), (now, position)) = (of(clash.before, clash.before_mode), of(clash.now, clash.now_mode));
         let earlier = Box::new(earlier);
         let fault = match clash.only_proxy {
             true => Fault::ProxyFence { place, now, before, earlier },
@@ -481,6 +499,7 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
         wgmma_issued: 0,
         wgmma_commits: Vec::new(),
         max_registers,
+        registers_set_at: None,
         queued: true,
         diverged: 0,
         polls: Polls::default(),

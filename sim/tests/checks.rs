@@ -27,7 +27,10 @@ fn breaks(globals: &str, body: &str, (what, by): (&str, &str), threads: u32, cta
     passes(globals, body, threads, ctas);
     assert!(body.contains(what), "{what}");
     let broken = body.replacen(what, by, 1);
-    outcomes(globals, &broken, threads, ctas).into_iter().map(|outcome| outcome.expect_err("it ran to its end")).collect()
+    outcomes(globals, &broken, threads, ctas)
+        .into_iter()
+        .map(|outcome| outcome.expect_err("it ran to its end"))
+        .collect()
 }
 
 fn races(errors: Vec<SimError>) -> String {
@@ -88,7 +91,15 @@ fn an_mbarrier_hands_over_what_its_arrivals_released() {
         ld.shared.u32 %r6, [%r2+124]; st.global.u32 [%rd1], %r6; DONE:";
     races(breaks(TILE, body, ("bar.warp.sync -1;", ""), 64, 1));
     races(breaks(TILE, body, ("arrive.shared", "arrive.relaxed.cta.shared"), 64, 1));
-    races(breaks(TILE, body, ("bar.sync 0;", ""), 64, 1).into_iter().filter(|error| error.to_string().contains("race")).collect::<Vec<_>>().into_iter().chain(breaks(TILE, body, ("bar.warp.sync -1;", ""), 64, 1)).collect());
+    races(
+        breaks(TILE, body, ("bar.sync 0;", ""), 64, 1)
+            .into_iter()
+            .filter(|error| error.to_string().contains("race"))
+            .collect::<Vec<_>>()
+            .into_iter()
+            .chain(breaks(TILE, body, ("bar.warp.sync -1;", ""), 64, 1))
+            .collect(),
+    );
 }
 
 /// Lane 0 of CTA 0 publishes a value, that of CTA 1 waits for it.
@@ -120,7 +131,8 @@ fn fences_make_patterns_of_relaxed_accesses() {
     races(breaks("", &good, ("fence.acq_rel.gpu; st", "fence.acq_rel.cta; st"), 32, 2));
     races(breaks("", &good, ("fence.acq_rel.gpu; ld", "ld"), 32, 2));
     // Later atomics carry on what the first has released.
-    let good = message("red.release.gpu.global.add.u32 [%rd2+128], 1;", "atom.acquire.gpu.global.or.b32 %r4, [%rd2+128], 0;");
+    let good =
+        message("red.release.gpu.global.add.u32 [%rd2+128], 1;", "atom.acquire.gpu.global.or.b32 %r4, [%rd2+128], 0;");
     races(breaks("", &good, ("red.release.gpu", "red.relaxed.gpu"), 32, 2));
     races(breaks("", &good, ("atom.acquire.gpu", "atom.relaxed.gpu"), 32, 2));
 }
@@ -197,7 +209,16 @@ fn a_stage_is_refilled_after_it_was_read() {
         ld.shared.u32 %r6, [%r2]; st.global.u32 [%rd1], %r6; bar.warp.sync -1;
         @%p1 mbarrier.arrive.shared.b64 _, [%r3+8]; setp.eq.u32 %p4, %r7, 1; mov.u32 %r7, 1; @!%p4 bra WAIT;";
     races(breaks(TILE, body, ("bar.warp.sync -1;", ""), 64, 1));
-    races(breaks(TILE, body, ("ld.shared.u32 %r6, [%r2]; st.global.u32 [%rd1], %r6; bar.warp.sync -1;\n        @%p1 mbarrier.arrive.shared.b64 _, [%r3+8];", "@%p1 mbarrier.arrive.shared.b64 _, [%r3+8]; ld.shared.u32 %r6, [%r2]; st.global.u32 [%rd1], %r6; bar.warp.sync -1;"), 64, 1));
+    races(breaks(
+        TILE,
+        body,
+        (
+            "ld.shared.u32 %r6, [%r2]; st.global.u32 [%rd1], %r6; bar.warp.sync -1;\n        @%p1 mbarrier.arrive.shared.b64 _, [%r3+8];",
+            "@%p1 mbarrier.arrive.shared.b64 _, [%r3+8]; ld.shared.u32 %r6, [%r2]; st.global.u32 [%rd1], %r6; bar.warp.sync -1;",
+        ),
+        64,
+        1,
+    ));
 }
 
 #[test]
@@ -222,4 +243,98 @@ fn checks_can_be_switched_off() {
     assert!(run(&kernel(TILE, body), &setup).is_err());
     setup.options.checks = false;
     assert!(run(&kernel(TILE, body), &setup).is_ok());
+}
+
+/// One warpgroup multiplies what it has stored itself, with eight accumulators.
+const PRODUCT: &str = "mov.u32 %r2, tile; shl.b32 %r3, %r1, 5; add.u32 %r4, %r2, %r3; mov.u32 %r5, 0;
+    st.shared.v4.u32 [%r4], {%r5, %r5, %r5, %r5}; st.shared.v4.u32 [%r4+16], {%r5, %r5, %r5, %r5};
+    fence.proxy.async; bar.sync 0;
+    cvt.u64.u32 %rd10, %r2; shr.u64 %rd10, %rd10, 4; or.b64 %rd10, %rd10, 0x1000080000;
+    mov.u32 %r20, 0; mov.u32 %r21, 0; mov.u32 %r22, 0; mov.u32 %r23, 0; setp.eq.u32 %p1, %r5, 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r20, %r21, %r22, %r23}, %rd10, %rd10, %p1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    add.u32 %r6, %r20, %r21; bar.sync 0; st.shared.u32 [%r4], %r6;";
+const OPERANDS: &str = ".shared .align 1024 .b8 tile[16384];";
+
+#[test]
+fn wgmma_reads_what_was_fenced_and_before_it_is_overwritten() {
+    proxy_fences(breaks(OPERANDS, PRODUCT, ("fence.proxy.async;", ""), 128, 1));
+    let unordered =
+        races(breaks(OPERANDS, PRODUCT, ("add.u32 %r6, %r20, %r21; bar.sync 0;", "mov.u32 %r6, 1;"), 128, 1));
+    assert!(unordered.contains("wgmma.mma_async"), "{unordered}");
+}
+
+fn wgmma_registers(errors: Vec<SimError>, text: &str) {
+    for error in &errors {
+        let SimError::Fault { fault: Fault::WgmmaRegisters(message), .. } = error else { panic!("{error}") };
+        assert!(message.contains(text), "{message}");
+    }
+}
+
+#[test]
+fn wgmma_owns_its_registers_until_it_is_waited_for() {
+    wgmma_registers(breaks(OPERANDS, PRODUCT, ("wgmma.wait_group.sync.aligned 0;", ""), 128, 1), "not been waited for");
+    wgmma_registers(
+        breaks(OPERANDS, PRODUCT, ("wait_group.sync.aligned 0;", "wait_group.sync.aligned 1;"), 128, 1),
+        "not been waited for",
+    );
+    wgmma_registers(breaks(OPERANDS, PRODUCT, ("wgmma.fence.sync.aligned;", ""), 128, 1), "none came before");
+    wgmma_registers(
+        breaks(OPERANDS, PRODUCT, ("wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned; mov.u32 %r20, 1;"), 128, 1),
+        "no fence came after",
+    );
+}
+
+#[test]
+fn a_swizzled_matrix_starts_where_its_pattern_does() {
+    let swizzled = PRODUCT.replace("0x1000080000", "0xC000001000010000");
+    for error in breaks(
+        OPERANDS,
+        &swizzled,
+        ("cvt.u64.u32 %rd10, %r2;", "add.u32 %r7, %r2, 128; cvt.u64.u32 %rd10, %r7;"),
+        128,
+        1,
+    ) {
+        assert!(error.to_string().contains("misaligned matrix descriptor"), "{error}");
+    }
+}
+
+#[test]
+fn setmaxnreg_is_executed_by_whole_warpgroups() {
+    let body = "setp.lt.u32 %p1, %r1, 128; @!%p1 bra END; setmaxnreg.dec.sync.aligned.u32 80; END: mov.u32 %r2, 0;";
+    for error in breaks("", body, ("%r1, 128;", "%r1, 96;"), 256, 1) {
+        let text = error.to_string();
+        assert!(text.contains("part of a warpgroup") && text.contains("setmaxnreg.dec"), "{text}");
+    }
+}
+
+#[test]
+fn an_mbarrier_in_use_is_not_initialised_again() {
+    let body =
+        "mov.u32 %r3, bar; setp.ne.u32 %p1, %r1, 0; setp.ge.u32 %p2, %r1, 32; @!%p1 mbarrier.init.shared.b64 [%r3], 1;
+        bar.sync 0; @!%p1 mbarrier.arrive.shared.b64 _, [%r3];
+        WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; @!%p3 bra WAIT;
+        bar.sync 1; @!%p1 mbarrier.init.shared.b64 [%r3], 2;";
+    // Where the other warp has not come yet, it finds a barrier whose phase is not complete.
+    for error in breaks(TILE, body, ("bar.sync 1;", ""), 64, 1) {
+        let stuck = matches!(error, SimError::Deadlock(_));
+        assert!(stuck || error.to_string().contains("data race"), "{error}");
+    }
+}
+
+#[test]
+fn livelock_is_told_from_deadlock() {
+    let poll = "setp.eq.u32 %p1, %r1, 0; @%p1 st.relaxed.gpu.global.u32 [%rd2], 1;
+        SPIN: ld.relaxed.gpu.global.u32 %r4, [%rd2]; setp.eq.u32 %p2, %r4, 0; @%p2 bra SPIN;";
+    for error in breaks("", poll, ("@%p1 st.relaxed.gpu.global.u32 [%rd2], 1;", ""), 32, 1) {
+        assert!(matches!(error, SimError::Livelock(_)), "{error}");
+    }
+    let wait = "mov.u32 %r3, bar; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [%r3], 1; bar.sync 0;
+        @%p1 mbarrier.arrive.shared.b64 _, [%r3];
+        WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; @!%p3 bra WAIT;";
+    for error in breaks(TILE, wait, ("@%p1 mbarrier.arrive.shared.b64 _, [%r3];", ""), 32, 1) {
+        assert!(matches!(error, SimError::Deadlock(_)), "{error}");
+    }
 }

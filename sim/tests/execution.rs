@@ -268,13 +268,13 @@ fn deadline_expires_in_simulated_time() {
 }
 
 #[test]
-fn endless_poll_is_a_deadlock_and_endless_work_meets_the_limit() {
+fn endless_poll_is_a_livelock_and_endless_work_meets_the_limit() {
     let text = error(
         "",
         "SPIN: ld.volatile.global.u32 %r3, [%rd2]; setp.eq.u32 %p1, %r3, 0; @%p1 bra SPIN;",
         &Setup::default(),
     );
-    assert!(text.starts_with("deadlock"), "{text}");
+    assert!(text.starts_with("livelock"), "{text}");
     let setup = Setup { options: RunOptions { step_limit: Some(10_000), ..RunOptions::default() }, ..Setup::default() };
     let text = error("", "SPIN: add.u32 %r3, %r3, 1; bra SPIN;", &setup);
     assert!(text.contains("limit of 10000"), "{text}");

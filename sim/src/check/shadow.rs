@@ -173,8 +173,7 @@ impl Actor<'_> {
             return Ok(false);
         }
         let me = &self.record;
-        let clash =
-            |only_proxy| Err(Clash { before, before_mode, now: *me, now_mode: self.mode, only_proxy, key: 0 });
+        let clash = |only_proxy| Err(Clash { before, before_mode, now: *me, now_mode: self.mode, only_proxy, key: 0 });
         if !self.follows(before, before_mode) {
             return if self.morally_strong(*me, before) { Ok(true) } else { clash(false) };
         }

@@ -145,7 +145,8 @@ impl Context<'_> {
                 _ => addresses[lane],
             };
             // The load of an acquire comes before what it learns.
-            let one = check::Access { warp: self.agent, lanes, pc: self.pc, reads: false, mode, strong: order.strong(scope) };
+            let one =
+                check::Access { warp: self.agent, lanes, pc: self.pc, reads: false, mode, strong: order.strong(scope) };
             if let Err(fault) = checker.access(one, key, bytes) {
                 self.fault_lanes = lanes;
                 return Err(fault);

@@ -2,8 +2,8 @@
 
 use super::access::{check_aligned, shared_range, touch};
 use super::{Context, Executed, Flow};
-use crate::convert::arithmetic::{Extremum, ExtremumMode, HalfMode, HalfType};
 use crate::check::{self, Mode, shared_key};
+use crate::convert::arithmetic::{Extremum, ExtremumMode, HalfMode, HalfType};
 use crate::cost::Direction;
 use crate::error::Fault;
 use crate::memory::{GlobalMemory, Window, window_offset};

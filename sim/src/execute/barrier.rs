@@ -93,6 +93,7 @@ impl Context<'_> {
             self.state.free_registers += (held - count) * lanes;
         }
         self.warp.max_registers = count;
+        self.warp.registers_set_at = Some(self.pc);
         self.state.changed = true;
         *self.progress += 1;
         Ok(Flow::Next)

@@ -72,8 +72,14 @@ impl Context<'_> {
         while rest != 0 {
             let address = addresses[rest.trailing_zeros() as usize % LANES];
             let same = lanes(rest).filter(|lane| addresses[*lane] == address).fold(0, |all, lane| all | 1 << lane);
-            let access =
-                Access { warp: self.agent, lanes: same, pc: self.pc, reads: false, mode: Mode::Read, strong: Some(Scope::Cta) };
+            let access = Access {
+                warp: self.agent,
+                lanes: same,
+                pc: self.pc,
+                reads: false,
+                mode: Mode::Read,
+                strong: Some(Scope::Cta),
+            };
             checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
             rest &= !same;
         }
@@ -186,7 +192,10 @@ impl Context<'_> {
             self.cost.polls += 1;
         }
         self.warp.registers.set_predicate(done, active, complete);
-        if complete != 0 && !relaxed && let Some(checker) = self.checker.as_deref_mut() {
+        if complete != 0
+            && !relaxed
+            && let Some(checker) = self.checker.as_deref_mut()
+        {
             let mut rest = complete;
             while rest != 0 {
                 let address = addresses[rest.trailing_zeros() as usize % LANES];
