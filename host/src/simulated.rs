@@ -207,7 +207,7 @@ impl Node {
             .collect();
         let result = state.machine.run(&launches, &options);
         for (at, (rank, queued)) in first.iter().enumerate() {
-            let outcome = result.as_ref().map(|costs| costs[at].clone()).map_err(Clone::clone);
+            let outcome = result.as_ref().map(|costs| costs[at]).map_err(Clone::clone);
             if queued.reported {
                 state.reports.insert(queued.ticket, outcome);
             } else if let Err(error) = outcome {
