@@ -54,69 +54,127 @@ impl Entry {
     }
 }
 
+/// What joins with another: the least that knows all of both.
+trait Lattice: Copy + Default + PartialEq {
+    fn join(self, other: Self) -> Self;
+}
+
+impl Lattice for Entry {
+    #[inline]
+    fn join(self, other: Self) -> Self {
+        self.joined(other)
+    }
+}
+
+impl Lattice for u32 {
+    #[inline]
+    fn join(self, other: Self) -> Self {
+        self.max(other)
+    }
+}
+
+/// Agents of one chunk: about those of a CTA, which learns of most others' news never or all at once.
+const CHUNK: usize = 16;
+
+type Chunk<T> = Option<Rc<[T; CHUNK]>>;
+
+/// A value for each agent, in chunks that clones share.
+#[derive(Debug, Clone, Default)]
+struct Known<T>(Rc<Vec<Chunk<T>>>);
+
+impl<T: Lattice> Known<T> {
+    #[inline]
+    fn get(&self, agent: u32) -> Option<T> {
+        let chunk = self.0.get(agent as usize / CHUNK)?.as_ref()?;
+        Some(chunk[agent as usize % CHUNK])
+    }
+
+    fn learn(&mut self, agent: u32, news: T) {
+        let known = self.get(agent).unwrap_or_default();
+        let joined = known.join(news);
+        if joined == known {
+            return;
+        }
+        let chunks = Rc::make_mut(&mut self.0);
+        let index = agent as usize / CHUNK;
+        if chunks.len() <= index {
+            chunks.resize(index + 1, None);
+        }
+        let chunk = chunks[index].get_or_insert_with(|| Rc::new([T::default(); CHUNK]));
+        Rc::make_mut(chunk)[agent as usize % CHUNK] = joined;
+    }
+
+    fn join(&mut self, other: &Self) {
+        if Rc::ptr_eq(&self.0, &other.0) {
+            return;
+        }
+        for (index, theirs) in other.0.iter().enumerate() {
+            let Some(theirs) = theirs else {
+                continue;
+            };
+            let news = match self.0.get(index).and_then(Option::as_ref) {
+                None => theirs.clone(),
+                Some(mine) if Rc::ptr_eq(mine, theirs) => continue,
+                Some(mine) => {
+                    let joined: [T; CHUNK] = std::array::from_fn(|agent| mine[agent].join(theirs[agent]));
+                    if joined == **mine {
+                        continue;
+                    }
+                    // Whoever knows the same shares it, and need not be compared again.
+                    if joined == **theirs { theirs.clone() } else { Rc::new(joined) }
+                }
+            };
+            let chunks = Rc::make_mut(&mut self.0);
+            if chunks.len() <= index {
+                chunks.resize(index + 1, None);
+            }
+            chunks[index] = Some(news);
+        }
+    }
+}
+
 /// Everything that an agent knows. Clones share their parts until one is changed.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Clock {
-    warps: Rc<Vec<Entry>>,
+    warps: Known<Entry>,
     /// The same for ordinary accesses that a proxy fence has made visible to the asynchronous proxy.
-    proxied: Rc<Vec<Entry>>,
+    proxied: Known<Entry>,
     /// Strong writes that were read: they come before, though what their warp did before them does not.
-    seen: Rc<Vec<Entry>>,
+    seen: Known<Entry>,
     /// Of asynchronous operations, by the agent that stands for their completion.
-    completed: Rc<Vec<u32>>,
+    completed: Known<u32>,
 }
 
 impl Clock {
     pub fn join(&mut self, other: &Self) {
-        join_entries(&mut self.warps, &other.warps);
-        join_entries(&mut self.proxied, &other.proxied);
-        join_entries(&mut self.seen, &other.seen);
-        if Rc::ptr_eq(&self.completed, &other.completed) {
-            return;
-        }
-        let news = other.completed.len() > self.completed.len()
-            || self.completed.iter().zip(other.completed.iter()).any(|(mine, theirs)| mine < theirs);
-        if news {
-            let mine = Rc::make_mut(&mut self.completed);
-            if mine.len() < other.completed.len() {
-                mine.resize(other.completed.len(), 0);
-            }
-            for (mine, theirs) in mine.iter_mut().zip(other.completed.iter()) {
-                *mine = (*mine).max(*theirs);
-            }
-        }
+        self.warps.join(&other.warps);
+        self.proxied.join(&other.proxied);
+        self.seen.join(&other.seen);
+        self.completed.join(&other.completed);
     }
 
     /// Learns what lanes of a warp did up to a tick.
     pub fn learn(&mut self, warp: u32, entry: Entry) {
-        learn(&mut self.warps, warp, entry);
+        self.warps.learn(warp, entry);
     }
 
     /// Has read what lanes of a warp wrote at a tick.
     pub fn see(&mut self, warp: u32, tick: u32, lanes: u32) {
-        if !self.has_seen(warp, tick, lanes) {
-            learn(&mut self.seen, warp, Entry::new(tick, lanes));
-        }
+        self.seen.learn(warp, Entry::new(tick, lanes));
     }
 
     pub fn has_seen(&self, warp: u32, tick: u32, lanes: u32) -> bool {
-        self.seen.get(warp as usize).is_some_and(|entry| entry.covers(tick, lanes))
+        self.seen.get(warp).is_some_and(|entry| entry.covers(tick, lanes))
     }
 
     /// Learns that the operations of an agent are complete up to a tick.
     pub fn learn_completed(&mut self, agent: u32, tick: u32) {
-        if self.completed.get(agent as usize).is_none_or(|known| *known < tick) {
-            let completed = Rc::make_mut(&mut self.completed);
-            if completed.len() <= agent as usize {
-                completed.resize(agent as usize + 1, 0);
-            }
-            completed[agent as usize] = tick;
-        }
+        self.completed.learn(agent, tick);
     }
 
     /// Makes all that is known visible to the asynchronous proxy.
     pub fn fence_proxy(&mut self) {
-        join_entries(&mut self.proxied, &self.warps);
+        self.proxied.join(&self.warps);
     }
 
     /// Knows of ordinary accesses only what another clock did.
@@ -126,47 +184,17 @@ impl Clock {
 
     #[inline]
     pub fn knows(&self, warp: u32, tick: u32, lanes: u32) -> bool {
-        self.warps.get(warp as usize).is_some_and(|entry| entry.covers(tick, lanes))
+        self.warps.get(warp).is_some_and(|entry| entry.covers(tick, lanes))
     }
 
     #[inline]
     pub fn knows_proxied(&self, warp: u32, tick: u32, lanes: u32) -> bool {
-        self.proxied.get(warp as usize).is_some_and(|entry| entry.covers(tick, lanes))
+        self.proxied.get(warp).is_some_and(|entry| entry.covers(tick, lanes))
     }
 
     #[inline]
     pub fn knows_completed(&self, agent: u32, tick: u32) -> bool {
-        self.completed.get(agent as usize).is_some_and(|known| *known >= tick)
-    }
-}
-
-fn learn(entries: &mut Rc<Vec<Entry>>, warp: u32, entry: Entry) {
-    let entries = Rc::make_mut(entries);
-    if entries.len() <= warp as usize {
-        entries.resize(warp as usize + 1, Entry::default());
-    }
-    let known = &mut entries[warp as usize];
-    *known = known.joined(entry);
-}
-
-fn join_entries(mine: &mut Rc<Vec<Entry>>, theirs: &Rc<Vec<Entry>>) {
-    if Rc::ptr_eq(mine, theirs) || theirs.is_empty() {
-        return;
-    }
-    if mine.is_empty() {
-        *mine = theirs.clone();
-        return;
-    }
-    let news = theirs.len() > mine.len()
-        || mine.iter().zip(theirs.iter()).any(|(mine, theirs)| mine != theirs && mine.joined(*theirs) != *mine);
-    if news {
-        let mine = Rc::make_mut(mine);
-        if mine.len() < theirs.len() {
-            mine.resize(theirs.len(), Entry::default());
-        }
-        for (mine, theirs) in mine.iter_mut().zip(theirs.iter()) {
-            *mine = mine.joined(*theirs);
-        }
+        self.completed.get(agent).is_some_and(|known| known >= tick)
     }
 }
 
