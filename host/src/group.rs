@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ptx_sim::{Module, RunOptions};
+
 use crate::backend::Backend;
 use crate::config::MAX_RANKS;
 use crate::cuda::{CudaBackend, Gpu, find_gpus, gpu_of, share_gpu};
@@ -69,6 +71,16 @@ impl DeviceGroup {
                 Err(missing) => simulated(options, &missing.brief()),
             },
         }
+    }
+
+    /// Opens `ranks` simulated ranks that run another build of the kernel than [`crate::PTX`], with launches as `run` says but for
+    /// their seed and residency: for tests of the kernel and of the simulator's checks.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; a `module` without the kernel's entry is an error of the first launch.
+    pub fn simulated(module: Arc<Module>, ranks: usize, options: SimOptions, run: RunOptions) -> Result<Self> {
+        check_ranks(ranks)?;
+        Ok(Self::new(SimBackend::with_module(ranks, options, module, run)?, true, AS_ASKED))
     }
 
     /// Opens rank `rank` of `ranks`, whose other ranks are other processes. All meet at `address`: rank 0 listens there, and all

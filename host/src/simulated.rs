@@ -29,7 +29,9 @@ pub(crate) struct SimBackend {
 /// Simulated GPUs with one address space.
 struct Node {
     options: SimOptions,
-    module: Module,
+    /// How every launch runs, but for its seed and residency.
+    run: RunOptions,
+    module: Arc<Module>,
     state: Mutex<State>,
     /// Told after every run.
     ran: Condvar,
@@ -67,7 +69,12 @@ static NEXT_NODE: AtomicU64 = AtomicU64::new(0);
 impl SimBackend {
     /// Opens all ranks of a node.
     pub(crate) fn new(ranks: usize, options: SimOptions) -> Result<Self> {
-        let node = Arc::new(Node::new(ranks, options)?);
+        Self::with_module(ranks, options, Arc::new(Module::parse(PTX)?), RunOptions::default())
+    }
+
+    /// As [`Self::new`], with a kernel that was parsed before, and whose launches run as `run` says.
+    pub(crate) fn with_module(ranks: usize, options: SimOptions, module: Arc<Module>, run: RunOptions) -> Result<Self> {
+        let node = Arc::new(Node::new(ranks, options, module, run)?);
         Ok(Self { node, local: 0..ranks, others: None, patience: Duration::ZERO })
     }
 
@@ -75,7 +82,10 @@ impl SimBackend {
     pub(crate) fn join(mut others: Rendezvous, options: SimOptions) -> Result<Self> {
         let member = others.member();
         let opened = match member.rank {
-            0 => Some(Arc::new(Node::new(member.ranks, options)?)),
+            0 => {
+                let module = Arc::new(Module::parse(PTX)?);
+                Some(Arc::new(Node::new(member.ranks, options, module, RunOptions::default())?))
+            }
             _ => None,
         };
         let number = NEXT_NODE.fetch_add(1, Ordering::Relaxed);
@@ -129,7 +139,7 @@ fn find_node(others: &mut Rendezvous, number: u64) -> Result<Arc<Node>> {
 }
 
 impl Node {
-    fn new(ranks: usize, options: SimOptions) -> Result<Self> {
+    fn new(ranks: usize, options: SimOptions, module: Arc<Module>, run: RunOptions) -> Result<Self> {
         for (what, value) in [("SM count", Some(options.sms)), ("residency", options.residency)] {
             if value == Some(0) {
                 return Err(Error::Size {
@@ -147,7 +157,7 @@ impl Node {
             reports: BTreeMap::new(),
             failures: vec![None; ranks],
         };
-        Ok(Self { options, module: Module::parse(PTX)?, state: Mutex::new(state), ran: Condvar::new() })
+        Ok(Self { options, run, module, state: Mutex::new(state), ran: Condvar::new() })
     }
 
     /// Queues a launch and returns its ticket. Launches run while every rank has one.
@@ -175,7 +185,7 @@ impl Node {
         let options = RunOptions {
             seed: self.options.seed.wrapping_add(state.runs.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
             residency: self.options.residency,
-            ..RunOptions::default()
+            ..self.run.clone()
         };
         let first = state.queues.iter_mut().enumerate().filter_map(|(rank, queue)| Some((rank, queue.pop_front()?)));
         let first: Vec<_> = first.collect();

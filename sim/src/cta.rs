@@ -85,6 +85,8 @@ pub(crate) struct Warp {
     pub wgmma_issued: u64,
     pub wgmma_commits: Vec<u64>,
     pub max_registers: u32,
+    /// The last `setmaxnreg`.
+    pub registers_set_at: Option<u32>,
     /// Already in the list of warps that can run.
     pub queued: bool,
     /// Slices run while diverged, for fairness.
@@ -162,6 +164,8 @@ pub(crate) struct CtaState {
     pub launch: usize,
     pub device: usize,
     pub index: [u32; 3],
+    /// Number of the first warp in the checks.
+    pub first_agent: u32,
     /// Which of the device's places it runs in.
     pub sm: u32,
     pub shared: TrackedBytes,

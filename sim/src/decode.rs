@@ -64,6 +64,8 @@ struct Decoder {
     guard: Option<Guard>,
     name: Arc<str>,
     names: HashMap<String, Arc<str>>,
+    /// 32-bit registers that the instruction's operands name, and whether they are destinations.
+    used: Vec<WgmmaUse>,
     shared_next: u32,
     /// Labels of the function being decoded: the place of each, once known.
     labels: Vec<Option<u32>>,
@@ -122,6 +124,7 @@ impl Decoder {
             guard: None,
             name: Arc::from(""),
             names: HashMap::new(),
+            used: Vec::new(),
             shared_next: SHARED_START,
             labels: Vec::new(),
             branch_tables: HashMap::new(),
@@ -412,6 +415,7 @@ impl Decoder {
 
     fn instruction(&mut self, instruction: &ast::Instruction) -> Result<(), ParseError> {
         self.line = instruction.line;
+        self.used.clear();
         self.name = match self.names.get(&instruction.opcode) {
             Some(name) => name.clone(),
             None => {
@@ -476,10 +480,36 @@ impl Decoder {
             line: self.line,
             location: self.location,
             name: self.name.clone(),
+            wgmma_registers: self.used.as_slice().into(),
         });
     }
 
+    /// Keeps of the registers that instructions use those that a wgmma works on.
+    fn number_wgmma_registers(&mut self) {
+        let mut places: HashMap<u32, u32> = HashMap::new();
+        for instruction in &self.module.code {
+            if let Op::Wgmma(wgmma) = &instruction.op {
+                let a = match &wgmma.a {
+                    WgmmaA::Registers(registers) => &registers[..],
+                    WgmmaA::Descriptor(_) => &[],
+                };
+                for register in wgmma.accumulators.iter().chain(a) {
+                    let next = places.len() as u32;
+                    places.entry(register.0).or_insert(next);
+                }
+            }
+        }
+        for instruction in &mut self.module.code {
+            let known = instruction
+                .wgmma_registers
+                .iter()
+                .filter_map(|used| Some(WgmmaUse { register: *places.get(&used.register)?, written: used.written }));
+            instruction.wgmma_registers = known.collect();
+        }
+    }
+
     fn finish(mut self) -> Result<Module, ParseError> {
+        self.number_wgmma_registers();
         self.module.functions = self.functions.iter().map(|info| info.start.unwrap_or(u32::MAX)).collect();
         let local_bytes = u64::from(self.module.local_bytes);
         for instruction in &mut self.module.code {

@@ -97,6 +97,9 @@ pub enum SimError {
     /// No warp can ever go on.
     #[error("deadlock: no warp can go on{}", list(.0))]
     Deadlock(Vec<Stuck>),
+    /// Warps poll or sleep in turn, and nothing that they look at changes any more.
+    #[error("livelock: warps only poll or sleep, and nothing changes any more{}", list(.0))]
+    Livelock(Vec<Stuck>),
     /// The run took more steps than [`crate::RunOptions::step_limit`].
     #[error("the run passed its limit of {limit} warp instructions{}", list(.warps))]
     StepLimit {
@@ -164,6 +167,35 @@ pub enum Fault {
     /// A synchronising instruction used wrongly.
     #[error("{0}")]
     Synchronisation(String),
+    /// Two accesses to the same place, one of them a write, that nothing orders.
+    #[error("data race: {now} at {place}, which nothing orders after the {before} by [{earlier}]")]
+    Race {
+        /// The address: buffer and offset.
+        place: String,
+        /// What the access does.
+        now: String,
+        /// What the one before did.
+        before: String,
+        /// Where the one before was.
+        earlier: Box<Position>,
+    },
+    /// An ordinary write, and an asynchronous access after it, with no proxy fence between.
+    #[error(
+        "missing fence.proxy.async: {now} at {place}, which is ordered after the {before} by [{earlier}], but not across proxies"
+    )]
+    ProxyFence {
+        /// The address: buffer and offset.
+        place: String,
+        /// What the access does.
+        now: String,
+        /// What the one before did.
+        before: String,
+        /// Where the one before was.
+        earlier: Box<Position>,
+    },
+    /// A register of a wgmma used while it is under way, or given to one without a `wgmma.fence`.
+    #[error("{0}")]
+    WgmmaRegisters(String),
     /// An asynchronous copy, tensor map or matrix instruction used wrongly.
     #[error("{0}")]
     Operand(String),

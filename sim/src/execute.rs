@@ -15,11 +15,12 @@ pub(crate) use mbarriers::{is_complete, update as update_mbarrier};
 pub(crate) use tensor_core::GROUP_WARPS;
 
 use crate::asynchronous::{AsyncQueue, Issuer};
+use crate::check::{Checker, RegisterMisuse};
 use crate::cost::Cost;
 use crate::cta::{CtaState, Fragment, Wait, Warp};
 use crate::error::Fault;
 use crate::memory::{CODE_WINDOW, GlobalMemory, Window, window_offset};
-use crate::program::{Address, Base, Module, Op};
+use crate::program::{Address, Base, Instruction, Module, Op};
 use crate::random::Random;
 use crate::registers::{LANES, R32, lanes};
 
@@ -58,6 +59,11 @@ pub(crate) struct Context<'a> {
     pub progress: &'a mut u64,
     /// Lanes that a fault is about; all active ones if 0.
     pub fault_lanes: u32,
+    pub checker: Option<&'a mut Checker>,
+    /// The warp's number in the checks.
+    pub agent: u32,
+    /// The instruction that is executed.
+    pub pc: u32,
 }
 
 /// Where a warp failed.
@@ -134,6 +140,10 @@ impl Context<'_> {
                     mask & if guard.negate { !value } else { value }
                 }
             };
+            if !instruction.wgmma_registers.is_empty() && active != 0 && self.checker.is_some() {
+                self.pc = pc;
+                self.check_wgmma_registers(instruction).map_err(|fault| Failure { fault, pc, lanes: active })?;
+            }
             self.executed += 1;
             *threads += u64::from(active.count_ones());
             match &instruction.op {
@@ -160,6 +170,7 @@ impl Context<'_> {
                         return Ok(());
                     }
                     self.warp.fragments[index].pc = pc;
+                    self.pc = pc;
                     self.fault_lanes = 0;
                     let flow = self.execute(op, index, active).map_err(|fault| Failure {
                         fault,
@@ -225,7 +236,25 @@ impl Context<'_> {
                 run(&mut self.warp.registers, active);
                 Ok(Flow::Next)
             }
-            Op::Nothing | Op::WgmmaFence => Ok(Flow::Next),
+            Op::Nothing => Ok(Flow::Next),
+            Op::WgmmaFence => {
+                if let Some(checker) = &mut self.checker {
+                    checker.fence_wgmma(self.agent);
+                }
+                Ok(Flow::Next)
+            }
+            Op::Fence(scope) => {
+                if let Some(checker) = &mut self.checker {
+                    checker.fence(self.agent, active, *scope);
+                }
+                Ok(Flow::Next)
+            }
+            Op::FenceProxy => {
+                if let Some(checker) = &mut self.checker {
+                    checker.fence_proxy(self.agent, active);
+                }
+                Ok(Flow::Next)
+            }
             Op::Branch(target) => Ok(Flow::Jump(*target)),
             Op::Special { destination, which } => {
                 self.special(*destination, *which, active);
@@ -288,6 +317,36 @@ impl Context<'_> {
                 Ok(Flow::Pause(self.time() + u64::from(longest.max(1))))
             }
         }
+    }
+
+    /// Registers of a wgmma that is under way are its own; those it is given must be fenced.
+    fn check_wgmma_registers(&mut self, instruction: &Instruction) -> Result<(), Fault> {
+        let Some(checker) = self.checker.as_deref_mut() else {
+            return Ok(());
+        };
+        let found = match instruction.op {
+            Op::Wgmma(_) => checker.give_registers(self.agent, &instruction.wgmma_registers, self.pc),
+            _ => checker.use_registers(self.agent, &instruction.wgmma_registers, self.pc),
+        };
+        found.map_err(|(misuse, pc)| {
+            let at = |pc: u32| {
+                let line = self.module.code.get(pc as usize).map_or(0, |known| known.line);
+                let source = self.module.source(pc);
+                if source.is_empty() { format!("PTX line {line}") } else { format!("{source}, PTX line {line}") }
+            };
+            Fault::WgmmaRegisters(match misuse {
+                RegisterMisuse::UnderWay => {
+                    format!("a register of the wgmma at [{}], which has not been waited for, is used", at(pc))
+                }
+                RegisterMisuse::Unfenced => format!(
+                    "missing wgmma.fence: a register of this wgmma was written at [{}], and no fence came after",
+                    at(pc)
+                ),
+                RegisterMisuse::NeverFenced => {
+                    "missing wgmma.fence: none came before this warp's first wgmma".to_owned()
+                }
+            })
+        })
     }
 
     /// Simulated time, in nanoseconds: that of the slice's start, for a later slice may start before this one's
@@ -462,6 +521,8 @@ impl Op {
             self,
             Self::Alu(_)
                 | Self::Nothing
+                | Self::Fence(_)
+                | Self::FenceProxy
                 | Self::Special { .. }
                 | Self::GlobalAddress { .. }
                 | Self::Branch(_)

@@ -1,6 +1,7 @@
 //! What happens when an asynchronous operation is due.
 
 use crate::asynchronous::{Completion, CopyPart, Event, Issuer, Place, Transfer};
+use crate::check::{Mode, shared_key};
 use crate::cost::Direction;
 use crate::cta::Cta;
 use crate::error::{Fault, SimError};
@@ -9,6 +10,7 @@ use crate::memory::{Copied, GlobalMemory};
 use crate::program::{AtomicOperation, AtomicType, Op, Wgmma, WgmmaA};
 use crate::registers::{LANES, R32, Slot};
 use crate::schedule::Run;
+use crate::wgmma::descriptor::MatrixDescriptor;
 use crate::wgmma::{self, THREADS};
 
 impl Run<'_, '_> {
@@ -19,10 +21,10 @@ impl Run<'_, '_> {
             Event::Transfer(mut transfer) => {
                 let issuer = transfer.issuer;
                 if transfer.data.is_some() {
-                    self.write_parts(&transfer).map_err(|fault| self.failed(fault, issuer))?;
+                    self.write_parts(number, &transfer).map_err(|fault| self.failed(fault, issuer))?;
                     self.queue.finish(number);
                 } else {
-                    let data = self.read_parts(&transfer).map_err(|fault| self.failed(fault, issuer))?;
+                    let data = self.read_parts(number, &transfer).map_err(|fault| self.failed(fault, issuer))?;
                     transfer.data = Some(data);
                     let due = self.step + self.random.spread(12);
                     self.queue.again(due, number, Event::Transfer(transfer));
@@ -37,14 +39,23 @@ impl Run<'_, '_> {
                 if after.iter().any(|copy| !self.queue.is_done(*copy, false)) {
                     let due = self.step + self.random.spread(12);
                     let event = Event::Arrive { issuer, address, after };
-                    self.queue.push(due, event);
+                    let next = self.queue.push(due, event);
+                    if let Some(checker) = &mut self.checker {
+                        checker.postpone(number, next);
+                    }
                     return Ok(());
+                }
+                if let Some(checker) = &mut self.checker {
+                    checker.land_arrive(number, issuer.cta, address);
                 }
                 let arrived = match self.cta(issuer) {
                     Some(cta) => update_mbarrier(&mut cta.state, address, |barrier| barrier.arrive(1)),
-                    None => Ok(0),
+                    None => Ok((0, false)),
                 };
-                arrived.map_err(|fault| self.failed(fault, issuer))?;
+                let (_, completed) = arrived.map_err(|fault| self.failed(fault, issuer))?;
+                if completed && let Some(checker) = &mut self.checker {
+                    checker.complete_phase(issuer.cta, address);
+                }
                 self.settle(issuer.slot)
             }
         }
@@ -55,7 +66,7 @@ impl Run<'_, '_> {
         self.ctas[issuer.slot].as_deref_mut().filter(|cta| cta.state.id == issuer.cta)
     }
 
-    fn read_parts(&mut self, transfer: &Transfer) -> Result<Copied, Fault> {
+    fn read_parts(&mut self, number: u64, transfer: &Transfer) -> Result<Copied, Fault> {
         let bytes: u32 = transfer.parts.iter().map(|part| part.bytes).sum();
         let mut copied = Copied { data: Vec::with_capacity(bytes as usize), unwritten: Vec::new() };
         let slot = transfer.issuer.slot;
@@ -65,6 +76,9 @@ impl Run<'_, '_> {
         let cost = &mut self.launches[cta.state.launch].cost;
         for CopyPart { from, bytes, .. } in &transfer.parts {
             let length = *bytes as usize;
+            if let (Some(checker), Some(key)) = (&mut self.checker, key_of(*from, transfer.issuer.cta)) {
+                checker.copy_access(number, Mode::Read, key, u64::from(*bytes), false)?;
+            }
             match *from {
                 Place::Fill(pattern) => {
                     let bytes = pattern.iter().cycle().take(length);
@@ -87,7 +101,7 @@ impl Run<'_, '_> {
         Ok(copied)
     }
 
-    fn write_parts(&mut self, transfer: &Transfer) -> Result<(), Fault> {
+    fn write_parts(&mut self, number: u64, transfer: &Transfer) -> Result<(), Fault> {
         let Some(copied) = &transfer.data else {
             return Ok(());
         };
@@ -97,6 +111,11 @@ impl Run<'_, '_> {
         let mut start = 0;
         for part in &transfer.parts {
             let length = part.bytes as usize;
+            // Shared memory of a CTA that has ended is no one's.
+            let gone = cta.is_none() && matches!(part.to, Place::Shared(_));
+            if let (Some(checker), Some(key), false) = (&mut self.checker, key_of(part.to, issuer.cta), gone) {
+                checker.copy_access(number, Mode::Write, key, u64::from(part.bytes), transfer.reduction.is_some())?;
+            }
             match part.to {
                 Place::Fill(_) => {}
                 Place::Shared(at) => {
@@ -129,8 +148,18 @@ impl Run<'_, '_> {
             }
             start += length;
         }
+        let mbarrier = match transfer.completion {
+            Completion::Mbarrier { address, .. } => Some(address),
+            Completion::Group(_) => None,
+        };
+        if let Some(checker) = &mut self.checker {
+            checker.land_copy(number, issuer.cta, mbarrier);
+        }
         if let (Completion::Mbarrier { address, bytes }, Some(cta)) = (transfer.completion, cta) {
-            update_mbarrier(&mut cta.state, address, |barrier| barrier.complete_tx(bytes))?;
+            let (_, completed) = update_mbarrier(&mut cta.state, address, |barrier| barrier.complete_tx(bytes))?;
+            if completed && let Some(checker) = &mut self.checker {
+                checker.complete_phase(issuer.cta, address);
+            }
         }
         Ok(())
     }
@@ -154,6 +183,14 @@ impl Run<'_, '_> {
         let Wgmma { shape, half, accumulators, a, .. } = &**operation;
         let fail = |error: wgmma::WgmmaError| Fault::Operand(error.to_string());
         let a_descriptor = matches!(a, WgmmaA::Descriptor(_)).then_some(issued.a);
+        if let Some(checker) = &mut self.checker {
+            for descriptor in a_descriptor.into_iter().chain([issued.b]) {
+                MatrixDescriptor::decode(descriptor).check_alignment().map_err(Fault::Operand)?;
+            }
+            let mut ranges = Vec::new();
+            wgmma::operand_ranges(shape, a_descriptor, issued.b, |range| ranges.push(range)).map_err(fail)?;
+            checker.multiply(state.first_agent + issuer.warp as u32, &ranges)?;
+        }
         if check {
             let mut unwritten = None;
             let shared = &state.shared;
@@ -202,6 +239,15 @@ impl Run<'_, '_> {
         }
         launch.cost.tensor_ops += shape.operations();
         Ok(())
+    }
+}
+
+/// A place as the checks know it.
+fn key_of(place: Place, cta: u64) -> Option<u64> {
+    match place {
+        Place::Fill(_) => None,
+        Place::Shared(at) => Some(shared_key(cta, u64::from(at))),
+        Place::Global(address) => Some(address),
     }
 }
 

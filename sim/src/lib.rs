@@ -5,6 +5,7 @@
 
 mod ast;
 mod asynchronous;
+mod check;
 pub mod convert;
 mod cost;
 mod cta;

@@ -65,11 +65,14 @@ pub struct RunOptions {
     /// Whether a matrix product that reads shared memory which nothing has written is an error. Copies carry the
     /// mark along, so a tile with rows that no one needs may have it.
     pub check_matrix_operands: bool,
+    /// Whether accesses that nothing orders are errors: data races, missing proxy fences, early reuse. By default where
+    /// debug assertions are on, as in tests; it takes a few times as long.
+    pub checks: bool,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        Self { seed: 0, residency: None, step_limit: None, check_matrix_operands: true }
+        Self { seed: 0, residency: None, step_limit: None, check_matrix_operands: true, checks: cfg!(debug_assertions) }
     }
 }
 

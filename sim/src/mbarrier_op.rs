@@ -10,6 +10,8 @@ pub(crate) struct MbarrierOp {
     /// The address is generic rather than a shared-window one.
     pub generic: bool,
     pub action: MbarrierAction,
+    /// `.relaxed`: neither releases nor acquires.
+    pub relaxed: bool,
 }
 
 /// What an mbarrier instruction does.

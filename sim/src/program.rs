@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ast::InitialValue;
+use crate::check::{Order, Scope};
 use crate::error::ParseError;
 use crate::mbarrier_op::MbarrierOp;
 use crate::registers::{Predicate, R32, R64, Register, RegisterCounts, Registers};
@@ -141,6 +142,15 @@ pub(crate) struct Instruction {
     pub location: u32,
     /// The opcode as written.
     pub name: std::sync::Arc<str>,
+    /// Registers that some wgmma accumulates in or reads A from, by their place among those: what the instruction uses of them.
+    pub wgmma_registers: Box<[WgmmaUse]>,
+}
+
+/// Use of a register that some wgmma uses too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WgmmaUse {
+    pub register: u32,
+    pub written: bool,
 }
 
 /// State space of a memory access.
@@ -178,8 +188,9 @@ pub(crate) struct Access {
     pub element: u32,
     /// Sign-extend into a wider destination.
     pub signed: bool,
-    /// Volatile, relaxed, acquire or release: a repeated one may be a poll.
-    pub strong: bool,
+    /// Unless it is weak, a repeated one may be a poll.
+    pub order: Order,
+    pub scope: Scope,
 }
 
 /// The operation of `atom` and `red`.
@@ -221,6 +232,8 @@ pub(crate) struct Atomic {
     pub packed: u32,
     pub destination: Option<Box<[Register]>>,
     pub operand: Box<[Register]>,
+    pub order: Order,
+    pub scope: Scope,
     /// New value of a compare-and-swap, whose `operand` is the compare value.
     pub swap: Option<Register>,
 }
@@ -409,8 +422,12 @@ pub(crate) enum Special {
 /// What an instruction does.
 pub(crate) enum Op {
     Alu(Alu),
-    /// Changes nothing that values depend on: fences, prefetches, hints.
+    /// Changes nothing that values depend on: prefetches, hints.
     Nothing,
+    /// `fence.acq_rel`, `fence.sc` and `membar`.
+    Fence(Scope),
+    /// `fence.proxy.async` and `fence.mbarrier_init`.
+    FenceProxy,
     Special {
         destination: Register,
         which: Special,

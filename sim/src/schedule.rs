@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::asynchronous::{AsyncQueue, Issuer};
+use crate::check::{Checker, Clash, Home, Mode, Record};
 use crate::cost::Cost;
 use crate::cta::{
     CLUSTER_BARRIER, Cta, CtaState, Fragment, NamedBarrier, Polls, Wait, Warp, Warpgroup, initial_registers,
@@ -65,6 +66,8 @@ pub(crate) struct Run<'a, 'm> {
     time: u64,
     resident: Vec<u32>,
     next_cta_id: u64,
+    /// The checks of accesses, if they are on.
+    pub checker: Option<Box<Checker>>,
     /// When `progress` last changed, as far as idle periods are concerned.
     idle: (u64, u64),
 }
@@ -93,6 +96,7 @@ pub(crate) fn run(
         time: 0,
         resident: vec![0; devices],
         next_cta_id: 0,
+        checker: options.checks.then(Box::default),
         idle: (0, 0),
     };
     run.start_ctas();
@@ -151,7 +155,12 @@ impl Run<'_, '_> {
                 self.time = target << TIME_SHIFT;
                 Ok(())
             }
-            _ => Err(SimError::Deadlock(self.stuck())),
+            _ => {
+                let fragments = self.ctas.iter().flatten().flat_map(|cta| &cta.warps).flat_map(|warp| &warp.fragments);
+                let polling = fragments.filter(|fragment| fragment.wait == Some(Wait::Time)).count() > 0;
+                let stuck = self.stuck();
+                Err(if polling { SimError::Livelock(stuck) } else { SimError::Deadlock(stuck) })
+            }
         }
     }
 
@@ -184,7 +193,11 @@ impl Run<'_, '_> {
         };
         cta.warps[warp].queued = false;
         let launch = &mut self.launches[cta.state.launch];
+        let agent = cta.state.first_agent + warp as u32;
         let mut context = Context {
+            checker: self.checker.as_deref_mut(),
+            agent,
+            pc: 0,
             module: launch.prepared.module,
             launch: &launch.prepared.info,
             memory: self.memory,
@@ -234,7 +247,7 @@ impl Run<'_, '_> {
             return self.finish_cta(slot);
         }
         let module = self.launches[cta.state.launch].prepared.module;
-        release_barriers(cta, module);
+        release_barriers(cta, module, self.checker.as_deref_mut());
         let Cta { state, warps } = &mut **cta;
         for (index, warp) in warps.iter_mut().enumerate() {
             for at in 0..warp.fragments.len() {
@@ -272,6 +285,20 @@ impl Run<'_, '_> {
             );
             return Err(self.failed(fault, issuer));
         }
+        for (index, group) in cta.warps.chunks_exact(GROUP_WARPS).enumerate() {
+            let Some(other) = group.iter().position(|warp| warp.max_registers != group[0].max_registers) else {
+                continue;
+            };
+            // The warp that executed one more: its last is what the others lack.
+            let at = if group[other].registers_set_at.is_some() { other } else { 0 };
+            let warp = index * GROUP_WARPS + at;
+            let fault = Fault::Synchronisation(format!(
+                "setmaxnreg by a part of a warpgroup: its warps have ended with {:?} registers a thread",
+                group.iter().map(|warp| warp.max_registers).collect::<Vec<_>>()
+            ));
+            let pc = group[at].registers_set_at.unwrap_or(0);
+            return Err(self.failed(fault, Issuer { slot, cta: cta.state.id, warp, lanes: ALL, pc }));
+        }
         let now = self.now();
         let launch = &mut self.launches[cta.state.launch];
         launch.finished += 1;
@@ -279,6 +306,9 @@ impl Run<'_, '_> {
             launch.cost.simulated_ns = now;
         }
         self.resident[cta.state.device] -= 1;
+        if let Some(checker) = &mut self.checker {
+            checker.finish_cta(cta.state.id);
+        }
         self.ctas[slot] = None;
         self.start_ctas();
         Ok(())
@@ -314,12 +344,19 @@ impl Run<'_, '_> {
         let warp_count = prepared.threads.div_ceil(32) as usize;
         let registers = initial_registers(prepared.threads);
         let warps: Vec<Warp> = (0..warp_count).map(|warp| new_warp(prepared, warp as u32, registers)).collect();
+        let index = [(number % x) as u32, (number / x % y) as u32, (number / (x * y)) as u32];
+        let first_agent = self.checker.as_mut().map_or(0, |checker| {
+            let live: Vec<u32> = warps.iter().map(|warp| warp.live).collect();
+            let home = Home { launch, device, cta: self.next_cta_id, index, warp: 0 };
+            checker.start_cta(home, &live, warp_count / GROUP_WARPS, u64::from(prepared.shared_bytes))
+        });
         let cta = Cta {
             state: CtaState {
                 id: self.next_cta_id,
                 launch,
                 device,
-                index: [(number % x) as u32, (number / x % y) as u32, (number / (x * y)) as u32],
+                index,
+                first_agent,
                 sm,
                 shared: TrackedBytes::new(prepared.shared_bytes as usize),
                 dynamic_bytes: prepared.dynamic_bytes,
@@ -345,7 +382,47 @@ impl Run<'_, '_> {
 
     /// An error at an instruction.
     pub fn failed(&self, fault: Fault, issuer: Issuer) -> SimError {
+        if let Some(checker) = &self.checker
+            && let Some(clash) = checker.clash
+        {
+            return self.clashed(checker, &clash);
+        }
         let position = self.position(issuer);
+        SimError::Fault { fault, position: Box::new(position) }
+    }
+
+    /// Two accesses that nothing orders, as an error at the later one.
+    fn clashed(&self, checker: &Checker, clash: &Clash) -> SimError {
+        let of = |record: Record, mode: Mode| {
+            let Some(home) = checker.home(record) else {
+                return (String::new(), Position::default());
+            };
+            let launch = &self.launches[home.launch].prepared;
+            let instruction = launch.module.code.get(record.pc() as usize);
+            let position = Position {
+                source: launch.module.source(record.pc()),
+                ptx_line: instruction.map_or(0, |known| known.line),
+                instruction: instruction.map_or_else(String::new, |known| known.name.to_string()),
+                device: home.device,
+                entry: launch.entry.name.clone(),
+                cta: home.index,
+                warp: home.warp,
+                lanes: record.lanes(),
+            };
+            let strength = if record.strong().is_some() { "strong " } else { "" };
+            let agent = if record.is_async() { "asynchronous " } else { strength };
+            (format!("{agent}{}", if mode == Mode::Read { "read" } else { "write" }), position)
+        };
+        let place = match clash.key >> 63 {
+            0 => self.memory.place(clash.key),
+            _ => shared_place_of(clash.key & 0xff_ffff),
+        };
+        let ((before, earlier), (now, position)) = (of(clash.before, clash.before_mode), of(clash.now, clash.now_mode));
+        let earlier = Box::new(earlier);
+        let fault = match clash.only_proxy {
+            true => Fault::ProxyFence { place, now, before, earlier },
+            false => Fault::Race { place, now, before, earlier },
+        };
         SimError::Fault { fault, position: Box::new(position) }
     }
 
@@ -387,6 +464,10 @@ impl Run<'_, '_> {
     }
 }
 
+fn shared_place_of(address: u64) -> String {
+    format!("shared memory {address:#x}")
+}
+
 fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
     let module = prepared.module;
     let threads = prepared.threads - index * LANES as u32;
@@ -418,6 +499,7 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
         wgmma_issued: 0,
         wgmma_commits: Vec::new(),
         max_registers,
+        registers_set_at: None,
         queued: true,
         diverged: 0,
         polls: Polls::default(),
@@ -434,7 +516,7 @@ fn enqueue(ready: &mut Vec<(usize, usize)>, warp: &mut Warp, slot: usize, index:
 }
 
 /// Releases the barriers of a CTA at which all have arrived.
-fn release_barriers(cta: &mut Cta, module: &Module) {
+fn release_barriers(cta: &mut Cta, module: &Module, mut checker: Option<&mut Checker>) {
     let live = cta.live_warps() * LANES as u32;
     for id in 0..cta.state.barriers.len() {
         let barrier = &cta.state.barriers[id];
@@ -443,7 +525,7 @@ fn release_barriers(cta: &mut Cta, module: &Module) {
         }
         let barrier = std::mem::take(&mut cta.state.barriers[id]);
         let id = id as u32;
-        for warp in &mut cta.warps {
+        for (index, warp) in cta.warps.iter_mut().enumerate() {
             for fragment in &mut warp.fragments {
                 if fragment.wait != Some(Wait::Barrier { id }) {
                     continue;
@@ -469,7 +551,13 @@ fn release_barriers(cta: &mut Cta, module: &Module) {
                 }
                 fragment.wait = None;
                 fragment.pc += 1;
+                if let Some(checker) = &mut checker {
+                    checker.leave_barrier(cta.state.first_agent + index as u32, fragment.mask, cta.state.id, id);
+                }
             }
+        }
+        if let Some(checker) = &mut checker {
+            checker.reset_barrier(cta.state.id, id);
         }
     }
 }

@@ -268,13 +268,13 @@ fn deadline_expires_in_simulated_time() {
 }
 
 #[test]
-fn endless_poll_is_a_deadlock_and_endless_work_meets_the_limit() {
+fn endless_poll_is_a_livelock_and_endless_work_meets_the_limit() {
     let text = error(
         "",
         "SPIN: ld.volatile.global.u32 %r3, [%rd2]; setp.eq.u32 %p1, %r3, 0; @%p1 bra SPIN;",
         &Setup::default(),
     );
-    assert!(text.starts_with("deadlock"), "{text}");
+    assert!(text.starts_with("livelock"), "{text}");
     let setup = Setup { options: RunOptions { step_limit: Some(10_000), ..RunOptions::default() }, ..Setup::default() };
     let text = error("", "SPIN: add.u32 %r3, %r3, 1; bra SPIN;", &setup);
     assert!(text.contains("limit of 10000"), "{text}");
@@ -342,7 +342,7 @@ fn setmaxnreg_moves_registers_between_warpgroups() {
 fn peers_share_one_address_space_and_their_traffic_is_nvlink() {
     let text = kernel(
         "",
-        "ld.global.u32 %r3, [%rd3]; st.relaxed.sys.global.u32 [%rd1], %r3; fence.acq_rel.sys; bar.warp.sync 0xffffffff;
+        "ld.relaxed.sys.global.u32 %r3, [%rd3]; st.relaxed.sys.global.u32 [%rd1], %r3; fence.acq_rel.sys; bar.warp.sync 0xffffffff;
          setp.ne.u32 %p1, %r1, 0; @!%p1 red.release.sys.global.add.u32 [%rd2+512], 1;
          SPIN: ld.acquire.sys.global.u32 %r4, [%rd3+512]; setp.eq.u32 %p2, %r4, 0; @%p2 bra SPIN;",
     );
@@ -383,7 +383,7 @@ fn residency_limits_ctas_and_smids() {
     let setup =
         Setup { ctas: 12, options: RunOptions { residency: Some(2), ..RunOptions::default() }, ..Setup::default() };
     let body = "mov.u32 %r2, %smid; mov.u32 %r3, %nsmid; mul.wide.u32 %rd4, %r2, 4; add.s64 %rd4, %rd4, %rd2;
-                setp.ne.u32 %p1, %r1, 0; @%p1 exit; red.global.add.u32 [%rd4], 1; st.global.u32 [%rd2+64], %r3;";
+                setp.ne.u32 %p1, %r1, 0; @%p1 exit; red.global.add.u32 [%rd4], 1; red.global.max.u32 [%rd2+64], %r3;";
     let (words, _) = run(&kernel("", body), &setup).unwrap();
     assert_eq!(words[0] + words[1], 12);
     assert_eq!((words[2], words[16]), (0, 2));
@@ -478,7 +478,7 @@ fn warp_matrices_multiply() {
 fn a_cta_must_wait_for_its_copies() {
     let body =
         "mov.u32 %r10, tile; mov.u32 %r11, bar; setp.ne.u32 %p1, %r1, 0; @%p1 exit; mbarrier.init.shared.b64 [%r11], 1;
-        mbarrier.arrive.expect_tx.shared.b64 _, [%r11], 16;
+        fence.mbarrier_init.release.cluster; mbarrier.arrive.expect_tx.shared.b64 _, [%r11], 16;
         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r10], [%rd3], 16, [%r11];";
     let text = error(".shared .align 16 .b8 tile[16]; .shared .align 8 .b64 bar;", body, &Setup::default());
     assert!(text.contains("exited before") && text.contains("cp.async.bulk"), "{text}");

@@ -1,4 +1,4 @@
-//! Kernels that nvcc made from CUDA C++ (`data/nvcc.cu`).
+//! Kernels that nvcc made from CUDA C++ (`data/nvcc.cu`, `data/nvcc_mma.cu`).
 
 use ptx_sim::{Arg, Launch, Machine, Module, RunOptions};
 
@@ -104,5 +104,35 @@ fn bulk_copies_with_a_library_barrier() {
         run(&mut machine, "bulk", [8, 1, 1], [96, 1, 1], vec![Arg::U64(a), Arg::U64(out)], seed);
         let expected: Vec<i32> = (0..2048).map(|i| i * 5 + i % 256).collect();
         assert_eq!(download::<i32>(&mut machine, out, 2048), expected, "seed {seed}");
+    }
+}
+
+#[test]
+fn product_on_tensor_cores_with_ldmatrix_and_asynchronous_copies() {
+    let module = Module::parse(include_str!("data/nvcc_mma.ptx")).unwrap();
+    for (seed, [m, n, k]) in [[32, 32, 32], [64, 96, 160], [96, 32, 64]].into_iter().enumerate() {
+        let mut machine = Machine::new(1);
+        // Whole numbers: the sums are exact.
+        let value = |i: usize, salt: usize| half::f16::from_f32(((i * 7 + i / 17 + salt) % 11) as f32 - 5.0);
+        let a: Vec<_> = (0..m * k).map(|i| value(i, 0)).collect();
+        let b: Vec<_> = (0..n * k).map(|i| value(i, 4)).collect();
+        let (da, db) = (upload(&mut machine, "a", &a), upload(&mut machine, "b", &b));
+        let c = machine.alloc(0, 4 * (m * n) as u64, "c").unwrap();
+        let sizes = [m, n, k].map(|size| Arg::U32(size as u32));
+        let launch = Launch {
+            device: 0,
+            module: &module,
+            entry: "mma_product",
+            grid: [m as u32 / 32, n as u32 / 32, 1],
+            block: [128, 1, 1],
+            shared_bytes: 0,
+            args: [Arg::U64(da), Arg::U64(db), Arg::U64(c)].into_iter().chain(sizes).collect(),
+        };
+        let options = RunOptions { seed: seed as u64, ..RunOptions::default() };
+        machine.run(&[launch], &options).unwrap_or_else(|error| panic!("{m} x {n} x {k}: {error}"));
+        let expected =
+            |i: usize| -> f32 { (0..k).map(|at| a[i / n * k + at].to_f32() * b[i % n * k + at].to_f32()).sum() };
+        let expected: Vec<f32> = (0..m * n).map(expected).collect();
+        assert!(download::<f32>(&mut machine, c, m * n) == expected, "{m} x {n} x {k}");
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! The tests run in the simulator, or on GPUs when `FERROMOE_TEST_DEVICE` is `cuda`.
 
+pub mod small;
+
 use std::sync::Arc;
 
 use ferromoe::{
@@ -136,6 +138,17 @@ pub fn group(ranks: usize, sim: SimOptions) -> DeviceGroup {
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
 
+/// A group for what runs into its deadline. From then on the kernel's waits fall through, and what it reads while the launch
+/// drains is ordered by nothing: simulated ranks run without the checks of that.
+pub fn group_that_times_out(ranks: usize, sim: SimOptions) -> DeviceGroup {
+    if std::env::var("FERROMOE_TEST_DEVICE").as_deref() == Ok("cuda") {
+        return group(ranks, sim);
+    }
+    let module = ptx_sim::Module::parse(ferromoe::PTX).unwrap_or_else(|error| panic!("{error}"));
+    let run = ptx_sim::RunOptions { checks: false, ..ptx_sim::RunOptions::default() };
+    DeviceGroup::simulated(Arc::new(module), ranks, sim, run).unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
+}
+
 /// A layer with its weights, ready to run.
 pub struct Layer {
     /// Its configuration.
@@ -154,11 +167,15 @@ impl Case {
 
     /// The layer of this case.
     pub fn layer(&self) -> Layer {
+        self.layer_on(&group(self.ranks(), self.sim))
+    }
+
+    /// The layer of this case, on a group of as many ranks.
+    pub fn layer_on(&self, group: &DeviceGroup) -> Layer {
         let most = self.tokens.iter().copied().max().unwrap_or(0).max(self.config.max_tokens_per_rank).max(1);
         let config = MoeConfig { max_tokens_per_rank: most, ..self.config.clone() };
         let weights = Arc::new(ExpertWeights::random(&config, self.data));
-        let group = group(self.ranks(), self.sim);
-        let moe = FusedMoe::new(&group, &config, &weights).unwrap_or_else(|error| panic!("{self:?}: {error}"));
+        let moe = FusedMoe::new(group, &config, &weights).unwrap_or_else(|error| panic!("{self:?}: {error}"));
         Layer { config, weights, moe }
     }
 

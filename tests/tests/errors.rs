@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferromoe::{Error, MoeConfig, Routing};
 use ferromoe_kernel::status::Stage;
-use ferromoe_tests::{Case, Tokens};
+use ferromoe_tests::{Case, Tokens, group_that_times_out};
 
 fn case() -> Case {
     let config = MoeConfig { top_k: 3, shared_experts: 1, ..Case::default().config };
@@ -55,7 +55,7 @@ fn a_repeated_expert_is_named_and_the_next_launch_works() {
 #[test]
 fn a_rank_that_never_launches_is_named_and_the_next_launch_works() {
     let case = Case { tokens: vec![5, 3, 9, 4], ..case() };
-    let mut layer = case.layer();
+    let mut layer = case.layer_on(&group_that_times_out(case.ranks(), case.sim));
     layer.moe.set_deadline(Duration::from_millis(2)).expect("a deadline");
     let tokens = case.tokens();
     let error = layer.moe.forward_on(&[0, 1, 3], &tokens.batch()).expect_err("rank 2 is missing");

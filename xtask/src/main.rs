@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask build | run | bench | test | lint | bundle | doctor`.
+//! The project's commands: `cargo xtask build | run | bench | test | mutants | soak | lint | bundle | doctor`.
 
 mod build;
 mod bundle;
@@ -53,6 +53,18 @@ enum Command {
     },
     /// Check everything: the PTX's stamp, the lint, all tests. Installs what they need.
     Test,
+    /// Plant bugs in the kernel's PTX and count which are found, in how few runs; 0 if 95% are.
+    Mutants {
+        /// Its arguments: `--seeds N`, `--only TEXT`, `--write`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Run the small matrix over many seeds, going on where the last soak was stopped.
+    Soak {
+        /// Its arguments: `--seeds N`, `--seed S --case NAME`, `--restart`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
     /// Check the PTX with ptxas and the Rust with rustfmt and clippy.
     Lint,
     /// Make target/bundle/: checks and measures on a GPU machine with no Rust and no network.
@@ -67,6 +79,8 @@ fn main() -> ExitCode {
         Command::Build { force, .. } => build::build(force),
         Command::Run { args } => run::run("run", &args),
         Command::Bench { args } => run::run("bench", &args),
+        Command::Mutants { args } => run::run_tests("mutants", &args),
+        Command::Soak { args } => run::run_tests("soak", &args),
         Command::Test => test::test(),
         Command::Lint => lint::lint(),
         Command::Bundle => bundle::bundle(),

@@ -4,6 +4,7 @@ use super::opcode::Opcode;
 use super::operands::operand;
 use super::{Decoded, Decoder};
 use crate::ast::{Operand, Type};
+use crate::check::{Order, Scope};
 use crate::program::{Access, Atomic, AtomicOperation, AtomicType, Op, Space};
 use crate::registers::Register;
 
@@ -36,6 +37,24 @@ pub(super) const CACHE_HINTS: [&str; 24] = [
 ];
 
 pub(super) const SCOPES: [&str; 4] = ["cta", "cluster", "gpu", "sys"];
+
+/// The scope modifier; a cluster is one CTA.
+pub(super) fn take_scope(opcode: &mut Opcode<'_>) -> Option<Scope> {
+    Some(match opcode.take_one(&SCOPES)? {
+        "cta" | "cluster" => Scope::Cta,
+        "gpu" => Scope::Gpu,
+        _ => Scope::Sys,
+    })
+}
+
+fn take_order(opcode: &mut Opcode<'_>) -> Option<Order> {
+    Some(match opcode.take_one(&["relaxed", "acquire", "release", "acq_rel"])? {
+        "relaxed" => Order::Relaxed,
+        "acquire" => Order::Acquire,
+        "release" => Order::Release,
+        _ => Order::AcquireRelease,
+    })
+}
 
 /// The state space modifier of an access.
 pub(super) fn take_space(opcode: &mut Opcode<'_>) -> Space {
@@ -113,9 +132,11 @@ impl Decoder {
         if opcode.take("async") || opcode.take("bulk") {
             return Err("not supported".to_owned());
         }
-        let strong = opcode.take_one(&["volatile", "relaxed", "acquire", "release"]).is_some();
+        let volatile = opcode.take("volatile");
+        // `.volatile` is as `.relaxed.sys` (PTX ISA 8.6, "ld").
+        let order = if volatile { Order::Relaxed } else { take_order(opcode).unwrap_or_default() };
         opcode.take("weak");
-        opcode.take_one(&SCOPES);
+        let scope = take_scope(opcode).unwrap_or(Scope::Sys);
         let named = take_space(opcode);
         opcode.ignore(&CACHE_HINTS);
         // The cache policy operand that follows is a hint too.
@@ -157,7 +178,8 @@ impl Decoder {
             registers: registers.into(),
             element: kind.bytes(),
             signed: kind.is_signed(),
-            strong,
+            order,
+            scope,
         });
         self.push(if store { Op::Store(access) } else { Op::Load(access) });
         Ok(())
@@ -168,8 +190,9 @@ impl Decoder {
             return Err("not supported".to_owned());
         }
         let returns = opcode.name() == "atom";
-        opcode.take_one(&["relaxed", "acquire", "release", "acq_rel"]);
-        opcode.take_one(&SCOPES);
+        // Without qualifiers: relaxed, at GPU scope (PTX ISA 8.6, "atom").
+        let order = take_order(opcode).unwrap_or(Order::Relaxed);
+        let scope = take_scope(opcode).unwrap_or(Scope::Gpu);
         let named = take_space(opcode);
         let operation = take_atomic_operation(opcode).ok_or("the operation is missing")?;
         let hint = opcode.take("L2::cache_hint");
@@ -218,6 +241,8 @@ impl Decoder {
             packed,
             destination,
             operand: values.into(),
+            order,
+            scope,
             swap,
         })));
         Ok(())

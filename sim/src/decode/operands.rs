@@ -121,6 +121,12 @@ impl Decoder {
         }
     }
 
+    fn note_use(&mut self, register: Register, written: bool) {
+        if let Register::R32(register) = register {
+            self.used.push(crate::program::WgmmaUse { register: register.0, written });
+        }
+    }
+
     /// A fresh register that no name stands for.
     pub(super) fn scratch(&mut self, bytes: u32) -> Register {
         let counts = &mut self.module.registers;
@@ -192,7 +198,10 @@ impl Decoder {
             return Err(format!("{operand:?} is not a value"));
         };
         match self.scopes.find(name) {
-            Some(Symbol::Register(register)) if *offset == 0 => return Ok(register),
+            Some(Symbol::Register(register)) if *offset == 0 => {
+                self.note_use(register, false);
+                return Ok(register);
+            }
             Some(symbol) => return self.symbol_address(symbol, *offset, kind.bytes(), name),
             None => {}
         }
@@ -238,7 +247,10 @@ impl Decoder {
         match operand {
             Operand::Name(name, 0) if name == "_" => Ok(self.scratch(bytes)),
             Operand::Name(name, 0) => match self.scopes.find(name) {
-                Some(Symbol::Register(register)) => Ok(register),
+                Some(Symbol::Register(register)) => {
+                    self.note_use(register, true);
+                    Ok(register)
+                }
                 _ => Err(format!("`{name}` is not a register")),
             },
             other => Err(format!("{other:?} is not a register")),

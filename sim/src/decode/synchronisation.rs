@@ -1,10 +1,11 @@
 //! Barriers, fences, mbarriers, and the instructions that pause a warp.
 
-use super::memory::SCOPES;
+use super::memory::{SCOPES, take_scope};
 use super::opcode::Opcode;
 use super::operands::{expect_count, immediate, operand};
 use super::{Decoded, Decoder};
 use crate::ast::Operand;
+use crate::check::Scope;
 use crate::mbarrier_op::{MbarrierAction, MbarrierOp, WaitPhase};
 use crate::program::{Barrier, BarrierReduction, Op, Space};
 
@@ -15,9 +16,14 @@ impl Decoder {
             "mbarrier" => self.decode_mbarrier(opcode, operands),
             "fence" => self.decode_fence(opcode),
             "membar" => {
-                opcode.take_one(&["cta", "gl", "sys", "proxy"]).ok_or("the level is missing")?;
+                let level = opcode.take_one(&["cta", "gl", "sys", "proxy"]).ok_or("the level is missing")?;
                 opcode.ignore(&["alias"]);
-                self.push(Op::Nothing);
+                self.push(match level {
+                    "cta" => Op::Fence(Scope::Cta),
+                    "gl" => Op::Fence(Scope::Gpu),
+                    "sys" => Op::Fence(Scope::Sys),
+                    _ => Op::Nothing,
+                });
                 Ok(())
             }
             "griddepcontrol" => {
@@ -45,23 +51,25 @@ impl Decoder {
         }
     }
 
-    /// Memory is coherent at every instruction here, so fences order nothing more.
+    /// Fences change no value: memory is coherent at every instruction. The checks need them.
     fn decode_fence(&mut self, opcode: &mut Opcode<'_>) -> Decoded<()> {
         if opcode.take("proxy") {
-            opcode
+            let proxy = opcode
                 .take_one(&["alias", "async", "async::generic", "tensormap::generic"])
                 .ok_or("the proxy is missing")?;
             opcode.ignore(&["global", "shared::cta", "shared::cluster", "acquire", "release"]);
             opcode.ignore(&["sync_restrict::shared::cta", "sync_restrict::shared::cluster"]);
             opcode.take_one(&SCOPES);
+            self.push(if proxy.starts_with("async") { Op::FenceProxy } else { Op::Nothing });
         } else if opcode.take("mbarrier_init") {
             opcode.ignore(&["release", "cluster"]);
+            self.push(Op::FenceProxy);
         } else {
             opcode.take_one(&["acq_rel", "sc", "acquire", "release"]);
             opcode.ignore(&["sync_restrict::shared::cta", "sync_restrict::shared::cluster"]);
-            opcode.take_one(&SCOPES).ok_or("the scope is missing")?;
+            let scope = take_scope(opcode).ok_or("the scope is missing")?;
+            self.push(Op::Fence(scope));
         }
-        self.push(Op::Nothing);
         Ok(())
     }
 
@@ -150,7 +158,7 @@ impl Decoder {
         let expects = matches!(name, "arrive" | "arrive_drop") && opcode.take("expect_tx");
         let no_complete = opcode.take("noComplete");
         let by_parity = opcode.take("parity");
-        opcode.take_one(&["release", "acquire", "relaxed"]);
+        let relaxed = opcode.take_one(&["release", "acquire", "relaxed"]) == Some("relaxed");
         opcode.take_one(&SCOPES);
         let generic = opcode.take_one(&["shared::cta", "shared::cluster", "shared"]).is_none();
         opcode.take("b64");
@@ -206,7 +214,7 @@ impl Decoder {
                 MbarrierAction::Wait { done, phase, suspends: name == "try_wait", limit }
             }
         };
-        self.push(Op::Mbarrier(Box::new(MbarrierOp { address, generic, action })));
+        self.push(Op::Mbarrier(Box::new(MbarrierOp { address, generic, action, relaxed })));
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Loads and stores.
 
 use super::{Context, Executed, Flow};
+use crate::check::{self, Mode, Order, shared_key};
 use crate::cost::Direction;
 use crate::decode::SHARED_START;
 use crate::error::Fault;
@@ -22,7 +23,7 @@ impl Context<'_> {
             }
             space => self.load_from(space, access, &addresses, active)?,
         }
-        if access.strong {
+        if access.order != Order::Weak {
             return Ok(self.note_read(access, index, &addresses, active));
         }
         Ok(Flow::Next)
@@ -112,7 +113,52 @@ impl Context<'_> {
         if uniform {
             spread(&mut self.warp.registers, access, active);
         }
+        if self.checker.is_some() {
+            self.check_access(space, access, addresses, readers, if uniform { active } else { 0 }, Mode::Read)?;
+        }
         self.fault_lanes = 0;
+        Ok(())
+    }
+
+    /// Tells the checks of an access by each of `active`, or of one by all of `together`.
+    fn check_access(
+        &mut self,
+        space: Space,
+        access: &Access,
+        addresses: &[u64; LANES],
+        active: u32,
+        together: u32,
+        mode: Mode,
+    ) -> Result<(), Fault> {
+        let Some(checker) = self.checker.as_deref_mut() else {
+            return Ok(());
+        };
+        if matches!(space, Space::Local | Space::Param) {
+            return Ok(());
+        }
+        let bytes = u64::from(access.element) * access.registers.len() as u64;
+        let (order, scope) = (access.order, access.scope);
+        for lane in lanes(active) {
+            let lanes = if together == 0 { 1 << lane } else { together };
+            let key = match space {
+                Space::Shared => shared_key(self.state.id, addresses[lane]),
+                _ => addresses[lane],
+            };
+            // The load of an acquire comes before what it learns.
+            let one =
+                check::Access { warp: self.agent, lanes, pc: self.pc, reads: false, mode, strong: order.strong(scope) };
+            if let Err(fault) = checker.access(one, key, bytes) {
+                self.fault_lanes = lanes;
+                return Err(fault);
+            }
+            if order == Order::Weak {
+                continue;
+            }
+            match mode {
+                Mode::Read => checker.observe(self.agent, lanes, key, bytes, order, scope),
+                Mode::Write => checker.publish(self.agent, lanes, key, bytes, order, scope, false),
+            }
+        }
         Ok(())
     }
 
@@ -209,6 +255,9 @@ impl Context<'_> {
                     return Err(Fault::Operand("kernel parameters cannot be written".to_owned()));
                 }
             }
+        }
+        if self.checker.is_some() {
+            self.check_access(space, access, addresses, active, 0, Mode::Write)?;
         }
         self.fault_lanes = 0;
         if space != Space::Local {

@@ -2,6 +2,7 @@
 
 use super::access::{check_aligned, shared_range, touch};
 use super::{Context, Executed, Flow};
+use crate::check::{self, Mode, shared_key};
 use crate::convert::arithmetic::{Extremum, ExtremumMode, HalfMode, HalfType};
 use crate::cost::Direction;
 use crate::error::Fault;
@@ -112,6 +113,7 @@ impl Context<'_> {
                 }
                 let data = &mut self.state.shared.data_mut()[at..at + whole];
                 changed |= apply(&mut self.warp.registers, atomic, lane, data, &mut digest);
+                self.check_atomic(atomic, lane, shared_key(self.state.id, address), whole)?;
                 continue;
             }
             check_aligned(self.memory, address, whole)?;
@@ -131,6 +133,7 @@ impl Context<'_> {
             let data = &mut allocation.bytes.data_mut()[offset..offset + whole];
             digest ^= address;
             changed |= apply(&mut self.warp.registers, atomic, lane, data, &mut digest);
+            self.check_atomic(atomic, lane, address, whole)?;
         }
         self.fault_lanes = 0;
         if changed {
@@ -139,6 +142,23 @@ impl Context<'_> {
             return Ok(Flow::Next);
         }
         Ok(self.poll(index, digest))
+    }
+}
+
+impl Context<'_> {
+    fn check_atomic(&mut self, atomic: &Atomic, lane: usize, key: u64, bytes: usize) -> Result<(), Fault> {
+        let Some(checker) = self.checker.as_deref_mut() else {
+            return Ok(());
+        };
+        let (warp, lanes, bytes) = (self.agent, 1 << lane, bytes as u64);
+        let (order, scope) = (atomic.order, atomic.scope);
+        let access = check::Access { warp, lanes, pc: self.pc, reads: true, mode: Mode::Write, strong: Some(scope) };
+        checker.access(access, key, bytes)?;
+        if atomic.destination.is_some() {
+            checker.observe(warp, lanes, key, bytes, order, scope);
+        }
+        checker.publish(warp, lanes, key, bytes, order, scope, true);
+        Ok(())
     }
 }
 

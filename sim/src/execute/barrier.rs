@@ -61,6 +61,9 @@ impl Context<'_> {
             )));
         }
         state.waiting |= !barrier.arrive;
+        if let Some(checker) = &mut self.checker {
+            checker.arrive_barrier(self.agent, active, self.state.id, id);
+        }
         self.state.changed = true;
         *self.progress += 1;
         self.warp.polls.reset();
@@ -90,6 +93,7 @@ impl Context<'_> {
             self.state.free_registers += (held - count) * lanes;
         }
         self.warp.max_registers = count;
+        self.warp.registers_set_at = Some(self.pc);
         self.state.changed = true;
         *self.progress += 1;
         Ok(Flow::Next)

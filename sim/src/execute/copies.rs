@@ -16,7 +16,7 @@ impl Context<'_> {
         parts: Vec<CopyPart>,
         completion: Completion,
         reduction: Option<(AtomicOperation, AtomicType, u32)>,
-    ) {
+    ) -> Result<(), Fault> {
         let issuer = self.issuer(1 << lane);
         let due = self.due();
         let number = self.queue.push(
@@ -34,7 +34,19 @@ impl Context<'_> {
         if let Completion::Group(kind) = completion {
             self.warp.groups(kind, lane).open.push(number);
         }
+        if let Some(checker) = &mut self.checker {
+            let (kind, mbarrier) = match completion {
+                Completion::Group(kind) => (kind, None),
+                Completion::Mbarrier { address, .. } => (CopyKind::Bulk, Some(address)),
+            };
+            checker.issue_copy(number, self.agent, lane, self.pc, kind, mbarrier);
+            if let Some(address) = mbarrier {
+                self.fault_lanes = 1 << lane;
+                checker.copy_signals(number, self.state.id, address)?;
+            }
+        }
         *self.progress += 1;
+        Ok(())
     }
 
     fn place(&self, space: Space, address: u64, bytes: u32) -> Result<Place, Fault> {
@@ -78,7 +90,7 @@ impl Context<'_> {
                 None => Completion::Group(CopyKind::Bulk),
             };
             let parts = if bytes == 0 { Vec::new() } else { vec![part] };
-            self.enqueue(lane, parts, completion, copy.reduction);
+            self.enqueue(lane, parts, completion, copy.reduction)?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -125,7 +137,7 @@ impl Context<'_> {
                 }
                 None => None,
             };
-            self.enqueue(lane, parts, completion, reduction);
+            self.enqueue(lane, parts, completion, reduction)?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -187,7 +199,7 @@ impl Context<'_> {
                     bytes: copy.bytes - read,
                 });
             }
-            self.enqueue(lane, parts, Completion::Group(CopyKind::Small), None);
+            self.enqueue(lane, parts, Completion::Group(CopyKind::Small), None)?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -203,7 +215,10 @@ impl Context<'_> {
             let after: Vec<u64> = groups.committed.iter().flatten().chain(&groups.open).copied().collect();
             let issuer = self.issuer(1 << lane);
             let due = self.due();
-            self.queue.push(due, Event::Arrive { issuer, address, after });
+            let number = self.queue.push(due, Event::Arrive { issuer, address, after });
+            if let Some(checker) = &mut self.checker {
+                checker.issue_arrive(number, self.agent, lane, self.pc);
+            }
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -211,6 +226,9 @@ impl Context<'_> {
 
     pub(super) fn commit_group(&mut self, kind: CopyKind, active: u32) -> Executed {
         for lane in lanes(active) {
+            if let Some(checker) = &mut self.checker {
+                checker.commit_group(self.agent, lane, kind);
+            }
             let queue = &*self.queue;
             let groups = self.warp.copies[kind as usize].iter_mut().find(|(owner, _)| *owner == lane);
             if let Some((_, groups)) = groups {
@@ -228,6 +246,9 @@ impl Context<'_> {
 
     pub(super) fn wait_group(&mut self, kind: CopyKind, pending: u32, read: bool, active: u32) -> Executed {
         let done = self.warp.outstanding(kind, active, pending).all(|copy| self.queue.is_done(copy, read));
+        if done && let Some(checker) = &mut self.checker {
+            checker.wait_group(self.agent, active, kind, pending, read);
+        }
         Ok(if done { Flow::Next } else { Flow::Wait(Wait::Groups { kind, pending, read }, NEVER) })
     }
 }

@@ -273,6 +273,9 @@ impl Context<'_> {
         if arrived != wanted {
             return Ok(Flow::Wait(wait, NEVER));
         }
+        if let Some(checker) = &mut self.checker {
+            checker.join_lanes(self.agent, wanted);
+        }
         for fragment in &mut self.warp.fragments {
             if waiting(fragment.wait) {
                 fragment.wait = None;

@@ -2,6 +2,7 @@
 
 use super::access::{shared_place, shared_range};
 use super::{Context, Executed, Flow};
+use crate::check::{Access, Mode, Scope, shared_key};
 use crate::cta::{CtaState, Phase, Wait};
 use crate::error::Fault;
 use crate::mbarrier::{Mbarrier, MbarrierError};
@@ -13,20 +14,21 @@ use crate::registers::{LANES, Slot, lanes};
 /// limit is its own.
 const SUSPEND_NS: u64 = 1000;
 
-/// Applies a change to the mbarrier at a shared address; the word before it.
+/// Applies a change to the mbarrier at a shared address; the word before it, and whether its phase was completed.
 pub(crate) fn update(
     state: &mut CtaState,
     address: u32,
     change: impl FnOnce(Mbarrier) -> Result<Mbarrier, MbarrierError>,
-) -> Result<u64, Fault> {
+) -> Result<(u64, bool), Fault> {
     let word = read_word(state, address)?;
     let fail = |error: MbarrierError| {
         Fault::Synchronisation(format!("mbarrier at {}: {error}", shared_place(&state.shared, u64::from(address))))
     };
-    let barrier = Mbarrier::decode(word).and_then(change).map_err(fail)?;
+    let before = Mbarrier::decode(word).map_err(fail)?;
+    let barrier = change(before).map_err(fail)?;
     state.shared.write(address as usize, &barrier.encode().to_le_bytes());
     state.changed = true;
-    Ok(word)
+    Ok((word, barrier.parity() != before.parity()))
 }
 
 fn read_word(state: &CtaState, address: u32) -> Result<u64, Fault> {
@@ -51,16 +53,51 @@ pub(crate) fn is_complete(state: &CtaState, address: u32, phase: Phase) -> Resul
     }
 }
 
+/// A wait's operands.
+struct Waited {
+    done: crate::registers::Predicate,
+    phase: WaitPhase,
+    suspends: bool,
+    limit: Option<crate::registers::R32>,
+    relaxed: bool,
+}
+
 impl Context<'_> {
+    /// Tells the checks of a wait by each lane.
+    fn check_waits(&mut self, addresses: &[u32; LANES], active: u32) -> Result<(), Fault> {
+        let Some(checker) = self.checker.as_deref_mut() else {
+            return Ok(());
+        };
+        let mut rest = active;
+        while rest != 0 {
+            let address = addresses[rest.trailing_zeros() as usize % LANES];
+            let same = lanes(rest).filter(|lane| addresses[*lane] == address).fold(0, |all, lane| all | 1 << lane);
+            let access = Access {
+                warp: self.agent,
+                lanes: same,
+                pc: self.pc,
+                reads: false,
+                mode: Mode::Read,
+                strong: Some(Scope::Cta),
+            };
+            checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
+            rest &= !same;
+        }
+        Ok(())
+    }
+
     pub(super) fn mbarrier(&mut self, operation: &MbarrierOp, index: usize, active: u32) -> Executed {
         let addresses = self.shared_addresses(operation.address, operation.generic, active)?;
         if let MbarrierAction::Wait { done, phase, suspends, limit } = operation.action {
-            return self.mbarrier_wait(index, &addresses, done, phase, suspends, limit, active);
+            let wait = Waited { done, phase, suspends, limit, relaxed: operation.relaxed };
+            return self.mbarrier_wait(index, &addresses, wait, active);
         }
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             let address = addresses[lane];
+            self.check_mbarrier(operation, address, lane)?;
             let registers = &self.warp.registers;
+            let mut completed = false;
             match &operation.action {
                 MbarrierAction::Init { count } => {
                     let count = count.get(registers)[lane];
@@ -77,16 +114,17 @@ impl Context<'_> {
                 }
                 MbarrierAction::ExpectBytes { bytes } => {
                     let bytes = bytes.get(registers)[lane];
-                    update(self.state, address, |barrier| barrier.expect_tx(bytes))?;
+                    (_, completed) = update(self.state, address, |barrier| barrier.expect_tx(bytes))?;
                 }
                 MbarrierAction::CompleteBytes { bytes } => {
                     let bytes = bytes.get(registers)[lane];
-                    update(self.state, address, |barrier| barrier.complete_tx(bytes))?;
+                    (_, completed) = update(self.state, address, |barrier| barrier.complete_tx(bytes))?;
                 }
                 MbarrierAction::Arrive { state, count, expect_bytes, drop, no_complete } => {
                     let count = count.get(registers)[lane];
                     let bytes = expect_bytes.map(|bytes| bytes.get(registers)[lane]);
-                    let word = update(self.state, address, |barrier| match bytes {
+                    let word;
+                    (word, completed) = update(self.state, address, |barrier| match bytes {
                         Some(bytes) if *drop => barrier.expect_tx(bytes)?.arrive_drop(count),
                         Some(bytes) => barrier.arrive_expect_tx(bytes),
                         None if *drop => barrier.arrive_drop(count),
@@ -99,6 +137,9 @@ impl Context<'_> {
                 }
                 MbarrierAction::Wait { .. } => {}
             }
+            if completed && let Some(checker) = &mut self.checker {
+                checker.complete_phase(self.state.id, address);
+            }
         }
         self.fault_lanes = 0;
         *self.progress += 1;
@@ -106,17 +147,30 @@ impl Context<'_> {
         Ok(Flow::Next)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn mbarrier_wait(
-        &mut self,
-        index: usize,
-        addresses: &[u32; LANES],
-        done: crate::registers::Predicate,
-        phase: WaitPhase,
-        suspends: bool,
-        limit: Option<crate::registers::R32>,
-        active: u32,
-    ) -> Executed {
+    /// Tells the checks: an mbarrier is used by many, but initialised before.
+    fn check_mbarrier(&mut self, operation: &MbarrierOp, address: u32, lane: usize) -> Result<(), Fault> {
+        let Some(checker) = self.checker.as_deref_mut() else {
+            return Ok(());
+        };
+        let (warp, lanes, cta) = (self.agent, 1 << lane, self.state.id);
+        let changes = matches!(operation.action, MbarrierAction::Init { .. } | MbarrierAction::Invalidate);
+        let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cta)) };
+        checker.access(
+            Access { warp, lanes, pc: self.pc, reads: false, mode, strong },
+            shared_key(cta, u64::from(address)),
+            8,
+        )?;
+        if changes {
+            checker.init_mbarrier(cta, address);
+        } else if matches!(operation.action, MbarrierAction::Arrive { .. }) && !operation.relaxed {
+            checker.arrive_mbarrier(warp, lanes, cta, address);
+        }
+        Ok(())
+    }
+
+    fn mbarrier_wait(&mut self, index: usize, addresses: &[u32; LANES], wait: Waited, active: u32) -> Executed {
+        let Waited { done, phase, suspends, limit, relaxed } = wait;
+        self.check_waits(addresses, active)?;
         let (mut complete, mut blocking) = (0, None);
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
@@ -138,6 +192,18 @@ impl Context<'_> {
             self.cost.polls += 1;
         }
         self.warp.registers.set_predicate(done, active, complete);
+        if complete != 0
+            && !relaxed
+            && let Some(checker) = self.checker.as_deref_mut()
+        {
+            let mut rest = complete;
+            while rest != 0 {
+                let address = addresses[rest.trailing_zeros() as usize % LANES];
+                let same = lanes(rest).filter(|lane| addresses[*lane] == address).fold(0, |all, lane| all | 1 << lane);
+                checker.wait_mbarrier(self.agent, same, self.state.id, address);
+                rest &= !same;
+            }
+        }
         if blocking.is_some() && !suspends {
             return Ok(self.poll(index, u64::from(complete)));
         }

@@ -3,6 +3,7 @@
 use super::access::shared_range;
 use super::{Context, Executed, Flow, NEVER};
 use crate::asynchronous::Event;
+use crate::check::{Access, Mode, shared_key};
 use crate::cta::{QueuedWgmma, Wait};
 use crate::error::Fault;
 use crate::matrix::{MatrixCount, ldmatrix, mma, mma_f16, stmatrix};
@@ -40,6 +41,9 @@ impl Context<'_> {
             return Err(Fault::Synchronisation("wgmma needs whole warpgroups of four warps".to_owned()));
         };
         let place = (self.warp.wgmma_issued - group.executed) as usize;
+        if let Some(checker) = &mut self.checker {
+            checker.issue_wgmma(self.agent, place, pc);
+        }
         let issued = QueuedWgmma { pc, issued: bit, a, b, scale_d };
         match group.queue.get_mut(place) {
             None => group.queue.push_back(issued),
@@ -76,6 +80,9 @@ impl Context<'_> {
         if let Some(wait) = self.whole_warp(active)? {
             return Ok(wait);
         }
+        if let Some(checker) = &mut self.checker {
+            checker.commit_wgmma(self.agent);
+        }
         let warp = &mut *self.warp;
         let executed = self.state.warpgroups.get(self.warp_index / GROUP_WARPS).map_or(0, |group| group.executed);
         // Groups that are done need not be remembered; a wait counts from the latest.
@@ -91,12 +98,15 @@ impl Context<'_> {
             return Ok(wait);
         }
         let commits = &self.warp.wgmma_commits;
-        let Some(last) = commits.len().checked_sub(1 + pending as usize) else {
-            return Ok(Flow::Next);
-        };
-        let needed = commits[last];
+        let needed = commits.len().checked_sub(1 + pending as usize).map_or(0, |last| commits[last]);
         let executed = self.state.warpgroups.get(self.warp_index / GROUP_WARPS).map_or(0, |group| group.executed);
-        Ok(if executed >= needed { Flow::Next } else { Flow::Wait(Wait::Wgmma { executed: needed }, NEVER) })
+        if executed < needed {
+            return Ok(Flow::Wait(Wait::Wgmma { executed: needed }, NEVER));
+        }
+        if let Some(checker) = &mut self.checker {
+            checker.wait_wgmma(self.agent, pending);
+        }
+        Ok(Flow::Next)
     }
 
     pub(super) fn matrix(&mut self, access: &MatrixAccess, active: u32) -> Executed {
@@ -120,6 +130,7 @@ impl Context<'_> {
                 shared.write(at, &row);
                 Ok::<(), Fault>(())
             })?;
+            self.check_matrix(access, &addresses, Mode::Write)?;
             *self.progress += 1;
             return Ok(Flow::Next);
         }
@@ -139,7 +150,20 @@ impl Context<'_> {
         for (register, values) in access.registers.iter().zip(&values) {
             register.set(&mut self.warp.registers, ALL, values);
         }
+        self.check_matrix(access, &addresses, Mode::Read)?;
         Ok(Flow::Next)
+    }
+
+    /// Tells the checks of the rows: each lane's is accessed by the whole warp, as the lanes have met.
+    fn check_matrix(&mut self, access: &MatrixAccess, addresses: &[u32; LANES], mode: Mode) -> Result<(), Fault> {
+        let Some(checker) = self.checker.as_deref_mut() else {
+            return Ok(());
+        };
+        for address in &addresses[..8 * access.registers.len()] {
+            let one = Access { warp: self.agent, lanes: ALL, pc: self.pc, reads: false, mode, strong: None };
+            checker.access(one, shared_key(self.state.id, u64::from(*address)), 16)?;
+        }
+        Ok(())
     }
 
     pub(super) fn mma(&mut self, operation: &Mma, active: u32) -> Executed {

@@ -62,6 +62,28 @@ impl MatrixDescriptor {
             | swizzle << 62
     }
 
+    /// Checks that the base offset says where in the swizzle's pattern the matrix starts: `address >> 7 & 7`, 0 where
+    /// rows start at a multiple of the pattern's length (PTX ISA 8.6, "Matrix descriptor format").
+    ///
+    /// # Errors
+    /// What the base offset is, and what it must be.
+    pub fn check_alignment(&self) -> Result<(), String> {
+        let pattern: u32 = match self.swizzle {
+            Swizzle::None => return Ok(()),
+            Swizzle::B128 => 1024,
+            Swizzle::B64 => 512,
+            Swizzle::B32 => 256,
+        };
+        let needed = (self.start >> 7) & (pattern / 128 - 1);
+        if self.base_offset & (pattern / 128 - 1) == needed {
+            return Ok(());
+        }
+        Err(format!(
+            "misaligned matrix descriptor: address {:#x} starts {needed} times 128 bytes after a multiple of the swizzle's {pattern}, and the base offset is {}",
+            self.start, self.base_offset
+        ))
+    }
+
     /// Visits the chunks of an operand of `rows` rows (64 for A, n for B) and 32 bytes of k.
     ///
     /// Layouts are built of core matrices, 8 rows of 16 bytes (K-major) or 8 values of k by 16 bytes (MN-major):

@@ -1,0 +1,503 @@
+//! The planted bugs.
+
+use ferromoe_kernel::shared::STAGE_BYTES;
+
+use crate::edit::Edit::{Add, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Twice};
+use crate::edit::{Edit, Plant};
+
+/// A bug, as one or more edits of the kernel's PTX.
+pub struct Mutant {
+    /// What is wrong with it.
+    pub what: &'static str,
+    /// The edits.
+    pub plants: Vec<Plant>,
+    /// Why nothing can find it, where that is so.
+    pub harmless: Option<&'static str>,
+}
+
+impl Mutant {
+    fn and(mut self, other: Self) -> Self {
+        self.plants.extend(other.plants);
+        self
+    }
+
+    fn harmless(self, why: &'static str) -> Self {
+        Self { harmless: Some(why), ..self }
+    }
+}
+
+fn bug(what: &'static str, instruction: &'static str, from: &'static str, edit: Edit) -> Mutant {
+    Mutant { what, plants: vec![Plant { instruction, from, place: None, edit }], harmless: None }
+}
+
+fn bug_at(what: &'static str, instruction: &'static str, from: &'static str, place: usize, edit: Edit) -> Mutant {
+    Mutant { what, plants: vec![Plant { instruction, from, place: Some(place), edit }], harmless: None }
+}
+
+const PROXY: &str = "fence.proxy.async";
+const FENCE: &str = "fence.acq_rel.sys";
+const WAIT: &str = "mbarrier.try_wait";
+const ARRIVE: &str = "mbarrier.arrive.shared";
+const EXPECT: &str = "mbarrier.arrive.expect_tx";
+const INIT: &str = "mbarrier.init";
+const ATOM: &str = "atom.";
+const STAGE: i64 = STAGE_BYTES as i64;
+
+/// Why one fence less is no bug where barriers are initialised.
+const INITIALISED: &str =
+    "the other of the two fences and the CTA barrier behind them do the same for a cluster of one CTA";
+/// Why one fence less is no bug between two bulk copies.
+const COMPLETED: &str = "rows and columns are written and read by bulk copies, and the completion of one is followed by an \
+    implicit proxy fence (PTX ISA, \"Async proxy\")";
+
+/// Every planted bug.
+pub fn mutants() -> Vec<Mutant> {
+    [
+        fences(),
+        mbarrier_waits(),
+        mbarrier_arrivals(),
+        bulk_copies(),
+        products(),
+        barriers(),
+        global_order(),
+        global_counts(),
+        progress(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn fences() -> Vec<Mutant> {
+    vec![
+        bug(
+            "no `fence.mbarrier_init` behind the barriers' initialisation",
+            "fence.mbarrier_init",
+            "entry::init_mbarriers",
+            Drop,
+        )
+        .harmless(INITIALISED),
+        bug("no proxy fence behind the barriers' initialisation", PROXY, "entry::init_mbarriers", Drop)
+            .harmless(INITIALISED),
+        bug("no fence at all behind the barriers' initialisation", PROXY, "entry::init_mbarriers", Drop).and(bug(
+            "",
+            "fence.mbarrier_init",
+            "entry::init_mbarriers",
+            Drop,
+        )),
+        bug(
+            "no proxy fence between a result's flag and the bulk loads of the result",
+            PROXY,
+            "combine::wait_for_flag",
+            Drop,
+        ),
+        bug("no proxy fence between staging and the bulk store of the activations", PROXY, "linear1::finish", Drop),
+        bug(
+            "no proxy fence between the count of pulled rows and their tensor loads",
+            PROXY,
+            "produce::load_linear1",
+            Drop,
+        )
+        .harmless(COMPLETED),
+        bug(
+            "no proxy fence between the count of stored columns and their tensor loads",
+            PROXY,
+            "produce::load_linear2",
+            Drop,
+        )
+        .harmless(COMPLETED),
+        bug("no proxy fence between the stored columns and their count", PROXY, "publish::store_columns", Drop)
+            .harmless(COMPLETED),
+        bug("no proxy fence between a pulled row and its count", PROXY, "pull::copy_row", Drop).harmless(COMPLETED),
+        bug(
+            "proxy fence of the staged activations behind the hand-over",
+            PROXY,
+            "linear1::finish",
+            Behind("mbarrier.arrive.shared"),
+        ),
+        bug("no fence between the lists and the count of routed chunks", FENCE, "route::route", Drop),
+        bug("no fence before the counts are published", FENCE, "route::publish", Drop),
+        bug("fence before the counts are published has GPU scope", FENCE, "route::publish", Replace(".sys", ".gpu")),
+        bug("fence before the counts are published has CTA scope", FENCE, "route::publish", Replace(".sys", ".cta")),
+        bug_at("no fence between the result rows and their count", FENCE, "publish::announce_results", 0, Drop)
+            .harmless(
+                "the count itself is an acquire and a release of system scope; the bug with a relaxed count is below",
+            ),
+        bug_at("no fence before a flag is raised", FENCE, "publish::announce_results", 1, Drop),
+        bug_at(
+            "fence before a flag is raised has GPU scope",
+            FENCE,
+            "publish::announce_results",
+            1,
+            Replace(".sys", ".gpu"),
+        ),
+        bug_at(
+            "fence before a flag is raised has CTA scope",
+            FENCE,
+            "publish::announce_results",
+            1,
+            Replace(".sys", ".cta"),
+        ),
+        bug("no fences around the count of results", FENCE, "publish::announce_results", Drop),
+        bug("no fence at the lists, and the count of routed chunks relaxed", FENCE, "route::route", Drop).and(bug(
+            "",
+            ATOM,
+            "route::route atomic::atom_add_acq_rel_gpu",
+            Replace("acq_rel", "relaxed"),
+        )),
+        bug_at("no fence at the result rows, and their count relaxed", FENCE, "publish::announce_results", 0, Drop)
+            .and(bug("", ATOM, "publish::announce_results", Replace("acq_rel", "relaxed"))),
+    ]
+}
+
+/// Each wait for an mbarrier, twice: passed, and for the other parity.
+fn mbarrier_waits() -> Vec<Mutant> {
+    vec![
+        bug("a consumer does not wait for a task", WAIT, "cta::read cta::take_warp", Pass),
+        bug("the producer does not wait for a task", WAIT, "cta::read produce::produce", Pass),
+        bug("the publisher does not wait for a task", WAIT, "cta::read publish::publish", Pass),
+        bug("the scheduler does not wait for a free task slot", WAIT, "cta::put", Pass),
+        bug("a consumer reads the row metas before the first stage is full", WAIT, "consume::run", Pass),
+        bug("a consumer does not wait for full stages", WAIT, "consume::multiply", Pass),
+        bug("the producer does not wait for free stages", WAIT, "produce::load_weights", Pass),
+        bug("linear 1 does not wait for its staging buffer", WAIT, "consume::take_staging linear1::finish", Pass),
+        bug("linear 2 does not wait for its staging buffer", WAIT, "consume::take_staging linear2::finish", Pass),
+        bug("the publisher does not wait for staged activations", WAIT, "publish::store_columns", Pass),
+        bug("the publisher does not wait for stored results", WAIT, "publish::announce_results", Pass),
+        bug("a pulled piece is stored before it has landed", WAIT, "pull::copy_row", Pass),
+        bug("a combined piece is read before it has landed", WAIT, "combine::sum", Pass),
+        bug("a consumer waits for a task with the other parity", WAIT, "cta::read cta::take_warp", Flip(1)),
+        bug("the producer waits for a task with the other parity", WAIT, "cta::read produce::produce", Flip(1)),
+        bug("the publisher waits for a task with the other parity", WAIT, "cta::read publish::publish", Flip(1)),
+        bug("the scheduler waits for a task slot with the other parity", WAIT, "cta::put", Flip(1)),
+        bug("the row metas are read with the other parity", WAIT, "consume::run", Flip(1)),
+        bug("a consumer waits for stages with the other parity", WAIT, "consume::multiply", Flip(1)),
+        bug("the producer waits for stages with the other parity", WAIT, "produce::load_weights", Flip(1)),
+        bug(
+            "linear 1 waits for its staging buffer with the other parity",
+            WAIT,
+            "consume::take_staging linear1::finish",
+            Flip(1),
+        ),
+        bug(
+            "linear 2 waits for its staging buffer with the other parity",
+            WAIT,
+            "consume::take_staging linear2::finish",
+            Flip(1),
+        ),
+        bug("the publisher waits for activations with the other parity", WAIT, "publish::store_columns", Flip(1)),
+        bug("the publisher waits for results with the other parity", WAIT, "publish::announce_results", Flip(1)),
+        bug("a pulled piece is waited for with the other parity", WAIT, "pull::copy_row", Flip(1)),
+        bug("a combined piece is waited for with the other parity", WAIT, "combine::sum", Flip(1)),
+    ]
+}
+
+fn mbarrier_arrivals() -> Vec<Mutant> {
+    let counts = [
+        "stages full after two arrivals",
+        "stages free before the last consumer warp",
+        "task slots full after two arrivals",
+        "task slots free before the last role",
+        "staging handed over before the last warp",
+        "staging given back after two arrivals",
+        "pull buffers full after two arrivals",
+        "combine buffers full after two arrivals",
+    ];
+    let count = |(place, what)| {
+        let change = if [1, 3, 4].contains(&place) { -1 } else { 1 };
+        bug_at(what, INIT, "entry::init_mbarriers", place, Add(-1, change))
+    };
+    let mut bugs = vec![
+        bug("a task is not announced", ARRIVE, "cta::put", Drop),
+        bug("the producer does not give task slots back", ARRIVE, "cta::take produce::produce", Drop),
+        bug("the publisher does not give task slots back", ARRIVE, "cta::take publish::publish", Drop),
+        bug("consumers do not give task slots back", ARRIVE, "cta::take_warp", Drop),
+        bug("consumers do not give stages back", ARRIVE, "consume::release", Drop),
+        bug("staging is not handed over", ARRIVE, "consume::hand_over", Drop),
+        bug("staging of linear 1 is not given back", ARRIVE, "publish::give_back publish::store_columns", Drop),
+        bug("staging of linear 2 is not given back", ARRIVE, "publish::give_back publish::announce_results", Drop),
+        bug("a task is announced twice", ARRIVE, "cta::put", Twice),
+        bug("consumers give task slots back twice", ARRIVE, "cta::take_warp", Twice),
+        bug("consumers give stages back twice", ARRIVE, "consume::release", Twice),
+        bug("staging is handed over twice", ARRIVE, "consume::hand_over", Twice),
+        bug("staging is given back twice", ARRIVE, "publish::give_back publish::store_columns", Twice),
+        bug("consumers give the next stage back", ARRIVE, "consume::release", Add(0, 8)),
+        bug(
+            "the producer gives a task slot back before it has read it",
+            "ld.shared.v4",
+            "cta::read produce::produce",
+            Behind("mbarrier.arrive"),
+        ),
+        bug(
+            "consumers give a task slot back before they have read it",
+            "ld.shared.v4",
+            "cta::read cta::take_warp",
+            Behind("mbarrier.arrive"),
+        ),
+        bug("a task is announced before it is written", "st.shared.v4", "cta::put", Behind("mbarrier.arrive")),
+        bug("a stage expects 16 bytes too many", EXPECT, "produce::load_weights", Add(-1, 16)),
+        bug("a stage expects 16 bytes too few", EXPECT, "produce::load_weights", Add(-1, -16)),
+        bug("a pull buffer expects 16 bytes too many", EXPECT, "pull::copy_row", Add(-1, 16)),
+        bug("a pull buffer expects 16 bytes too few", EXPECT, "pull::copy_row", Add(-1, -16)),
+        bug("a combine buffer expects 16 bytes too many", EXPECT, "combine::load_next", Add(-1, 16)),
+        bug("a combine buffer expects 16 bytes too few", EXPECT, "combine::load_next", Add(-1, -16)),
+        bug("the producer's ring has a stage less", "setp.eq", "cta::advance produce::load", Replace(", 4;", ", 3;")),
+        bug(
+            "the consumers' ring has a stage less",
+            "setp.eq",
+            "cta::advance consume::multiply",
+            Replace(", 4;", ", 3;"),
+        ),
+        bug("the scheduler's ring has a task slot less", "setp.eq", "cta::advance cta::put", Replace(", 4;", ", 3;")),
+        bug(
+            "the consumers' ring has a task slot more",
+            "setp.eq",
+            "cta::advance cta::take_warp",
+            Replace(", 4;", ", 5;"),
+        ),
+        bug(
+            "the ring of combine loads has a buffer more",
+            "setp.eq",
+            "cta::advance combine::load_next",
+            Replace(", 8;", ", 9;"),
+        ),
+    ];
+    bugs.extend(counts.into_iter().enumerate().map(count));
+    bugs
+}
+
+fn bulk_copies() -> Vec<Mutant> {
+    vec![
+        bug("stores of activations are in no bulk group", "cp.async.bulk.commit_group", "publish::store_columns", Drop),
+        bug("stores of pulled rows are in no bulk group", "cp.async.bulk.commit_group", "pull::copy_row", Drop),
+        bug(
+            "staging is given back before it was read",
+            "cp.async.bulk.wait_group.read",
+            "publish::store_columns",
+            Drop,
+        ),
+        bug(
+            "staging is given back while one store may still read it",
+            "cp.async.bulk.wait_group.read",
+            "publish::store_columns",
+            Replace(" 0;", " 1;"),
+        ),
+        bug("a pull buffer is refilled before it was read", "cp.async.bulk.wait_group.read", "pull::copy_row", Drop),
+        bug("columns are counted before they are stored", "cp.async.bulk.wait_group ", "publish::store_columns", Drop),
+        bug(
+            "columns are counted when their staging was read",
+            "cp.async.bulk.wait_group ",
+            "publish::store_columns",
+            Replace("wait_group", "wait_group.read"),
+        ),
+        bug(
+            "columns are counted while one store is under way",
+            "cp.async.bulk.wait_group ",
+            "publish::store_columns",
+            Replace(" 0;", " 1;"),
+        ),
+        bug("a pulled row is counted before it is stored", "cp.async.bulk.wait_group ", "pull::copy_row", Drop),
+        bug(
+            "a pulled row is counted when its buffer was read",
+            "cp.async.bulk.wait_group ",
+            "pull::copy_row",
+            Replace("wait_group", "wait_group.read"),
+        ),
+        bug(
+            "a pulled row is counted while its last piece is stored",
+            "cp.async.bulk.wait_group ",
+            "pull::copy_row",
+            Replace(" 0;", " 1;"),
+        ),
+        bug("tokens are loaded into the next stage", "cp.async.bulk.tensor.2d.shared", "produce::load", Add(0, STAGE)),
+        bug("tokens are loaded 1 KiB too far", "cp.async.bulk.tensor.2d.shared", "produce::load", Add(0, 1024)),
+        bug("tokens are loaded from the next row on", "cp.async.bulk.tensor.2d.shared", "produce::load", Add(3, 1)),
+        bug(
+            "weights are loaded into the next stage",
+            "cp.async.bulk.tensor.3d.shared",
+            "produce::load_weights",
+            Add(0, STAGE),
+        ),
+        bug(
+            "weights are those of the next k-block",
+            "cp.async.bulk.tensor.3d.shared",
+            "produce::load_weights",
+            Add(2, 64),
+        ),
+        bug(
+            "a tensor load completes on the next stage's barrier",
+            "cp.async.bulk.tensor.2d.shared",
+            "produce::load",
+            Add(-1, 8),
+        ),
+        bug(
+            "activations are stored one row too far",
+            "cp.async.bulk.tensor.2d.global",
+            "publish::store_columns",
+            Add(2, 1),
+        ),
+        bug("a pulled piece is 16 bytes short", "cp.async.bulk.shared", "pull::copy_row", Add(2, -16)),
+        bug("a stored piece is 16 bytes short", "cp.async.bulk.global", "pull::copy_row", Add(-1, -16)),
+        bug("a stored piece is 16 bytes long", "cp.async.bulk.global", "pull::copy_row", Add(-1, 16)),
+        bug("a combined piece is 16 bytes long", "cp.async.bulk.shared", "combine::load_next", Add(2, 16)),
+    ]
+}
+
+fn products() -> Vec<Mutant> {
+    let wait = "wgmma.wait_group";
+    vec![
+        bug("no `wgmma.fence`", "wgmma.fence", "consume::multiply", Drop),
+        bug("no `wgmma.commit_group`", "wgmma.commit_group", "consume::multiply", Drop),
+        bug_at("no wait for the products before", wait, "consume::multiply", 0, Drop),
+        bug_at("two products stay in flight where one may", wait, "consume::multiply", 0, Replace(" 1;", " 2;")),
+        bug_at("no wait for the last products", wait, "consume::multiply", 1, Drop),
+        bug_at("one product stays in flight at the end", wait, "consume::multiply", 1, Replace(" 0;", " 1;")),
+        bug("the product's tokens are the next stage's", "wgmma.mma_async", "consume::multiply", Add(-5, STAGE / 16)),
+        bug("the product's weights are the next stage's", "wgmma.mma_async", "consume::multiply", Add(-6, STAGE / 16)),
+        bug("the product's tokens begin 16 bytes too far", "wgmma.mma_async", "consume::multiply", Add(-5, 1)),
+        bug(
+            "consumers take more registers than there are",
+            "setmaxnreg.inc",
+            "entry::ferromoe_forward",
+            Replace("208", "240"),
+        ),
+        bug("helper warps keep their registers", "setmaxnreg.dec", "entry::ferromoe_forward", Drop),
+    ]
+}
+
+fn barriers() -> Vec<Mutant> {
+    let (cta, warp) = ("bar.sync", "bar.warp.sync");
+    vec![
+        bug_at("no CTA barrier behind the initialisation", cta, "entry::ferromoe_forward", 0, Drop),
+        bug_at("no CTA barrier before the launch ends", cta, "entry::ferromoe_forward", 1, Drop),
+        bug_at("CTA barrier at the start does without a warp", cta, "entry::ferromoe_forward", 0, Add(-1, -32)),
+        bug("consumers combine before all are done with the stages", cta, "consume::consume barrier::bar_sync", Drop),
+        bug("pull does not wait for the counts", cta, "pull::pull", Drop),
+        bug("pull does not wait for the counts, nor do the counts for pull", cta, "pull::pull", Drop).and(bug(
+            "",
+            cta,
+            "schedule::schedule",
+            Drop,
+        )),
+        bug_at("linear 1 reads row metas before all are there", cta, "linear1::finish", 0, Drop),
+        bug_at("linear 1's row metas are overwritten while they are read", cta, "linear1::finish", 1, Drop),
+        bug_at("linear 2 sends rows before all are staged", cta, "linear2::finish", 1, Drop),
+        bug_at("linear 2 stages a chunk while the last is sent", cta, "linear2::finish", 0, Drop),
+        bug_at("linear 2's row metas are overwritten while they are read", cta, "linear2::finish", 2, Drop),
+        bug("a warpgroup's barrier does without a warp", cta, "consume::sync", Add(-1, -32)),
+        bug_at("a warpgroup meets at another barrier once", cta, "linear1::finish", 0, Add(0, 1)),
+        bug("a task slot is given back before all lanes have read it", warp, "cta::take_warp", Drop),
+        bug(
+            "a task slot's warp barrier leaves out half the warp",
+            warp,
+            "cta::take_warp",
+            Replace("0xffffffff", "0x0000ffff"),
+        ),
+        bug("staging is handed over before all lanes have written it", warp, "consume::hand_over", Drop),
+        bug("a stage is given back with no warp barrier", warp, "consume::release", Drop).harmless("the wait for the product before it is one of the whole warp (`.sync.aligned`), and no lane reads the stage otherwise"),
+        bug("a combine buffer is refilled before all lanes have read it", warp, "combine::sum", Drop),
+        bug("results are loaded before all lanes have seen their flags", warp, "combine::wait_for_results", Drop),
+        bug("lists are counted before all lanes have written them", warp, "route::route", Drop),
+        bug("counts are published before all lanes have told where the rows are", warp, "route::publish", Drop),
+        bug("no warp barrier at the end", warp, "entry::ferromoe_forward", Drop),
+    ]
+}
+
+fn global_order() -> Vec<Mutant> {
+    let (load, counts) = ("ld.acquire", "schedule::gather_counts");
+    let (rows, columns, flags) = ("produce::load_linear1", "produce::load_linear2", "combine::wait_for_flag");
+    let relaxed = Replace("acquire", "relaxed");
+    let release = "red.release";
+    vec![
+        bug("rows are waited for with a relaxed load", load, rows, relaxed),
+        bug("columns are waited for with a relaxed load", load, columns, relaxed),
+        bug("counts are waited for with a relaxed load", load, counts, relaxed),
+        bug("results are waited for with a relaxed load", load, flags, relaxed),
+        bug("rows are waited for with CTA scope", load, rows, Replace(".gpu", ".cta")),
+        bug("columns are waited for with CTA scope", load, columns, Replace(".gpu", ".cta")),
+        bug("counts are waited for with GPU scope", load, counts, Replace(".sys", ".gpu")),
+        bug("counts are waited for with CTA scope", load, counts, Replace(".sys", ".cta")),
+        bug("results are waited for with GPU scope", load, flags, Replace(".sys", ".gpu")),
+        bug("results are waited for with CTA scope", load, flags, Replace(".sys", ".cta")),
+        bug("rows are not waited for", load, rows, Set(0x7fff_ffff)),
+        bug("columns are not waited for", load, columns, Set(0x7fff_ffff)),
+        bug("counts of the first launch are not waited for", load, counts, Set(1 << 32)),
+        bug("results of the first launch are not waited for", load, flags, Set(1)),
+        bug("pulled rows are counted relaxed", release, "pull::pull", Replace("release", "relaxed")),
+        bug("stored columns are counted relaxed", release, "publish::store_columns", Replace("release", "relaxed")),
+        bug("pulled rows are counted with CTA scope", release, "pull::pull", Replace(".gpu", ".cta")),
+        bug("stored columns are counted with CTA scope", release, "publish::store_columns", Replace(".gpu", ".cta")),
+        bug("a row's meta is written behind its count", "st.global.u64", "pull::pull", Behind("red.release")),
+        bug("flags are raised with GPU scope", "st.relaxed.sys", "publish::announce_results", Replace(".sys", ".gpu")),
+        bug(
+            "flags are raised by an ordinary store",
+            "st.relaxed.sys",
+            "publish::announce_results",
+            Replace(".relaxed.sys", ""),
+        ),
+        bug("counts are published with GPU scope", "st.relaxed.sys", "route::publish", Replace(".sys", ".gpu")),
+        bug(
+            "counts are published by an ordinary store",
+            "st.relaxed.sys",
+            "route::publish",
+            Replace(".relaxed.sys", ""),
+        ),
+        bug(
+            "routed chunks are counted relaxed, with CTA scope",
+            ATOM,
+            "route::route atomic::atom_add_acq_rel_gpu",
+            Replace("acq_rel.gpu", "relaxed.cta"),
+        ),
+        bug(
+            "results are counted with CTA scope",
+            ATOM,
+            "publish::announce_results",
+            Replace("acq_rel.sys", "acq_rel.cta"),
+        ),
+        bug("the end of CTAs is counted relaxed", ATOM, "entry::end_launch", Replace("acq_rel", "relaxed")),
+        bug("the end of CTAs is counted with CTA scope", ATOM, "entry::end_launch", Replace(".gpu", ".cta")),
+        bug("list places are claimed with CTA scope", ATOM, "route::send", Replace(".gpu", ".cta")),
+        bug("tasks are claimed with CTA scope", ATOM, "schedule::hand_out_tasks", Replace(".gpu", ".cta")),
+        bug("rows are claimed with CTA scope", ATOM, "route::claim pull::pull", Replace(".gpu", ".cta")),
+    ]
+}
+
+fn global_counts() -> Vec<Mutant> {
+    vec![
+        bug("pulled rows are not counted", "red.release", "pull::pull", Drop),
+        bug("pulled rows are counted twice", "red.release", "pull::pull", Twice),
+        bug("stored columns are not counted", "red.release", "publish::store_columns", Drop),
+        bug("stored columns are counted twice", "red.release", "publish::store_columns", Twice),
+        bug("every task of an expert raises its flag", ATOM, "publish::announce_results", Stay),
+        bug("no task of an expert raises its flag", ATOM, "publish::announce_results", Branch),
+        bug("tasks of an expert count two", ATOM, "publish::announce_results", Add(-1, 1)),
+        bug("flags have the next launch's epoch", "st.relaxed.sys", "publish::announce_results", Add(-1, 1)),
+        bug("counts are one too high", "st.relaxed.sys", "route::publish", Add(-1, 1)),
+        bug("counts are one too low", "st.relaxed.sys", "route::publish", Add(-1, -1)),
+        bug("list places are claimed two by two", ATOM, "route::send", Add(-1, 1)),
+        bug("every second task is skipped", ATOM, "schedule::hand_out_tasks", Add(-1, 1)),
+        bug("every second row is skipped", ATOM, "route::claim pull::pull", Add(-1, 1)),
+        bug("every second chunk of tokens is skipped", ATOM, "route::claim route::route", Add(-1, 1)),
+        bug("routed chunks count two", ATOM, "route::route atomic::atom_add_acq_rel_gpu", Add(-1, 1)),
+        bug("where the rows are is not told", "st.global.u64", "route::publish", Drop),
+        bug("counters are not zeroed for the next launch", "st.global.u32", "schedule::zero_next_counters", Drop),
+        bug("the epoch moves on with every CTA", ATOM, "entry::end_launch", Stay),
+        bug_at("the count of ended CTAs is not reset", "st.global.u32", "entry::end_launch", 0, Drop),
+        bug_at("the epoch does not move on", "st.global.u32", "entry::end_launch", 1, Drop),
+        bug("choices that do not exist are not reported", "red.relaxed.gpu.global.min", "route::route_chunk", Drop),
+        bug(
+            "the last bad choice is reported, not the first",
+            "red.relaxed.gpu.global.min",
+            "route::route_chunk",
+            Replace("min", "max"),
+        ),
+    ]
+}
+
+fn progress() -> Vec<Mutant> {
+    vec![
+        bug("waits have no deadline", "setp.gt.u64", "launch::wait_until", Stay),
+        bug("a deadline that passes is not reported", "atom.relaxed.gpu.global.cas", "launch::wait_until", Drop),
+        bug("the deadline passes at once", "setp.gt.u64", "launch::wait_until", Branch),
+    ]
+}

@@ -1,0 +1,114 @@
+//! Runs the small matrix over many seeds; a stopped soak goes on where it was.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use ferromoe_tests::small::{SmallCase, run_options, small_matrix};
+use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
+use ptx_sim::Module;
+use rayon::prelude::*;
+
+/// Runs the small matrix over many seeds, going on where the last soak was stopped.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask soak")]
+struct Arguments {
+    /// Seeds to run: 0 to N - 1.
+    #[arg(long, default_value_t = 2000, value_name = "N")]
+    seeds: u64,
+    /// Only this seed, whether it was run before or not.
+    #[arg(long, value_name = "S", conflicts_with = "seeds")]
+    seed: Option<u64>,
+    /// Only this case.
+    #[arg(long, value_name = "NAME", requires = "seed")]
+    case: Option<String>,
+    /// Forget the seeds that were run before.
+    #[arg(long)]
+    restart: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let mut cases = small_matrix();
+    if let Some(name) = &arguments.case {
+        let names: Vec<_> = cases.iter().map(|case| case.name).collect();
+        cases.retain(|case| case.name == name);
+        if cases.is_empty() {
+            bail!("there is no case `{name}`; there are {names:?}");
+        }
+    }
+    if let Some(seed) = arguments.seed {
+        run_seed(&cases, &module, seed)?;
+        println!("seed {seed}: all right");
+        return Ok(());
+    }
+    let path = done_path()?;
+    if arguments.restart && path.exists() {
+        fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    let (done, file) = open_done(&path)?;
+    let file = Mutex::new(file);
+    let left: Vec<_> = (0..arguments.seeds).filter(|seed| !done.contains(seed)).collect();
+    let before = arguments.seeds - left.len() as u64;
+    if before > 0 {
+        println!("{before} of {} seeds were run before ({})", arguments.seeds, path.display());
+    }
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} seeds, {elapsed} ({eta} left)")?;
+    let progress = ProgressBar::new(left.len() as u64).with_style(style);
+    left.par_iter().progress_with(progress).try_for_each(|&seed| {
+        run_seed(&cases, &module, seed)?;
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        writeln!(file, "{seed}").with_context(|| format!("cannot write {}", path.display()))
+    })?;
+    println!("{} cases, {} seeds: all right", cases.len(), arguments.seeds);
+    Ok(())
+}
+
+fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64) -> Result<()> {
+    for case in cases {
+        let name = case.name;
+        case.run(module, seed, &run_options(None)).with_context(|| {
+            format!(
+                "case `{name}` failed with seed {seed}; repeat it with\n  cargo xtask soak --case '{name}' --seed {seed}\n"
+            )
+        })?;
+    }
+    Ok(())
+}
+
+/// The seeds that this kernel has passed: a file beside cargo's build outputs, named by the digest of the kernel's sources.
+fn done_path() -> Result<PathBuf> {
+    let binary = std::env::current_exe().context("cannot tell where this program is")?;
+    let target = binary.ancestors().nth(2).context("this program is not in cargo's target folder")?;
+    let digest = ferromoe::PTX.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
+    Ok(target.join("soak").join(format!("{digest:.16}.seeds")))
+}
+
+fn open_done(path: &PathBuf) -> Result<(BTreeSet<u64>, File)> {
+    let context = || format!("cannot use {}", path.display());
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(context)?;
+    }
+    let done = match fs::read_to_string(path) {
+        Ok(text) => text.lines().filter_map(|line| line.parse().ok()).collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeSet::new(),
+        Err(error) => return Err(error).with_context(context),
+    };
+    let file = OpenOptions::new().create(true).append(true).open(path).with_context(context)?;
+    Ok((done, file))
+}

@@ -1,0 +1,199 @@
+//! The small matrix: cases that between them go through every role, wait and ring of the kernel, and are cheap enough to run
+//! thousands of times.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferromoe::{DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, Routing, SimOptions, reference};
+use ptx_sim::{Module, RunOptions, SimError};
+
+use crate::{Case, Choices, TOLERANCE, Tokens};
+
+/// How long one wait of the kernel may last, in simulated time: a launch of a small case takes a tenth of it.
+const DEADLINE: Duration = Duration::from_millis(4);
+
+/// What a launch must give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expectation {
+    /// The reference's output, on every rank.
+    Output,
+    /// An error that names this token's expert id, which does not exist.
+    BadExpert {
+        /// The rank that has the token.
+        rank: usize,
+        /// The token.
+        token: usize,
+        /// The choice.
+        k: usize,
+    },
+    /// An error that names the rank that was not launched.
+    LostRank(usize),
+}
+
+/// A case with all that does not depend on the seed.
+pub struct SmallCase {
+    /// What it is called, for messages and commands.
+    pub name: &'static str,
+    case: Case,
+    weights: ExpertWeights,
+    tokens: Tokens,
+    reference: Vec<Vec<f64>>,
+    /// What each launch gives, in order; all are launches of one layer.
+    launches: Vec<Expectation>,
+}
+
+/// Why a run is not as it must be.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The simulator ended the run.
+    #[error("{0}")]
+    Simulator(SimError),
+    /// The kernel, or the library, reported an error where there is none, or another than there is.
+    #[error("unexpected error: {0}")]
+    Reported(Error),
+    /// No error where there is one.
+    #[error("no error where {0:?} was expected")]
+    Unreported(Expectation),
+    /// Another output than the reference's.
+    #[error("rank {rank} has a relative L2 error of {error:.2e} in launch {launch}")]
+    WrongResult {
+        /// The rank.
+        rank: usize,
+        /// The launch, from 0.
+        launch: usize,
+        /// Its error.
+        error: f64,
+    },
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Simulator(error) => Self::Simulator(error),
+            other => Self::Reported(other),
+        }
+    }
+}
+
+impl SmallCase {
+    fn new(
+        name: &'static str,
+        config: MoeConfig,
+        tokens: &[usize],
+        choices: Choices,
+        sim: SimOptions,
+        launches: &[Expectation],
+    ) -> Self {
+        let max_tokens_per_rank = tokens.iter().copied().max().unwrap_or(0).max(1);
+        let config = MoeConfig { max_tokens_per_rank, ..config };
+        let case = Case { config, tokens: tokens.to_vec(), choices, sim, data: 1 };
+        let weights = ExpertWeights::random(&case.config, case.data);
+        let tokens = case.tokens();
+        let reference = tokens.hidden_states.iter().zip(&tokens.routing).map(|(states, routing)| {
+            reference::forward(&case.config, &weights, states, routing).expect("a case that the reference can compute")
+        });
+        let reference = reference.collect();
+        Self { name, case, weights, tokens, reference, launches: launches.to_vec() }
+    }
+
+    /// Runs all launches of the case with this kernel, and returns the warp instructions they took.
+    ///
+    /// # Errors
+    /// The first launch that is not as it must be.
+    pub fn run(&self, module: &Arc<Module>, seed: u64, run: &RunOptions) -> Result<u64, Failure> {
+        let sim = SimOptions { seed, ..self.case.sim };
+        // After a deadline waits fall through, and nothing orders what is thrown away.
+        let drains = self.launches.iter().any(|launch| matches!(launch, Expectation::LostRank(_)));
+        let run = RunOptions { checks: run.checks && !drains, ..run.clone() };
+        let group = DeviceGroup::simulated(module.clone(), self.case.ranks(), sim, run)?;
+        let mut moe = FusedMoe::new(&group, &self.case.config, &self.weights)?;
+        moe.set_deadline(DEADLINE)?;
+        let mut instructions = 0;
+        for (launch, expectation) in self.launches.iter().enumerate() {
+            instructions += self.launch(&mut moe, launch, *expectation)?;
+        }
+        Ok(instructions)
+    }
+
+    fn launch(&self, moe: &mut FusedMoe, launch: usize, expectation: Expectation) -> Result<u64, Failure> {
+        let bad_tokens = match expectation {
+            Expectation::BadExpert { rank, token, k } => Some(self.with_bad_id(rank, token, k)),
+            _ => None,
+        };
+        let tokens = bad_tokens.as_ref().unwrap_or(&self.tokens);
+        let lost = if let Expectation::LostRank(rank) = expectation { Some(rank) } else { None };
+        let launched: Vec<_> = (0..self.case.ranks()).filter(|rank| Some(*rank) != lost).collect();
+        match (moe.forward_on(&launched, &tokens.batch()), expectation) {
+            (Ok(outputs), Expectation::Output) => {
+                for (rank, (output, expected)) in outputs.iter().zip(&self.reference).enumerate() {
+                    let error = reference::relative_l2(&output.output, expected);
+                    if error.is_nan() || error > TOLERANCE {
+                        return Err(Failure::WrongResult { rank, launch, error });
+                    }
+                }
+                Ok(outputs.iter().filter_map(|output| output.cost).map(|cost| cost.instructions).sum())
+            }
+            (Ok(_), expected) => Err(Failure::Unreported(expected)),
+            (Err(Error::ExpertId { rank, token, k, .. }), expected)
+                if expected == (Expectation::BadExpert { rank, token, k }) =>
+            {
+                Ok(0)
+            }
+            (Err(Error::Deadline { missing, .. }), expected) if expected == Expectation::LostRank(missing) => Ok(0),
+            (Err(error), _) => Err(error.into()),
+        }
+    }
+
+    /// The case's tokens, but this choice and a later token's name experts that do not exist.
+    fn with_bad_id(&self, rank: usize, token: usize, k: usize) -> Tokens {
+        let mut tokens = self.case.tokens();
+        let routing = &tokens.routing[rank];
+        let mut ids = routing.topk_idx().to_vec();
+        for token in [token, token + 1] {
+            ids[token * routing.top_k() + k] = self.case.config.experts as i32;
+        }
+        tokens.routing[rank] =
+            Routing::new(routing.top_k(), ids, routing.topk_weights().to_vec()).expect("as many ids as before");
+        tokens
+    }
+}
+
+/// How the small matrix is run: with every check of the simulator.
+pub fn run_options(step_limit: Option<u64>) -> RunOptions {
+    RunOptions { step_limit, checks: true, ..RunOptions::default() }
+}
+
+/// The small matrix.
+pub fn small_matrix() -> Vec<SmallCase> {
+    use Expectation::{BadExpert, LostRank, Output};
+    let config = |hidden, intermediate, experts, top_k, shared_experts| MoeConfig {
+        hidden,
+        intermediate,
+        experts,
+        top_k,
+        shared_experts,
+        ..Case::default().config
+    };
+    let sms = |sms, residency| SimOptions { sms, residency, seed: 0 };
+    let case = SmallCase::new;
+    vec![
+        // More k-blocks than stages in both products, two waves of experts, a shared expert, odd last blocks.
+        case("layer", config(320, 320, 8, 3, 1), &[20, 9], Choices::Random, sms(3, None), &[Output; 3]),
+        // Several tiles of one expert, the last of them narrow, and more than one chunk of tokens to route.
+        case("tiles", config(64, 64, 4, 1, 0), &[259, 14], Choices::AllTo(1), sms(3, None), &[Output; 2]),
+        // Rows of several pull and combine pieces.
+        case("wide rows", config(6208, 64, 2, 1, 0), &[5, 3], Choices::Random, sms(2, None), &[Output; 2]),
+        // More results than combine buffers, and one CTA at a time.
+        case("many choices", config(64, 64, 16, 12, 2), &[9, 6], Choices::Sparse, sms(3, Some(1)), &[Output; 2]),
+        // What the kernel reports, and that it works again afterwards.
+        case(
+            "bad choices",
+            config(64, 64, 4, 2, 1),
+            &[11, 18],
+            Choices::Random,
+            sms(2, None),
+            &[BadExpert { rank: 1, token: 4, k: 1 }, Output],
+        ),
+        case("lost rank", config(64, 64, 4, 2, 1), &[11, 18], Choices::Random, sms(2, None), &[LostRank(1), Output]),
+    ]
+}
