@@ -108,7 +108,7 @@ fn fences() -> Vec<Mutant> {
         .harmless(COMPLETED),
         bug("no proxy fence between the stored columns and their count", PROXY, "publish::store_columns", Drop)
             .harmless(COMPLETED),
-        bug("no proxy fence between a pulled row and its count", PROXY, "pull::copy_row", Drop).harmless(COMPLETED),
+        bug("no proxy fence between a pulled row and its count", PROXY, "pull::pull", Drop).harmless(COMPLETED),
         bug(
             "proxy fence of the staged activations behind the hand-over",
             PROXY,
@@ -164,7 +164,7 @@ fn mbarrier_waits() -> Vec<Mutant> {
         bug("linear 2 does not wait for its staging buffer", WAIT, "consume::take_staging linear2::finish", Pass),
         bug("the publisher does not wait for staged activations", WAIT, "publish::store_columns", Pass),
         bug("the publisher does not wait for stored results", WAIT, "publish::announce_results", Pass),
-        bug("a pulled piece is stored before it has landed", WAIT, "pull::copy_row", Pass),
+        bug("a pulled piece is stored before it has landed", WAIT, "pull::pull", Pass),
         bug("a combined piece is read before it has landed", WAIT, "combine::sum", Pass),
         bug("a consumer waits for a task with the other parity", WAIT, "cta::read cta::take_warp", Flip(1)),
         bug("the producer waits for a task with the other parity", WAIT, "cta::read produce::produce", Flip(1)),
@@ -187,7 +187,7 @@ fn mbarrier_waits() -> Vec<Mutant> {
         ),
         bug("the publisher waits for activations with the other parity", WAIT, "publish::store_columns", Flip(1)),
         bug("the publisher waits for results with the other parity", WAIT, "publish::announce_results", Flip(1)),
-        bug("a pulled piece is waited for with the other parity", WAIT, "pull::copy_row", Flip(1)),
+        bug("a pulled piece is waited for with the other parity", WAIT, "pull::pull", Flip(1)),
         bug("a combined piece is waited for with the other parity", WAIT, "combine::sum", Flip(1)),
     ]
 }
@@ -237,8 +237,8 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug("a task is announced before it is written", "st.shared.v4", "cta::put", Behind("mbarrier.arrive")),
         bug("a stage expects 16 bytes too many", EXPECT, "produce::load_weights", Add(-1, 16)),
         bug("a stage expects 16 bytes too few", EXPECT, "produce::load_weights", Add(-1, -16)),
-        bug("a pull buffer expects 16 bytes too many", EXPECT, "pull::copy_row", Add(-1, 16)),
-        bug("a pull buffer expects 16 bytes too few", EXPECT, "pull::copy_row", Add(-1, -16)),
+        bug("a pull buffer expects 16 bytes too many", EXPECT, "pull::pull", Add(-1, 16)),
+        bug("a pull buffer expects 16 bytes too few", EXPECT, "pull::pull", Add(-1, -16)),
         bug("a combine buffer expects 16 bytes too many", EXPECT, "combine::load_next", Add(-1, 16)),
         bug("a combine buffer expects 16 bytes too few", EXPECT, "combine::load_next", Add(-1, -16)),
         bug("the producer's ring has a stage less", "setp.eq", "cta::advance produce::load", Replace(", 4;", ", 3;")),
@@ -269,7 +269,7 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
 fn bulk_copies() -> Vec<Mutant> {
     vec![
         bug("stores of activations are in no bulk group", "cp.async.bulk.commit_group", "publish::store_columns", Drop),
-        bug("stores of pulled rows are in no bulk group", "cp.async.bulk.commit_group", "pull::copy_row", Drop),
+        bug("stores of pulled rows are in no bulk group", "cp.async.bulk.commit_group", "pull::pull", Drop),
         bug(
             "staging is given back before it was read",
             "cp.async.bulk.wait_group.read",
@@ -282,7 +282,7 @@ fn bulk_copies() -> Vec<Mutant> {
             "publish::store_columns",
             Replace(" 0;", " 1;"),
         ),
-        bug("a pull buffer is refilled before it was read", "cp.async.bulk.wait_group.read", "pull::copy_row", Drop),
+        bug("a pull buffer is refilled before it was read", "cp.async.bulk.wait_group.read", "pull::pull", Drop),
         bug("columns are counted before they are stored", "cp.async.bulk.wait_group ", "publish::store_columns", Drop),
         bug(
             "columns are counted when their staging was read",
@@ -296,17 +296,17 @@ fn bulk_copies() -> Vec<Mutant> {
             "publish::store_columns",
             Replace(" 0;", " 1;"),
         ),
-        bug("a pulled row is counted before it is stored", "cp.async.bulk.wait_group ", "pull::copy_row", Drop),
+        bug("a pulled row is counted before it is stored", "cp.async.bulk.wait_group ", "pull::pull", Drop),
         bug(
             "a pulled row is counted when its buffer was read",
             "cp.async.bulk.wait_group ",
-            "pull::copy_row",
+            "pull::pull",
             Replace("wait_group", "wait_group.read"),
         ),
         bug(
             "a pulled row is counted while its last piece is stored",
             "cp.async.bulk.wait_group ",
-            "pull::copy_row",
+            "pull::pull",
             Replace(" 0;", " 1;"),
         ),
         bug("tokens are loaded into the next stage", "cp.async.bulk.tensor.2d.shared", "produce::load", Add(0, STAGE)),
@@ -336,9 +336,9 @@ fn bulk_copies() -> Vec<Mutant> {
             "publish::store_columns",
             Add(2, 1),
         ),
-        bug("a pulled piece is 16 bytes short", "cp.async.bulk.shared", "pull::copy_row", Add(2, -16)),
-        bug("a stored piece is 16 bytes short", "cp.async.bulk.global", "pull::copy_row", Add(-1, -16)),
-        bug("a stored piece is 16 bytes long", "cp.async.bulk.global", "pull::copy_row", Add(-1, 16)),
+        bug("a pulled piece is 16 bytes short", "cp.async.bulk.shared", "pull::pull", Add(2, -16)),
+        bug("a stored piece is 16 bytes short", "cp.async.bulk.global", "pull::pull", Add(-1, -16)),
+        bug("a stored piece is 16 bytes long", "cp.async.bulk.global", "pull::pull", Add(-1, 16)),
         bug("a combined piece is 16 bytes long", "cp.async.bulk.shared", "combine::load_next", Add(2, 16)),
     ]
 }
