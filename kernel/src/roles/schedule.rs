@@ -2,7 +2,7 @@
 
 use crate::cta::{Cta, TaskWriter};
 use crate::device::atomic::atom_add_relaxed_gpu;
-use crate::device::barrier::bar_sync;
+use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::global::{ld_acquire_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
 use crate::launch::{COUNTS_BARRIER, Launch};
@@ -20,6 +20,8 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     check_tokens(launch, lane);
     zero_next_counters(launch, lane);
     gather_counts(launch, cta, lane);
+    // Lanes wait for counts apart from each other, and `bar.sync` is for whole warps.
+    bar_warp_sync();
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     if lane == 0 {
         hand_out_tasks(launch, cta);
