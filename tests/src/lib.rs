@@ -129,24 +129,27 @@ fn route(random: &mut StdRng, config: &MoeConfig, tokens: usize, choices: Choice
     Routing::new(config.top_k, ids, weights).expect("ids and weights of one length")
 }
 
-/// The group to run `ranks` ranks on. A machine with fewer GPUs lets the ranks share one.
+/// The group to run `ranks` ranks on, with all checks of the simulator. A machine with fewer GPUs lets the ranks share one.
 pub fn group(ranks: usize, sim: SimOptions) -> DeviceGroup {
-    let group = match std::env::var("FERROMOE_TEST_DEVICE").as_deref() {
-        Ok("cuda") => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
-        _ => DeviceGroup::open(Device::Sim(sim), ranks),
-    };
-    group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
+    open(ranks, sim, true)
 }
 
 /// A group for what runs into its deadline. From then on the kernel's waits fall through, and what it reads while the launch
 /// drains is ordered by nothing: simulated ranks run without the checks of that.
 pub fn group_that_times_out(ranks: usize, sim: SimOptions) -> DeviceGroup {
-    if std::env::var("FERROMOE_TEST_DEVICE").as_deref() == Ok("cuda") {
-        return group(ranks, sim);
-    }
-    let module = ptx_sim::Module::parse(ferromoe::PTX).unwrap_or_else(|error| panic!("{error}"));
-    let run = ptx_sim::RunOptions { checks: false, ..ptx_sim::RunOptions::default() };
-    DeviceGroup::simulated(Arc::new(module), ranks, sim, run).unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
+    open(ranks, sim, false)
+}
+
+fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
+    let group = match std::env::var("FERROMOE_TEST_DEVICE").as_deref() {
+        Ok("cuda") => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
+        _ => {
+            let module = ptx_sim::Module::parse(ferromoe::PTX).unwrap_or_else(|error| panic!("{error}"));
+            let run = ptx_sim::RunOptions { checks, ..ptx_sim::RunOptions::default() };
+            DeviceGroup::simulated(Arc::new(module), ranks, sim, run)
+        }
+    };
+    group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
 
 /// A layer with its weights, ready to run.

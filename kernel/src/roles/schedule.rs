@@ -32,8 +32,8 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
 #[inline(always)]
 fn check_tokens(launch: &Launch, lane: u32) {
     let claimed = launch.claimed_tokens();
-    if lane == 0 && claimed > launch.params().shape.max_tokens {
-        // SAFETY: the status words lie in the workspace; every writer writes the same value.
+    if lane == 0 && cta_index() == 0 && claimed > launch.params().shape.max_tokens {
+        // SAFETY: the status words lie in the workspace, and only this thread writes this one.
         unsafe { st_weak_u64(&raw mut (*launch.status()).excess_tokens, claimed as u64) };
     }
 }
