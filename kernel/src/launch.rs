@@ -127,7 +127,7 @@ impl Launch {
         self.workspace(self.params().workspace.status, 0)
     }
 
-    /// Row `token` of this rank's hidden states.
+    /// Address of this rank's hidden states.
     #[inline(always)]
     pub fn hidden_states(&self) -> u64 {
         self.0.hidden_states

@@ -1,6 +1,6 @@
 //! The consumer warpgroups: the tensor-core products, then linear 1's or linear 2's results, then combine.
 //!
-//! A warpgroup has 64 of a task's 128 weight rows. The two work side by side and never wait for each other.
+//! A warpgroup has 64 of a task's 128 weight rows. The two meet only through the stages and the staging buffers.
 
 use crate::cta::{Cta, Ring, TaskReader};
 use crate::device::barrier::{bar_sync, bar_warp_sync};

@@ -1,6 +1,6 @@
 //! Route: each valid (token, k) gets a slot in its expert's list on the rank that owns the expert.
 //!
-//! Both dispatch warps claim chunks of tokens. The warp that finishes a rank's last chunk publishes the rank's counts to every rank.
+//! Dispatch warps claim chunks of tokens. The warp that finishes a rank's last chunk publishes the rank's counts to every rank.
 
 use crate::device::atomic::{atom_add_acq_rel_gpu, atom_add_relaxed_gpu, red_min_relaxed_gpu_u64};
 use crate::device::barrier::bar_warp_sync;
