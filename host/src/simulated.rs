@@ -202,6 +202,7 @@ impl Node {
                 module: &self.module,
                 entry: queued.entry,
                 grid: queued.grid,
+                cluster: [1, 1, 1],
                 block: queued.block,
                 shared_bytes: queued.shared_bytes,
                 args: queued.args.iter().map(|&arg| Arg::U64(arg)).collect(),

@@ -192,8 +192,20 @@ pub(crate) struct Function {
     pub parameters: Vec<Variable>,
     /// `.maxntid` or `.reqntid`, threads of a CTA.
     pub max_threads: Option<u32>,
+    pub cluster: ClusterDirectives,
     pub body: Option<Vec<Statement>>,
     pub line: u32,
+}
+
+/// What the directives of an entry say of its clusters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ClusterDirectives {
+    /// `.reqnctapercluster`, CTAs along x, y, z.
+    pub required: Option<[u32; 3]>,
+    /// `.maxclusterrank`, CTAs of a cluster.
+    pub most: Option<u32>,
+    /// `.explicitcluster`: a launch must name a cluster.
+    pub explicit: bool,
 }
 
 /// A whole module.

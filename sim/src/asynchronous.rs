@@ -10,6 +10,7 @@ use crate::program::{AtomicOperation, AtomicType, CopyKind};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
     Global(u64),
+    /// Of the issuing CTA as a source, of the transfer's target as a destination.
     Shared(u32),
     /// A source outside the tensor: what to fill with, repeated.
     Fill([u8; 2]),
@@ -49,6 +50,11 @@ pub(crate) struct Transfer {
     pub issuer: Issuer,
     pub launch: usize,
     pub device: usize,
+    /// The CTA in whose shared memory the destination (if it is shared) and the mbarrier are: slot and identity.
+    pub target: (usize, u64),
+    /// Other CTAs of the cluster that are written at the same addresses, once the source was read, each as an operation
+    /// with a number of its own.
+    pub multicast: Vec<(u64, (usize, u64))>,
     pub parts: Vec<CopyPart>,
     pub completion: Completion,
     pub reduction: Option<(AtomicOperation, AtomicType, u32)>,
@@ -96,6 +102,12 @@ impl AsyncQueue {
         number
     }
 
+    /// A number for an operation that comes later.
+    pub fn reserve(&mut self) -> u64 {
+        self.next += 1;
+        self.next - 1
+    }
+
     /// Puts an operation back, for its next stage.
     pub fn again(&mut self, due: u64, number: u64, event: Event) {
         self.stages.insert(number, Stage::Read);
@@ -131,18 +143,22 @@ impl AsyncQueue {
         self.due.peek().map(|Reverse((due, _))| *due)
     }
 
-    /// An operation of a CTA that still needs its shared memory or registers.
+    /// An operation that still needs a CTA's shared memory or registers.
     pub fn needs(&self, cta: u64) -> Option<Issuer> {
         let mut found: Vec<(u64, Issuer)> = self
             .events
             .iter()
             .filter_map(|(number, event)| match event {
                 Event::Transfer(transfer) => {
-                    let shared = match &transfer.data {
-                        None => true,
-                        Some(_) => matches!(transfer.completion, Completion::Mbarrier { .. }),
+                    let reads = transfer.data.is_none()
+                        && transfer.issuer.cta == cta
+                        && transfer.parts.iter().any(|part| matches!(part.from, Place::Shared(_)));
+                    let targets = transfer.multicast.iter().map(|(_, target)| target).chain([&transfer.target]);
+                    let writes = match transfer.completion {
+                        Completion::Mbarrier { .. } => { targets }.any(|(_, target)| *target == cta),
+                        Completion::Group(_) => transfer.data.is_none() && transfer.target.1 == cta,
                     };
-                    (transfer.issuer.cta == cta && shared).then_some((*number, transfer.issuer))
+                    (reads || writes).then_some((*number, transfer.issuer))
                 }
                 Event::Wgmma { issuer, .. } | Event::Arrive { issuer, .. } => {
                     (issuer.cta == cta).then_some((*number, *issuer))

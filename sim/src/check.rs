@@ -14,8 +14,8 @@ use std::collections::{HashMap, VecDeque};
 use crate::error::Fault;
 use crate::program::{CopyKind, WgmmaUse};
 use clock::{Clock, Entry};
-use shadow::{Actor, Agent, Shadow};
-pub(crate) use shadow::{Clash, Mode, Record, Scope, shared_key};
+use shadow::{Actor, Agent, Shadow, Site};
+pub(crate) use shadow::{Clash, Mode, Record, Scope, shared_key, shared_owner};
 
 /// Lanes with the same clock.
 #[derive(Debug, Clone)]
@@ -52,6 +52,8 @@ struct WarpState {
     absent: u32,
     views: Vec<View>,
     fenced: Vec<Aside>,
+    /// Of `fence.mbarrier_init`: what a relaxed arrival at the cluster's barrier hands on.
+    initialised: Vec<Aside>,
     observed: Vec<Aside>,
     groups: Vec<Groups>,
     wgmma_committed: u32,
@@ -86,9 +88,19 @@ pub(crate) enum RegisterMisuse {
 pub(crate) struct Home {
     pub launch: usize,
     pub device: usize,
+    pub cluster: u64,
     pub cta: u64,
     pub index: [u32; 3],
     pub warp: u32,
+}
+
+/// What arrivals hand on.
+#[derive(Debug, Clone, Default)]
+struct Handed {
+    /// To any wait: from the mbarrier's own CTA.
+    near: Clock,
+    /// To waits of cluster scope: from other CTAs.
+    far: Clock,
 }
 
 /// What an mbarrier hands on.
@@ -96,6 +108,15 @@ pub(crate) struct Home {
 struct Phases {
     agent: u32,
     issued: u32,
+    arriving: Handed,
+    complete: Handed,
+}
+
+/// What the barrier of a cluster hands on.
+#[derive(Debug, Default)]
+struct ClusterPhases {
+    /// CTAs of the cluster that were started.
+    ctas: u32,
     arriving: Clock,
     complete: Clock,
 }
@@ -109,6 +130,11 @@ struct Product {
 
 #[derive(Debug, Default)]
 struct CtaChecks {
+    cluster: u64,
+    /// Number of the first warp, and how many there are.
+    warps: (u32, u32),
+    /// Stands for the reads of its copies to several CTAs: the agent, and how many there were.
+    multicasts: Option<(u32, u32)>,
     shared_bytes: u64,
     mbarriers: HashMap<u32, Phases>,
     barriers: Vec<Clock>,
@@ -122,13 +148,12 @@ struct CtaChecks {
 #[derive(Debug, Clone)]
 struct Published {
     scope: Scope,
-    device: usize,
-    cta: u64,
+    site: Site,
     clock: Clock,
 }
 
 /// An asynchronous copy under way.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Flight {
     clock: Clock,
     issuer: u32,
@@ -181,8 +206,9 @@ impl Order {
 #[derive(Debug, Default)]
 pub(crate) struct Checker {
     homes: Vec<Home>,
-    scopes: Vec<(usize, u64)>,
+    scopes: Vec<Site>,
     warps: Vec<WarpState>,
+    clusters: HashMap<u64, ClusterPhases>,
     ctas: HashMap<u64, CtaChecks>,
     shadow: Shadow,
     words: HashMap<u64, Vec<Published>>,
@@ -192,14 +218,6 @@ pub(crate) struct Checker {
     pub clash: Option<Clash>,
 }
 
-fn covers(scope: Scope, from: (usize, u64), to: (usize, u64)) -> bool {
-    match scope {
-        Scope::Cta => from.1 == to.1,
-        Scope::Gpu => from.0 == to.0,
-        Scope::Sys => true,
-    }
-}
-
 impl Checker {
     /// A CTA starts: gives its first warp's number. `live` are the lanes of each warp.
     pub fn start_cta(&mut self, home: Home, live: &[u32], groups: usize, shared_bytes: u64) -> u32 {
@@ -207,7 +225,7 @@ impl Checker {
         let members = (0..live.len()).chain((0..groups).map(|group| group * 4));
         for warp in members {
             self.homes.push(Home { warp: warp as u32, ..home });
-            self.scopes.push((home.device, home.cta));
+            self.scopes.push(Site { device: home.device, cluster: home.cluster, cta: home.cta });
         }
         self.warps.extend(live.iter().map(|live| WarpState {
             tick: 1,
@@ -217,21 +235,35 @@ impl Checker {
         }));
         self.warps.resize_with(self.homes.len(), WarpState::default);
         let checks = CtaChecks {
+            cluster: home.cluster,
+            warps: (first, live.len() as u32),
             shared_bytes,
-            barriers: vec![Clock::default(); crate::cta::CLUSTER_BARRIER as usize + 1],
+            barriers: vec![Clock::default(); crate::cta::BARRIERS as usize],
             products: (0..groups).map(|_| VecDeque::new()).collect(),
             first_group: first + live.len() as u32,
             ..CtaChecks::default()
         };
         self.ctas.insert(home.cta, checks);
+        self.clusters.entry(home.cluster).or_default().ctas += 1;
         first
     }
 
-    pub fn finish_cta(&mut self, cta: u64) {
-        if let Some(checks) = self.ctas.remove(&cta) {
-            self.shadow.forget_shared(cta, checks.shared_bytes);
-            self.words.retain(|key, _| key >> 63 == 0 || key >> 24 & ((1 << 39) - 1) != cta);
+    /// A CTA has exited; an access to its shared memory by another one that nothing orders before that, if there is any.
+    pub fn finish_cta(&mut self, cta: u64) -> Option<Clash> {
+        let checks = self.ctas.remove(&cta)?;
+        let mut clash = None;
+        if self.clusters.get(&checks.cluster).is_some_and(|cluster| cluster.ctas > 1) {
+            let (first, count) = checks.warps;
+            let mut clock = Clock::default();
+            (first..first + count).for_each(|warp| clock.join(&self.snapshot(warp, u32::MAX)));
+            clash = self.shadow.unknown_to_exit(cta, checks.shared_bytes, &clock, &self.scopes);
         }
+        if self.ctas.values().all(|other| other.cluster != checks.cluster) {
+            self.clusters.remove(&checks.cluster);
+        }
+        self.shadow.forget_shared(cta, checks.shared_bytes);
+        self.words.retain(|key, _| key >> 63 == 0 || shared_owner(*key) != cta);
+        clash
     }
 
     /// Where the warp of a record ran.
@@ -364,15 +396,42 @@ impl Checker {
     /// `mbarrier.init`: nothing was handed on yet.
     pub fn init_mbarrier(&mut self, cta: u64, address: u32) {
         if let Some(phases) = self.phases(cta, address) {
-            (phases.arriving, phases.complete) = (Clock::default(), Clock::default());
+            (phases.arriving, phases.complete) = (Handed::default(), Handed::default());
         }
     }
 
-    /// An arrival with release semantics; before the phase it belongs to is completed.
-    pub fn arrive_mbarrier(&mut self, warp: u32, lanes: u32, cta: u64, address: u32) {
-        let clock = self.snapshot(warp, lanes);
+    /// What an arrival of some lanes hands on: all they know, or as a relaxed one what their fences have set aside.
+    fn released(&self, warp: u32, lanes: u32, scope: Scope, relaxed: bool) -> Clock {
+        if !relaxed {
+            return self.snapshot(warp, lanes);
+        }
+        let mut clock = Clock::default();
+        let fenced = self.warps.get(warp as usize).map_or(&[][..], |state| &state.fenced);
+        for aside in fenced.iter().filter(|aside| aside.lanes & lanes != 0 && aside.scope >= scope) {
+            clock.join(&aside.clock);
+            clock.learn(warp, Entry::new(aside.tick, aside.lanes & lanes));
+        }
+        clock
+    }
+
+    /// An arrival, before the phase it belongs to is completed.
+    pub fn arrive_mbarrier(&mut self, warp: u32, lanes: u32, (cta, address): (u64, u32), scope: Scope, relaxed: bool) {
+        let Some(&Site { cta: own, .. }) = self.scopes.get(warp as usize) else {
+            return;
+        };
+        let mut clock = self.released(warp, lanes, scope, relaxed);
+        let tick = self.warps.get(warp as usize).map_or(0, |state| state.tick);
         if let Some(phases) = self.phases(cta, address) {
-            phases.arriving.join(&clock);
+            if own == cta {
+                phases.arriving.near.join(&clock);
+            } else {
+                if scope == Scope::Cta {
+                    clock = Clock::default();
+                }
+                // That the arrival itself came before is known to whoever saw the phase complete.
+                phases.arriving.near.see(warp, tick, lanes);
+                phases.arriving.far.join(&clock);
+            }
         }
         self.advance(warp);
     }
@@ -385,10 +444,60 @@ impl Checker {
     }
 
     /// A wait with acquire semantics has seen its phase complete.
-    pub fn wait_mbarrier(&mut self, warp: u32, lanes: u32, cta: u64, address: u32) {
+    pub fn wait_mbarrier(&mut self, warp: u32, lanes: u32, cta: u64, address: u32, scope: Scope) {
         if let Some(complete) = self.phases(cta, address).map(|phases| phases.complete.clone()) {
+            self.learn(warp, lanes, |clock| {
+                clock.join(&complete.near);
+                if scope >= Scope::Cluster {
+                    clock.join(&complete.far);
+                }
+            });
+        }
+    }
+
+    /// `barrier.cluster.arrive`.
+    pub fn arrive_cluster(&mut self, warp: u32, lanes: u32, relaxed: bool) {
+        let mut clock = self.released(warp, lanes, Scope::Cluster, relaxed);
+        if relaxed && let Some(state) = self.warps.get(warp as usize) {
+            for aside in state.initialised.iter().filter(|aside| aside.lanes & lanes != 0) {
+                clock.join(&aside.clock);
+            }
+        }
+        if let Some(site) = self.scopes.get(warp as usize)
+            && let Some(phases) = self.clusters.get_mut(&site.cluster)
+        {
+            phases.arriving.join(&clock);
+        }
+        self.advance(warp);
+    }
+
+    /// All threads of a cluster have arrived.
+    pub fn complete_cluster(&mut self, cluster: u64) {
+        if let Some(phases) = self.clusters.get_mut(&cluster) {
+            phases.complete = std::mem::take(&mut phases.arriving);
+        }
+    }
+
+    /// `barrier.cluster.wait`.
+    pub fn wait_cluster(&mut self, warp: u32, lanes: u32) {
+        let cluster = self.scopes.get(warp as usize).map(|site| site.cluster);
+        if let Some(complete) =
+            cluster.and_then(|cluster| self.clusters.get(&cluster)).map(|known| known.complete.clone())
+        {
             self.learn(warp, lanes, |clock| clock.join(&complete));
         }
+    }
+
+    /// `fence.mbarrier_init`: it releases the initialisations to the cluster, and to the asynchronous proxy. All that came
+    /// before is taken for one.
+    pub fn fence_mbarrier_init(&mut self, warp: u32, lanes: u32) {
+        self.fence_proxy(warp, lanes);
+        let clock = self.snapshot(warp, lanes);
+        if let Some(state) = self.warps.get_mut(warp as usize) {
+            state.initialised.retain(|aside| aside.lanes & !lanes != 0);
+            state.initialised.push(Aside { lanes, scope: Scope::Cluster, tick: state.tick, clock });
+        }
+        self.advance(warp);
     }
 
     /// `fence.acq_rel` and `fence.sc`.
@@ -456,10 +565,10 @@ impl Checker {
             };
             let seen: Vec<(Scope, Clock)> = published
                 .iter()
-                .filter(|known| covers(known.scope, (known.device, known.cta), me))
+                .filter(|known| known.scope.covers(known.site, me))
                 .map(|known| {
-                    let there = (known.device, known.cta);
-                    let needed = [Scope::Cta, Scope::Gpu].into_iter().find(|scope| covers(*scope, there, me));
+                    let scopes = [Scope::Cta, Scope::Cluster, Scope::Gpu];
+                    let needed = scopes.into_iter().find(|scope| scope.covers(known.site, me));
                     (needed.unwrap_or(Scope::Sys), known.clock.clone())
                 })
                 .collect();
@@ -479,18 +588,18 @@ impl Checker {
     /// A strong store, or the store of an atomic (`chain`: what was published before stays so).
     #[allow(clippy::too_many_arguments)]
     pub fn publish(&mut self, warp: u32, lanes: u32, key: u64, bytes: u64, order: Order, scope: Scope, chain: bool) {
-        let Some(&(device, cta)) = self.scopes.get(warp as usize) else {
+        let Some(&site) = self.scopes.get(warp as usize) else {
             return;
         };
         let mut news: Vec<Published> = Vec::new();
         if order.releases() {
-            news.push(Published { scope, device, cta, clock: self.snapshot(warp, lanes) });
+            news.push(Published { scope, site, clock: self.snapshot(warp, lanes) });
         }
         if let Some(state) = self.warps.get(warp as usize) {
             for aside in state.fenced.iter().filter(|aside| aside.lanes & lanes != 0) {
                 let mut clock = aside.clock.clone();
                 clock.learn(warp, Entry::new(aside.tick, aside.lanes & lanes));
-                news.push(Published { scope: aside.scope, device, cta, clock });
+                news.push(Published { scope: aside.scope, site, clock });
             }
         }
         for word in (key & !3..key + bytes).step_by(4) {
@@ -505,7 +614,7 @@ impl Checker {
                 known.clear();
             }
             for new in &news {
-                match known.iter_mut().find(|known| known.scope == new.scope && known.cta == new.cta) {
+                match known.iter_mut().find(|known| known.scope == new.scope && known.site.cta == new.site.cta) {
                     Some(known) => known.clock.join(&new.clock),
                     None => known.push(new.clone()),
                 }
@@ -530,14 +639,19 @@ impl Checker {
         state.groups.get_mut(index)
     }
 
-    /// A lane issues an asynchronous copy, which completes at an mbarrier of its CTA or in the lane's open group.
-    pub fn issue_copy(&mut self, number: u64, warp: u32, lane: usize, pc: u32, kind: CopyKind, mbarrier: Option<u32>) {
-        let Some(&(_, cta)) = self.scopes.get(warp as usize) else {
-            return;
-        };
+    /// A lane issues an asynchronous copy, which completes at an mbarrier of some CTA or in the lane's open group.
+    pub fn issue_copy(
+        &mut self,
+        number: u64,
+        warp: u32,
+        lane: usize,
+        pc: u32,
+        kind: CopyKind,
+        mbarrier: Option<(u64, u32)>,
+    ) {
         let clock = self.snapshot(warp, 1 << lane);
         let agents = match mbarrier {
-            Some(address) => self.phases(cta, address).map(|phases| {
+            Some((cta, address)) => self.phases(cta, address).map(|phases| {
                 phases.issued += 1;
                 ((phases.agent, phases.issued), (phases.agent, phases.issued))
             }),
@@ -551,6 +665,35 @@ impl Checker {
                 .insert(number, Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads, writes, async_proxy });
         }
         self.advance(warp);
+    }
+
+    /// A copy that was issued is one to several CTAs, each with an mbarrier of its own: who has seen any of them complete
+    /// knows that the source was read.
+    pub fn issue_multicast(&mut self, number: u64, warp: u32) {
+        let Some(checks) = self.scopes.get(warp as usize).and_then(|site| self.ctas.get_mut(&site.cta)) else {
+            return;
+        };
+        let agents = &mut self.agents;
+        let (agent, count) = checks.multicasts.get_or_insert_with(|| {
+            *agents += 1;
+            (*agents - 1, 0)
+        });
+        *count += 1;
+        if let Some(flight) = self.flights.get_mut(&number) {
+            flight.reads = (*agent, *count);
+        }
+    }
+
+    /// The part of a multicast that goes to another CTA, from now on under its own number.
+    pub fn fork_copy(&mut self, number: u64, next: u64, (cta, address): (u64, u32)) {
+        let writes = self.phases(cta, address).map(|phases| {
+            phases.issued += 1;
+            (phases.agent, phases.issued)
+        });
+        if let (Some(flight), Some(writes)) = (self.flights.get(&number), writes) {
+            let part = Flight { writes, ..flight.clone() };
+            self.flights.insert(next, part);
+        }
     }
 
     /// A part of a copy reads or writes.
@@ -567,12 +710,12 @@ impl Checker {
     }
 
     /// The mbarrier that a copy completes on must have been initialised in its sight.
-    pub fn copy_signals(&mut self, number: u64, cta: u64, address: u32) -> Result<(), Fault> {
+    pub fn copy_signals(&mut self, number: u64, (cta, address): (u64, u32)) -> Result<(), Fault> {
         let Some(flight) = self.flights.get(&number) else {
             return Ok(());
         };
         let (agent, tick) = flight.writes;
-        let strong = Some(Scope::Cta);
+        let strong = Some(Scope::Cluster);
         let record =
             Record::new(Agent::Async(agent), tick, flight.lanes, flight.pc, strong, flight.async_proxy, flight.issuer);
         let actor = Actor { record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
@@ -585,9 +728,13 @@ impl Checker {
         let Some(flight) = self.flights.remove(&number) else {
             return;
         };
+        let own = self.scopes.get(flight.issuer as usize).is_some_and(|site| site.cta == cta);
         if let Some(phases) = mbarrier.and_then(|address| self.phases(cta, address)) {
-            phases.arriving.join(&flight.clock);
-            phases.arriving.learn_completed(flight.writes.0, flight.writes.1);
+            // It releases at cluster scope (PTX ISA 8.6, "cp.async.bulk"), and is known to be done to any wait.
+            if own { &mut phases.arriving.near } else { &mut phases.arriving.far }.join(&flight.clock);
+            for (agent, tick) in [flight.reads, flight.writes] {
+                phases.arriving.near.learn_completed(agent, tick);
+            }
         }
     }
 
@@ -645,7 +792,7 @@ impl Checker {
         if let Some(flight) = self.flights.remove(&number)
             && let Some(phases) = self.phases(cta, address)
         {
-            phases.arriving.join(&flight.clock);
+            phases.arriving.near.join(&flight.clock);
         }
     }
 

@@ -4,7 +4,8 @@
 ///
 /// Global memory is counted by a simple rule: the first touch of a 128-byte line in a run is one line of device-memory
 /// traffic (reads and writes apart), and every byte that an instruction or copy moves is L2 traffic. Bytes in another
-/// device's memory are NVLink traffic instead, and count in neither.
+/// device's memory are NVLink traffic instead, and count in neither. A multicast to several CTAs of a cluster reads its
+/// source once, and counts once; shared memory, of a peer CTA too, counts in none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cost {
     /// Warp instructions executed.

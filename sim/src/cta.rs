@@ -1,13 +1,14 @@
 //! The state of a running CTA: shared memory, barriers, and its warps.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::memory::TrackedBytes;
 use crate::program::{CopyKind, WaitPhase};
 use crate::registers::Registers;
 
-/// The barrier that stands for the cluster's, after the sixteen named ones.
-pub(crate) const CLUSTER_BARRIER: u32 = 16;
+/// Named barriers of a CTA.
+pub(crate) const BARRIERS: u32 = 16;
 /// Registers of an SM.
 const SM_REGISTERS: u32 = 65536;
 
@@ -20,6 +21,8 @@ pub(crate) enum Wait {
     WarpBarrier { members: u32 },
     /// A barrier of the CTA.
     Barrier { id: u32 },
+    /// The barrier of the cluster.
+    Cluster,
     /// An mbarrier's phase, until a time.
     Mbarrier { address: u32, phase: Phase },
     /// All but the last few groups of copies of some lanes.
@@ -92,6 +95,9 @@ pub(crate) struct Warp {
     /// Slices run while diverged, for fairness.
     pub diverged: u32,
     pub polls: Polls,
+    /// Lanes that have arrived at the cluster's barrier, and lanes whose arrival's phase is complete that have not waited.
+    pub cluster_arrived: u32,
+    pub cluster_passed: u32,
 }
 
 /// The last polling reads: place, and a digest of where and what was read.
@@ -156,6 +162,16 @@ pub(crate) struct NamedBarrier {
     pub votes: u32,
 }
 
+/// The cluster of a CTA, and its place in it.
+#[derive(Debug, Clone)]
+pub(crate) struct Cluster {
+    /// Slot and identity of each CTA, by rank; the first's identity is the cluster's.
+    pub members: Arc<[(usize, u64)]>,
+    pub rank: u32,
+    /// Some lane of this CTA has arrived at the cluster's barrier, whose phase is not complete.
+    pub arrived: bool,
+}
+
 /// What is shared by the warps of a CTA.
 #[derive(Debug)]
 pub(crate) struct CtaState {
@@ -164,6 +180,9 @@ pub(crate) struct CtaState {
     pub launch: usize,
     pub device: usize,
     pub index: [u32; 3],
+    pub cluster: Cluster,
+    /// Warp and instruction of the last exit.
+    pub exited_at: (usize, u32),
     /// Number of the first warp in the checks.
     pub first_agent: u32,
     /// Which of the device's places it runs in.

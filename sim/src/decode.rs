@@ -316,6 +316,7 @@ impl Decoder {
                 start,
                 parameters,
                 max_threads: function.max_threads,
+                cluster: function.cluster,
             });
         } else {
             let info = self.functions.iter_mut().find(|info| info.name == function.name);

@@ -193,6 +193,26 @@ pub enum Fault {
         /// Where the one before was.
         earlier: Box<Position>,
     },
+    /// An access to shared memory of a CTA of the cluster that has exited; on the device, anything may happen.
+    #[error("{place} is of the cluster's CTA of rank {rank}, which has exited")]
+    PeerExited {
+        /// The address.
+        place: String,
+        /// The CTA's rank in the cluster.
+        rank: u32,
+    },
+    /// A CTA exits, and nothing orders that after an access to its shared memory by another CTA of its cluster.
+    #[error(
+        "the CTA exits, and nothing orders that after the {before} of its {place} by another CTA of the cluster, at [{earlier}]"
+    )]
+    ExitRace {
+        /// The address.
+        place: String,
+        /// What the access did.
+        before: String,
+        /// Where it was.
+        earlier: Box<Position>,
+    },
     /// A register of a wgmma used while it is under way, or given to one without a `wgmma.fence`.
     #[error("{0}")]
     WgmmaRegisters(String),

@@ -3,6 +3,7 @@
 mod access;
 mod atomic;
 mod barrier;
+mod cluster;
 mod copies;
 mod lanes;
 mod mbarriers;
@@ -17,10 +18,10 @@ pub(crate) use tensor_core::GROUP_WARPS;
 use crate::asynchronous::{AsyncQueue, Issuer};
 use crate::check::{Checker, RegisterMisuse};
 use crate::cost::Cost;
-use crate::cta::{CtaState, Fragment, Wait, Warp};
+use crate::cta::{Cta, CtaState, Fragment, Wait, Warp};
 use crate::error::Fault;
 use crate::memory::{CODE_WINDOW, GlobalMemory, Window, window_offset};
-use crate::program::{Address, Base, Instruction, Module, Op};
+use crate::program::{Address, Base, Instruction, Module, Op, Space};
 use crate::random::Random;
 use crate::registers::{LANES, R32, lanes};
 
@@ -29,6 +30,9 @@ use crate::registers::{LANES, R32, lanes};
 pub(crate) struct LaunchInfo {
     pub device: usize,
     pub grid: [u32; 3],
+    /// CTAs of a cluster, and whether the launch or the entry says so.
+    pub cluster: [u32; 3],
+    pub is_explicit: bool,
     pub block: [u32; 3],
     pub parameters: Vec<u8>,
     /// Addresses of the module's variables on this device.
@@ -43,6 +47,8 @@ pub(crate) struct Context<'a> {
     pub launch: &'a LaunchInfo,
     pub memory: &'a mut GlobalMemory,
     pub state: &'a mut CtaState,
+    /// The other CTAs by slot, where those of the cluster are.
+    pub peers: &'a mut [Option<Box<Cta>>],
     pub warp: &'a mut Warp,
     pub warp_index: usize,
     pub slot: usize,
@@ -255,6 +261,19 @@ impl Context<'_> {
                 }
                 Ok(Flow::Next)
             }
+            Op::FenceMbarrierInit => {
+                if let Some(checker) = &mut self.checker {
+                    checker.fence_mbarrier_init(self.agent, active);
+                }
+                Ok(Flow::Next)
+            }
+            Op::MapShared { destination, address, rank, generic } => {
+                self.map_shared(*destination, *address, *rank, *generic, active)
+            }
+            Op::CtaRank { destination, address, generic } => self.cta_rank(*destination, *address, *generic, active),
+            Op::IsOwnShared { destination, address } => self.is_own_shared(*destination, *address, active),
+            Op::ClusterArrive { relaxed, aligned } => self.cluster_arrive(*relaxed, *aligned, active),
+            Op::ClusterWait { aligned } => self.cluster_wait(*aligned, active),
             Op::Branch(target) => Ok(Flow::Jump(*target)),
             Op::Special { destination, which } => {
                 self.special(*destination, *which, active);
@@ -379,6 +398,7 @@ impl Context<'_> {
                 fragment.wait = None;
             }
         }
+        self.state.exited_at = (self.warp_index, self.pc);
         self.state.changed = true;
         *self.progress += 1;
         Ok(Flow::Restructured)
@@ -467,24 +487,18 @@ impl Context<'_> {
         }
     }
 
-    /// Shared-memory offsets of an operand that may be generic.
+    /// Offsets in the executing CTA's shared memory of an operand that may be generic.
     fn shared_addresses(&mut self, address: Address, generic: bool, active: u32) -> Result<[u32; LANES], Fault> {
         let mut addresses = self.addresses(address);
-        if generic {
-            for lane in lanes(active) {
-                if Window::of(addresses[lane]) != Window::Shared {
-                    self.fault_lanes = 1 << lane;
-                    return Err(Fault::Operand(format!("address {:#x} is not in shared memory", addresses[lane])));
-                }
-                addresses[lane] = window_offset(addresses[lane]);
-            }
-        }
         for lane in lanes(active) {
+            self.fault_lanes = 1 << lane;
+            let offset = if generic { self.in_window(addresses[lane])? } else { addresses[lane] };
+            addresses[lane] = self.locate(offset, Space::Shared)?.address;
             if addresses[lane] > u64::from(u32::MAX) {
-                self.fault_lanes = 1 << lane;
                 return Err(Fault::Operand(format!("address {:#x} is not in shared memory", addresses[lane])));
             }
         }
+        self.fault_lanes = 0;
         Ok(addresses.map(|address| address as u32))
     }
 }
@@ -523,6 +537,10 @@ impl Op {
                 | Self::Nothing
                 | Self::Fence(_)
                 | Self::FenceProxy
+                | Self::FenceMbarrierInit
+                | Self::MapShared { .. }
+                | Self::CtaRank { .. }
+                | Self::IsOwnShared { .. }
                 | Self::Special { .. }
                 | Self::GlobalAddress { .. }
                 | Self::Branch(_)

@@ -19,15 +19,29 @@ impl Run<'_, '_> {
         self.progress += 1;
         match event {
             Event::Transfer(mut transfer) => {
-                let issuer = transfer.issuer;
+                let (issuer, target) = (transfer.issuer, transfer.target);
                 if transfer.data.is_some() {
                     self.write_parts(number, &transfer).map_err(|fault| self.failed(fault, issuer))?;
                     self.queue.finish(number);
                 } else {
                     let data = self.read_parts(number, &transfer).map_err(|fault| self.failed(fault, issuer))?;
+                    for (next, target) in std::mem::take(&mut transfer.multicast) {
+                        let part = Transfer {
+                            target,
+                            parts: transfer.parts.clone(),
+                            multicast: Vec::new(),
+                            data: Some(data.clone()),
+                            ..transfer
+                        };
+                        let due = self.step + self.random.spread(12);
+                        self.queue.again(due, next, Event::Transfer(part));
+                    }
                     transfer.data = Some(data);
                     let due = self.step + self.random.spread(12);
                     self.queue.again(due, number, Event::Transfer(transfer));
+                }
+                if target.1 != issuer.cta {
+                    self.settle(target.0)?;
                 }
                 self.settle(issuer.slot)
             }
@@ -69,11 +83,9 @@ impl Run<'_, '_> {
     fn read_parts(&mut self, number: u64, transfer: &Transfer) -> Result<Copied, Fault> {
         let bytes: u32 = transfer.parts.iter().map(|part| part.bytes).sum();
         let mut copied = Copied { data: Vec::with_capacity(bytes as usize), unwritten: Vec::new() };
-        let slot = transfer.issuer.slot;
-        let Some(cta) = self.ctas[slot].as_deref() else {
-            return Ok(copied);
-        };
-        let cost = &mut self.launches[cta.state.launch].cost;
+        let issuer = transfer.issuer;
+        let source = self.ctas[issuer.slot].as_deref().filter(|cta| cta.state.id == issuer.cta);
+        let cost = &mut self.launches[transfer.launch].cost;
         for CopyPart { from, bytes, .. } in &transfer.parts {
             let length = *bytes as usize;
             if let (Some(checker), Some(key)) = (&mut self.checker, key_of(*from, transfer.issuer.cta)) {
@@ -85,12 +97,15 @@ impl Run<'_, '_> {
                     copied.data.extend(bytes);
                 }
                 Place::Shared(at) => {
-                    cta.state.shared.copy_out(at as usize, length, &mut copied);
+                    // A CTA does not exit before its copies were read.
+                    if let Some(cta) = source {
+                        cta.state.shared.copy_out(at as usize, length, &mut copied);
+                    }
                 }
                 Place::Global(address) => {
                     let (allocation, offset) = self.memory.find(address, u64::from(*bytes))?;
                     allocation.bytes.copy_out(offset, length, &mut copied);
-                    if GlobalMemory::device_of(address) == cta.state.device {
+                    if GlobalMemory::device_of(address) == transfer.device {
                         touch(allocation, offset, length, Direction::Read, cost);
                     } else {
                         cost.nvlink_read += u64::from(*bytes);
@@ -105,15 +120,15 @@ impl Run<'_, '_> {
         let Some(copied) = &transfer.data else {
             return Ok(());
         };
-        let issuer = transfer.issuer;
         // Writes to global memory may outlive the CTA.
-        let mut cta = self.ctas[issuer.slot].as_deref_mut().filter(|cta| cta.state.id == issuer.cta);
+        let (slot, target) = transfer.target;
+        let mut cta = self.ctas[slot].as_deref_mut().filter(|cta| cta.state.id == target);
         let mut start = 0;
         for part in &transfer.parts {
             let length = part.bytes as usize;
             // Shared memory of a CTA that has ended is no one's.
             let gone = cta.is_none() && matches!(part.to, Place::Shared(_));
-            if let (Some(checker), Some(key), false) = (&mut self.checker, key_of(part.to, issuer.cta), gone) {
+            if let (Some(checker), Some(key), false) = (&mut self.checker, key_of(part.to, target), gone) {
                 checker.copy_access(number, Mode::Write, key, u64::from(part.bytes), transfer.reduction.is_some())?;
             }
             match part.to {
@@ -153,12 +168,12 @@ impl Run<'_, '_> {
             Completion::Group(_) => None,
         };
         if let Some(checker) = &mut self.checker {
-            checker.land_copy(number, issuer.cta, mbarrier);
+            checker.land_copy(number, target, mbarrier);
         }
         if let (Completion::Mbarrier { address, bytes }, Some(cta)) = (transfer.completion, cta) {
             let (_, completed) = update_mbarrier(&mut cta.state, address, |barrier| barrier.complete_tx(bytes))?;
             if completed && let Some(checker) = &mut self.checker {
-                checker.complete_phase(issuer.cta, address);
+                checker.complete_phase(target, address);
             }
         }
         Ok(())

@@ -45,6 +45,9 @@ pub struct Launch<'a> {
     pub entry: &'a str,
     /// CTAs along x, y, z.
     pub grid: [u32; 3],
+    /// CTAs of a cluster along x, y, z, which divide the grid's; at most 8 in all. `[1, 1, 1]` is none: what the entry says
+    /// (`.reqnctapercluster`).
+    pub cluster: [u32; 3],
     /// Threads of a CTA along x, y, z; at most 1024 in all.
     pub block: [u32; 3],
     /// Dynamic shared memory of a CTA, in bytes.
@@ -58,7 +61,8 @@ pub struct Launch<'a> {
 pub struct RunOptions {
     /// Chooses every interleaving and every moment of an asynchronous operation.
     pub seed: u64,
-    /// CTAs that can be resident on a device at once, 1 or more; all of the grid if absent.
+    /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole; all of the grid if
+    /// absent.
     pub residency: Option<u32>,
     /// Ends the run with an error after so many warp instructions.
     pub step_limit: Option<u64>,
@@ -87,6 +91,8 @@ pub struct Machine {
 impl Machine {
     /// Most shared memory a CTA can have, in bytes: static, dynamic, and 1 KiB for the system.
     pub const SHARED_BYTES: u32 = 228 * 1024;
+    /// Most CTAs of a cluster (a kernel can ask for 16, which is not portable and not supported).
+    pub const CLUSTER_CTAS: u32 = 8;
 
     /// A machine with `devices` devices, all peers of each other.
     pub fn new(devices: usize) -> Self {
@@ -207,11 +213,20 @@ impl Machine {
         if options.residency == Some(0) {
             return Err(fail("a residency of 0 CTAs; it must be at least 1".to_owned()));
         }
+        let (cluster, is_explicit) = cluster_of(entry, launch).map_err(fail)?;
+        let members: u32 = cluster.iter().product();
         let places = launches
             .iter()
             .filter(|other| other.device == launch.device)
             .map(|other| size(other.grid).unwrap_or(0))
             .fold(0, u32::saturating_add);
+        let places = options.residency.unwrap_or(places).min(places) / members * members;
+        if places == 0 {
+            return Err(fail(format!(
+                "a residency of {} CTAs, but its clusters have {members}",
+                options.residency.unwrap_or(0)
+            )));
+        }
         Ok(Prepared {
             module,
             entry,
@@ -221,7 +236,9 @@ impl Machine {
                 block: launch.block,
                 parameters: parameters(entry, &launch.args).map_err(fail)?,
                 variables: self.variables(module, launch.device)?,
-                places: options.residency.unwrap_or(places).min(places),
+                cluster,
+                is_explicit,
+                places,
             },
             threads,
             shared_bytes: shared,
@@ -263,6 +280,30 @@ impl Machine {
         self.variables.insert((module.id, device), addresses.clone());
         Ok(addresses)
     }
+}
+
+/// The cluster of a launch, and whether it or the entry names one.
+fn cluster_of(entry: &Entry, launch: &Launch<'_>) -> Result<([u32; 3], bool), String> {
+    let directives = &entry.cluster;
+    let named = (launch.cluster != [1; 3]).then_some(launch.cluster);
+    let cluster = match (named, directives.required) {
+        (Some(named), Some(required)) if named != required => {
+            return Err(format!("clusters of {named:?} CTAs, but the kernel's .reqnctapercluster is {required:?}"));
+        }
+        (None, None) if directives.explicit => {
+            return Err("the kernel is .explicitcluster, and the launch names no cluster".to_owned());
+        }
+        (named, required) => named.or(required).unwrap_or([1; 3]),
+    };
+    let most = directives.most.unwrap_or(Machine::CLUSTER_CTAS).min(Machine::CLUSTER_CTAS);
+    let members = cluster.iter().fold(1u64, |product, size| product.saturating_mul(u64::from(*size)));
+    if !(1..=u64::from(most)).contains(&members) {
+        return Err(format!("clusters of {cluster:?} CTAs; they must have 1 to {most} in all"));
+    }
+    if launch.grid.iter().zip(cluster).any(|(grid, cluster)| !grid.is_multiple_of(cluster)) {
+        return Err(format!("a grid of {:?} CTAs, which clusters of {cluster:?} do not divide", launch.grid));
+    }
+    Ok((cluster, named.is_some() || directives.required.is_some()))
 }
 
 /// The parameter space of a launch.

@@ -1,17 +1,19 @@
 //! Decoded mbarrier instructions.
 
-use crate::program::Address;
+use crate::check::Scope;
+use crate::program::{Address, Space};
 use crate::registers::{Predicate, R32, R64};
 
 /// An mbarrier instruction on the object at `address` in shared memory.
 #[derive(Debug)]
 pub(crate) struct MbarrierOp {
     pub address: Address,
-    /// The address is generic rather than a shared-window one.
-    pub generic: bool,
+    /// Generic, or shared memory of the CTA or its cluster.
+    pub space: Space,
     pub action: MbarrierAction,
     /// `.relaxed`: neither releases nor acquires.
     pub relaxed: bool,
+    pub scope: Scope,
 }
 
 /// What an mbarrier instruction does.

@@ -192,7 +192,7 @@ impl<'a> Parser<'a> {
         let returns = if self.is_mark(b'(') { self.parameters()? } else { Vec::new() };
         let name = self.word("a function name")?.to_owned();
         let parameters = if self.is_mark(b'(') { self.parameters()? } else { Vec::new() };
-        let mut max_threads = None;
+        let (mut max_threads, mut cluster) = (None, ClusterDirectives::default());
         while self.kind() == TokenKind::Word {
             match self.take().text {
                 ".maxntid" | ".reqntid" => {
@@ -202,16 +202,21 @@ impl<'a> Parser<'a> {
                     }
                     max_threads = Some(threads);
                 }
-                ".minnctapersm" | ".maxnctapersm" | ".maxnreg" | ".maxclusterrank" => {
+                ".minnctapersm" | ".maxnctapersm" | ".maxnreg" => {
                     self.integer()?;
                 }
+                ".maxclusterrank" => cluster.most = Some(self.small::<u32>()?),
                 ".reqnctapercluster" => {
-                    self.integer()?;
-                    while self.accept(b',') {
-                        self.integer()?;
+                    let mut sizes = [self.small::<u32>()?, 1, 1];
+                    for size in &mut sizes[1..] {
+                        if self.accept(b',') {
+                            *size = self.small::<u32>()?;
+                        }
                     }
+                    cluster.required = Some(sizes);
                 }
-                ".noreturn" | ".explicitcluster" | ".blocksareclusters" => {}
+                ".explicitcluster" => cluster.explicit = true,
+                ".noreturn" => {}
                 ".abi_preserve" | ".abi_preserve_control" => {
                     self.integer()?;
                 }
@@ -230,7 +235,7 @@ impl<'a> Parser<'a> {
             self.expect(b'{')?;
             Some(self.statements()?)
         };
-        Ok(Function { name, is_entry, returns, parameters, max_threads, body, line })
+        Ok(Function { name, is_entry, returns, parameters, max_threads, cluster, body, line })
     }
 
     fn parameters(&mut self) -> Result<Vec<Variable>> {

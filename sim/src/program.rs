@@ -3,11 +3,11 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::ast::InitialValue;
+use crate::ast::{ClusterDirectives, InitialValue};
 use crate::check::{Order, Scope};
 use crate::error::ParseError;
 use crate::mbarrier_op::MbarrierOp;
-use crate::registers::{Predicate, R32, R64, Register, RegisterCounts, Registers};
+use crate::registers::{Predicate, R16, R32, R64, Register, RegisterCounts, Registers};
 
 /// A register-to-register instruction, compiled to a closure over its operands; the second argument is the
 /// mask of active lanes.
@@ -81,6 +81,7 @@ pub(crate) struct Entry {
     pub start: u32,
     pub parameters: Vec<Parameter>,
     pub max_threads: Option<u32>,
+    pub cluster: ClusterDirectives,
 }
 
 /// A kernel parameter's place in the parameter space.
@@ -158,7 +159,10 @@ pub(crate) struct WgmmaUse {
 pub(crate) enum Space {
     Generic,
     Global,
+    /// Of the executing CTA.
     Shared,
+    /// Of the CTAs of its cluster.
+    Cluster,
     Local,
     Param,
 }
@@ -318,6 +322,8 @@ pub(crate) struct BulkCopy {
     pub bytes: R32,
     /// Where to complete; a bulk group if absent.
     pub mbarrier: Option<Address>,
+    /// `.multicast::cluster`: the CTAs of the cluster to copy to, a bit each.
+    pub multicast: Option<R16>,
     /// `cp.reduce.async.bulk`.
     pub reduction: Option<(AtomicOperation, AtomicType, u32)>,
 }
@@ -330,6 +336,8 @@ pub(crate) struct TensorCopy {
     pub shared: Address,
     /// Present for loads.
     pub mbarrier: Option<Address>,
+    /// As in [`BulkCopy`].
+    pub multicast: Option<R16>,
     /// `cp.reduce.async.bulk.tensor`: stores only; the element type is the map's.
     pub reduction: Option<AtomicOperation>,
 }
@@ -401,6 +409,13 @@ pub(crate) enum Special {
     CtaThreads(usize),
     Cta(usize),
     GridCtas(usize),
+    Cluster(usize),
+    GridClusters(usize),
+    ClusterCta(usize),
+    ClusterCtas(usize),
+    ClusterRank,
+    ClusterSize,
+    IsExplicitCluster,
     Lane,
     Warp,
     Warps,
@@ -426,8 +441,37 @@ pub(crate) enum Op {
     Nothing,
     /// `fence.acq_rel`, `fence.sc` and `membar`.
     Fence(Scope),
-    /// `fence.proxy.async` and `fence.mbarrier_init`.
+    /// `fence.proxy.async`.
     FenceProxy,
+    /// `fence.mbarrier_init.release.cluster`.
+    FenceMbarrierInit,
+    /// `mapa`: the address of the same place in the shared memory of the CTA of a rank.
+    MapShared {
+        destination: Register,
+        address: Register,
+        rank: R32,
+        generic: bool,
+    },
+    /// `getctarank`.
+    CtaRank {
+        destination: R32,
+        address: Register,
+        generic: bool,
+    },
+    /// `isspacep.shared::cta`.
+    IsOwnShared {
+        destination: Predicate,
+        address: R64,
+    },
+    /// `barrier.cluster.arrive`.
+    ClusterArrive {
+        relaxed: bool,
+        aligned: bool,
+    },
+    /// `barrier.cluster.wait`.
+    ClusterWait {
+        aligned: bool,
+    },
     Special {
         destination: Register,
         which: Special,

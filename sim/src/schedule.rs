@@ -2,12 +2,13 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::sync::Arc;
 
 use crate::asynchronous::{AsyncQueue, Issuer};
-use crate::check::{Checker, Clash, Home, Mode, Record};
+use crate::check::{Checker, Clash, Home, Mode, Record, shared_owner};
 use crate::cost::Cost;
 use crate::cta::{
-    CLUSTER_BARRIER, Cta, CtaState, Fragment, NamedBarrier, Polls, Wait, Warp, Warpgroup, initial_registers,
+    BARRIERS, Cluster, Cta, CtaState, Fragment, NamedBarrier, Polls, Wait, Warp, Warpgroup, initial_registers,
 };
 use crate::error::{Fault, Position, SimError, Stuck};
 use crate::execute::{Context, Failure, GROUP_WARPS, LaunchInfo, NEVER, is_complete};
@@ -188,7 +189,8 @@ impl Run<'_, '_> {
     fn run_slice(&mut self, slot: usize, warp: usize) -> Result<(), SimError> {
         let budget = self.random.spread(10);
         let (step, now) = (self.step, self.now());
-        let Some(cta) = self.ctas[slot].as_mut() else {
+        // Out of its slot, so that the others are at hand as its peers.
+        let Some(mut cta) = self.ctas[slot].take() else {
             return Ok(());
         };
         cta.warps[warp].queued = false;
@@ -201,6 +203,7 @@ impl Run<'_, '_> {
             module: launch.prepared.module,
             launch: &launch.prepared.info,
             memory: self.memory,
+            peers: &mut self.ctas,
             warp: &mut cta.warps[warp],
             state: &mut cta.state,
             warp_index: warp,
@@ -216,6 +219,7 @@ impl Run<'_, '_> {
         };
         let result = context.run(budget);
         let executed = context.executed;
+        self.ctas[slot] = Some(cta);
         self.step += executed;
         let places: u32 = self.resident.iter().sum();
         self.time += (executed << TIME_SHIFT) / u64::from(places.max(1));
@@ -223,7 +227,11 @@ impl Run<'_, '_> {
             let issuer = Issuer { slot, cta: 0, warp, lanes, pc };
             return Err(self.failed(fault, issuer));
         }
+        let Some(cta) = self.ctas[slot].as_mut() else {
+            return Ok(());
+        };
         let (id, changed) = (cta.state.id, std::mem::take(&mut cta.state.changed));
+        let members = cta.state.cluster.members.clone();
         let state = &mut cta.warps[warp];
         enqueue(&mut self.ready, state, slot, warp);
         for fragment in &mut state.fragments {
@@ -235,7 +243,45 @@ impl Run<'_, '_> {
         if changed {
             self.settle(slot)?;
         }
+        if members.len() > 1 {
+            for &(slot, id) in members.iter() {
+                let peer = self.ctas[slot].as_mut().filter(|cta| cta.state.id == id);
+                if peer.is_some_and(|cta| std::mem::take(&mut cta.state.changed)) {
+                    self.settle(slot)?;
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Completes the phase of a cluster's barrier if every thread has arrived or exited.
+    fn settle_cluster(&mut self, members: &[(usize, u64)]) {
+        let ctas = || {
+            let running = members.iter().filter_map(|(slot, id)| Some((self.ctas[*slot].as_deref()?, id)));
+            running.filter(|(cta, id)| cta.state.id == **id).map(|(cta, _)| cta)
+        };
+        let missing = |warp: &Warp| warp.live & !warp.cluster_arrived != 0;
+        if !ctas().any(|cta| cta.state.cluster.arrived) || ctas().flat_map(|cta| &cta.warps).any(missing) {
+            return;
+        }
+        for &(slot, id) in members {
+            let Some(cta) = self.ctas[slot].as_mut().filter(|cta| cta.state.id == id) else {
+                continue;
+            };
+            cta.state.cluster.arrived = false;
+            for (index, warp) in cta.warps.iter_mut().enumerate() {
+                warp.cluster_passed = std::mem::take(&mut warp.cluster_arrived);
+                for fragment in &mut warp.fragments {
+                    if fragment.wait == Some(Wait::Cluster) {
+                        fragment.wait = None;
+                    }
+                }
+                enqueue(&mut self.ready, warp, slot, index);
+            }
+        }
+        if let Some(checker) = &mut self.checker {
+            checker.complete_cluster(members[0].1);
+        }
     }
 
     /// Lets every warp of a CTA go on whose wait has ended, and ends the CTA when all its warps have.
@@ -243,8 +289,11 @@ impl Run<'_, '_> {
         let Some(cta) = self.ctas[slot].as_mut() else {
             return Ok(());
         };
+        let members = cta.state.cluster.members.clone();
         if cta.live_warps() == 0 {
-            return self.finish_cta(slot);
+            self.finish_cta(slot)?;
+            self.settle_cluster(&members);
+            return Ok(());
         }
         let module = self.launches[cta.state.launch].prepared.module;
         release_barriers(cta, module, self.checker.as_deref_mut());
@@ -272,6 +321,7 @@ impl Run<'_, '_> {
             }
             enqueue(&mut self.ready, warp, slot, index);
         }
+        self.settle_cluster(&members);
         Ok(())
     }
 
@@ -306,8 +356,16 @@ impl Run<'_, '_> {
             launch.cost.simulated_ns = now;
         }
         self.resident[cta.state.device] -= 1;
-        if let Some(checker) = &mut self.checker {
-            checker.finish_cta(cta.state.id);
+        let (id, exited_at) = (cta.state.id, cta.state.exited_at);
+        if let Some(clash) = self.checker.as_mut().and_then(|checker| checker.finish_cta(id)) {
+            let place = shared_place_of(clash.key & 0xff_ffff);
+            let (before, earlier) = self
+                .checker
+                .as_ref()
+                .map_or_else(Default::default, |checker| self.side(checker, clash.before, clash.before_mode));
+            let issuer = Issuer { slot, cta: id, warp: exited_at.0, lanes: ALL, pc: exited_at.1 };
+            let fault = Fault::ExitRace { place, before, earlier: Box::new(earlier) };
+            return Err(self.failed(fault, issuer));
         }
         self.ctas[slot] = None;
         self.start_ctas();
@@ -320,8 +378,9 @@ impl Run<'_, '_> {
             for launch in 0..self.launches.len() {
                 let state = &self.launches[launch];
                 let device = state.prepared.info.device;
-                if state.next_cta < state.total() && self.resident[device] < state.prepared.info.places {
-                    self.start_cta(launch);
+                let cluster = state.prepared.info.cluster.iter().product::<u32>();
+                if state.next_cta < state.total() && self.resident[device] + cluster <= state.prepared.info.places {
+                    self.start_cluster(launch);
                     started = true;
                 }
             }
@@ -331,51 +390,65 @@ impl Run<'_, '_> {
         }
     }
 
-    fn start_cta(&mut self, launch: usize) {
+    /// Starts the CTAs of the next cluster together.
+    fn start_cluster(&mut self, launch: usize) {
         let running = &mut self.launches[launch];
-        let number = running.next_cta;
-        running.next_cta += 1;
-        let prepared = &running.prepared;
-        let [x, y, _] = prepared.info.grid.map(u64::from);
+        let info = &running.prepared.info;
+        let cluster = info.cluster;
+        let count = cluster.iter().product::<u32>();
+        let [x, y, _] = std::array::from_fn(|axis| info.grid[axis] / cluster[axis]);
+        let number = running.next_cta / u64::from(count);
+        running.next_cta += u64::from(count);
+        let first = place_of(number, [x, y]);
+        let mut free: Vec<usize> = (0..self.ctas.len()).filter(|slot| self.ctas[*slot].is_none()).collect();
+        free.extend(self.ctas.len()..self.ctas.len() + count as usize);
+        let members: Arc<[(usize, u64)]> = free.into_iter().zip(self.next_cta_id..).take(count as usize).collect();
+        self.next_cta_id += u64::from(count);
+        for rank in 0..count {
+            let inside = place_of(u64::from(rank), [cluster[0], cluster[1]]);
+            let index = std::array::from_fn(|axis| first[axis] * cluster[axis] + inside[axis]);
+            self.start_cta(launch, index, Cluster { members: members.clone(), rank, arrived: false });
+        }
+    }
+
+    fn start_cta(&mut self, launch: usize, index: [u32; 3], cluster: Cluster) {
+        let prepared = &self.launches[launch].prepared;
         let device = prepared.info.device;
+        let (slot, id) = cluster.members[cluster.rank as usize];
         let used: Vec<u32> =
             self.ctas.iter().flatten().filter(|cta| cta.state.device == device).map(|cta| cta.state.sm).collect();
         let sm = (0..).find(|sm| !used.contains(sm)).unwrap_or(0);
         let warp_count = prepared.threads.div_ceil(32) as usize;
         let registers = initial_registers(prepared.threads);
         let warps: Vec<Warp> = (0..warp_count).map(|warp| new_warp(prepared, warp as u32, registers)).collect();
-        let index = [(number % x) as u32, (number / x % y) as u32, (number / (x * y)) as u32];
         let first_agent = self.checker.as_mut().map_or(0, |checker| {
             let live: Vec<u32> = warps.iter().map(|warp| warp.live).collect();
-            let home = Home { launch, device, cta: self.next_cta_id, index, warp: 0 };
+            let home = Home { launch, device, cluster: cluster.members[0].1, cta: id, index, warp: 0 };
             checker.start_cta(home, &live, warp_count / GROUP_WARPS, u64::from(prepared.shared_bytes))
         });
         let cta = Cta {
             state: CtaState {
-                id: self.next_cta_id,
+                id,
                 launch,
                 device,
                 index,
+                cluster,
+                exited_at: (0, 0),
                 first_agent,
                 sm,
                 shared: TrackedBytes::new(prepared.shared_bytes as usize),
                 dynamic_bytes: prepared.dynamic_bytes,
-                barriers: vec![NamedBarrier::default(); CLUSTER_BARRIER as usize + 1],
+                barriers: vec![NamedBarrier::default(); BARRIERS as usize],
                 warpgroups: vec![Warpgroup::default(); warp_count / GROUP_WARPS],
                 free_registers: 0,
                 changed: false,
             },
             warps,
         };
-        self.next_cta_id += 1;
         self.resident[device] += 1;
-        let slot = match self.ctas.iter().position(Option::is_none) {
-            Some(slot) => slot,
-            None => {
-                self.ctas.push(None);
-                self.ctas.len() - 1
-            }
-        };
+        if slot == self.ctas.len() {
+            self.ctas.push(None);
+        }
         self.ready.extend((0..warp_count).map(|warp| (slot, warp)));
         self.ctas[slot] = Some(Box::new(cta));
     }
@@ -393,37 +466,49 @@ impl Run<'_, '_> {
 
     /// Two accesses that nothing orders, as an error at the later one.
     fn clashed(&self, checker: &Checker, clash: &Clash) -> SimError {
-        let of = |record: Record, mode: Mode| {
-            let Some(home) = checker.home(record) else {
-                return (String::new(), Position::default());
-            };
-            let launch = &self.launches[home.launch].prepared;
-            let instruction = launch.module.code.get(record.pc() as usize);
-            let position = Position {
-                source: launch.module.source(record.pc()),
-                ptx_line: instruction.map_or(0, |known| known.line),
-                instruction: instruction.map_or_else(String::new, |known| known.name.to_string()),
-                device: home.device,
-                entry: launch.entry.name.clone(),
-                cta: home.index,
-                warp: home.warp,
-                lanes: record.lanes(),
-            };
-            let strength = if record.strong().is_some() { "strong " } else { "" };
-            let agent = if record.is_async() { "asynchronous " } else { strength };
-            (format!("{agent}{}", if mode == Mode::Read { "read" } else { "write" }), position)
-        };
         let place = match clash.key >> 63 {
             0 => self.memory.place(clash.key),
-            _ => shared_place_of(clash.key & 0xff_ffff),
+            _ => {
+                let place = shared_place_of(clash.key & 0xff_ffff);
+                let id = shared_owner(clash.key);
+                match self.ctas.iter().flatten().find(|cta| cta.state.id == id) {
+                    Some(cta) if cta.state.cluster.members.len() > 1 => {
+                        format!("{place} of CTA ({},{},{})", cta.state.index[0], cta.state.index[1], cta.state.index[2])
+                    }
+                    _ => place,
+                }
+            }
         };
-        let ((before, earlier), (now, position)) = (of(clash.before, clash.before_mode), of(clash.now, clash.now_mode));
+        let (before, earlier) = self.side(checker, clash.before, clash.before_mode);
+        let (now, position) = self.side(checker, clash.now, clash.now_mode);
         let earlier = Box::new(earlier);
         let fault = match clash.only_proxy {
             true => Fault::ProxyFence { place, now, before, earlier },
             false => Fault::Race { place, now, before, earlier },
         };
         SimError::Fault { fault, position: Box::new(position) }
+    }
+
+    /// An access of a clash, in words, and where it was.
+    fn side(&self, checker: &Checker, record: Record, mode: Mode) -> (String, Position) {
+        let Some(home) = checker.home(record) else {
+            return (String::new(), Position::default());
+        };
+        let launch = &self.launches[home.launch].prepared;
+        let instruction = launch.module.code.get(record.pc() as usize);
+        let position = Position {
+            source: launch.module.source(record.pc()),
+            ptx_line: instruction.map_or(0, |known| known.line),
+            instruction: instruction.map_or_else(String::new, |known| known.name.to_string()),
+            device: home.device,
+            entry: launch.entry.name.clone(),
+            cta: home.index,
+            warp: home.warp,
+            lanes: record.lanes(),
+        };
+        let strength = if record.strong().is_some() { "strong " } else { "" };
+        let agent = if record.is_async() { "asynchronous " } else { strength };
+        (format!("{agent}{}", if mode == Mode::Read { "read" } else { "write" }), position)
     }
 
     fn position(&self, issuer: Issuer) -> Position {
@@ -462,6 +547,12 @@ impl Run<'_, '_> {
         });
         list
     }
+}
+
+/// Place of a number counted along x, then y, then z.
+fn place_of(number: u64, [x, y]: [u32; 2]) -> [u32; 3] {
+    let (x, y) = (u64::from(x), u64::from(y));
+    [(number % x) as u32, (number / x % y) as u32, (number / (x * y)) as u32]
 }
 
 fn shared_place_of(address: u64) -> String {
@@ -503,6 +594,8 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
         queued: true,
         diverged: 0,
         polls: Polls::default(),
+        cluster_arrived: 0,
+        cluster_passed: 0,
     }
 }
 
@@ -577,6 +670,7 @@ fn describe(cta: &Cta, warp: &Warp, fragment: &Fragment) -> String {
             let expected = barrier.expected.unwrap_or(cta.live_warps() * LANES as u32);
             format!("barrier {id}, at which {} of {expected} threads have arrived", barrier.arrived)
         }
+        Some(Wait::Cluster) => "the other threads of its cluster at barrier.cluster".to_owned(),
         Some(Wait::Mbarrier { address, phase }) => {
             let at = address as usize;
             let state = cta

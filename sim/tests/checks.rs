@@ -162,6 +162,7 @@ fn a_peer_is_out_of_a_gpus_scope() {
                     module: &module,
                     entry: "k",
                     grid: [1, 1, 1],
+                    cluster: [1, 1, 1],
                     block: [32, 1, 1],
                     shared_bytes: 0,
                     args: vec![Arg::U64(out), Arg::U64(role)],

@@ -363,6 +363,7 @@ fn peers_share_one_address_space_and_their_traffic_is_nvlink() {
             module: &module,
             entry: "k",
             grid: [1, 1, 1],
+            cluster: [1, 1, 1],
             block: [32, 1, 1],
             shared_bytes: 0,
             args: vec![Arg::U64(buffers[1 - device] + 128), Arg::U64(buffers[device] + 128)],
@@ -398,6 +399,7 @@ fn launches_are_checked() {
         module: &module,
         entry: "k",
         grid: [1, 1, 1],
+        cluster: [1, 1, 1],
         block: [32, 1, 1],
         shared_bytes: 0,
         args: vec![Arg::U64(0), Arg::U64(0)],
@@ -482,14 +484,4 @@ fn a_cta_must_wait_for_its_copies() {
         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r10], [%rd3], 16, [%r11];";
     let text = error(".shared .align 16 .b8 tile[16]; .shared .align 8 .b64 bar;", body, &Setup::default());
     assert!(text.contains("exited before") && text.contains("cp.async.bulk"), "{text}");
-}
-
-#[test]
-fn cluster_of_one() {
-    let words = lanes(
-        "mov.u32 %r2, %cluster_ctarank; mov.u32 %r3, %cluster_nctaid.x; barrier.cluster.arrive.release.aligned;
-         barrier.cluster.wait.acquire.aligned; mapa.shared::cluster.u32 %r4, %r1, %r2; add.u32 %r4, %r4, %r3;
-         st.global.u32 [%rd1], %r4;",
-    );
-    assert_eq!(words, (1..33).collect::<Vec<u32>>());
 }

@@ -21,7 +21,7 @@ fn download<T: bytemuck::Pod>(machine: &mut Machine, address: u64, length: usize
 
 fn run(machine: &mut Machine, entry: &str, grid: [u32; 3], block: [u32; 3], args: Vec<Arg>, seed: u64) {
     let module = module();
-    let launch = Launch { device: 0, module: &module, entry, grid, block, shared_bytes: 0, args };
+    let launch = Launch { device: 0, module: &module, entry, grid, cluster: [1, 1, 1], block, shared_bytes: 0, args };
     let options = RunOptions { seed, residency: Some(3), ..RunOptions::default() };
     machine.run(&[launch], &options).unwrap_or_else(|error| panic!("{entry}, seed {seed}: {error}"));
 }
@@ -124,6 +124,7 @@ fn product_on_tensor_cores_with_ldmatrix_and_asynchronous_copies() {
             module: &module,
             entry: "mma_product",
             grid: [m as u32 / 32, n as u32 / 32, 1],
+            cluster: [1, 1, 1],
             block: [128, 1, 1],
             shared_bytes: 0,
             args: [Arg::U64(da), Arg::U64(db), Arg::U64(c)].into_iter().chain(sizes).collect(),

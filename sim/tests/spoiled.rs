@@ -103,7 +103,16 @@ fn run((ptx, entry, parameters): (&str, &str, &str), seed: u64) {
     };
     let args = parameters.chars().map(parameter).collect();
     let block = [128, 1, 1];
-    let launch = Launch { device: 0, module: &module, entry, grid: [2, 1, 1], block, shared_bytes: 24576, args };
+    let launch = Launch {
+        device: 0,
+        module: &module,
+        entry,
+        grid: [2, 1, 1],
+        cluster: [1, 1, 1],
+        block,
+        shared_bytes: 24576,
+        args,
+    };
     let _ = machine.run(&[launch], &RunOptions { seed, step_limit: Some(20_000), ..RunOptions::default() });
 }
 

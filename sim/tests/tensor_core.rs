@@ -109,6 +109,7 @@ fn product(seed: u64, rows_of_b: usize, written_rows: usize, check: bool) -> Res
         module: &module,
         entry: "k",
         grid: [1, 1, 1],
+        cluster: [1, 1, 1],
         block: [128, 1, 1],
         shared_bytes: 16384,
         args: vec![Arg::U64(maps)],

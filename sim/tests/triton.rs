@@ -32,7 +32,8 @@ fn run(
 ) -> Result<(), SimError> {
     let module = Module::parse(ptx).unwrap();
     args.extend([Arg::U64(0), Arg::U64(0)]);
-    let launch = Launch { device: 0, module: &module, entry, grid, block: [128, 1, 1], shared_bytes, args };
+    let launch =
+        Launch { device: 0, module: &module, entry, grid, cluster: [1, 1, 1], block: [128, 1, 1], shared_bytes, args };
     machine.run(&[launch], &RunOptions { seed, ..RunOptions::default() }).map(|_| ())
 }
 

@@ -13,7 +13,7 @@ fuzz_target!(|ptx: &str| {
     };
     for entry in module.entries() {
         let (grid, block) = ([1, 1, 1], [32, 1, 1]);
-        let launch = Launch { device: 0, module: &module, entry, grid, block, shared_bytes: 0, args: Vec::new() };
+        let launch = Launch { device: 0, module: &module, entry, grid, cluster: [1, 1, 1], block, shared_bytes: 0, args: Vec::new() };
         let options = RunOptions { step_limit: Some(1000), ..RunOptions::default() };
         let _ = Machine::new(1).run(&[launch], &options);
     }

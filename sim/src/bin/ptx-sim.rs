@@ -38,6 +38,9 @@ struct Run {
     /// CTAs: x, x,y or x,y,z.
     #[arg(long, default_value = "1")]
     grid: Dimensions,
+    /// CTAs of a cluster: x, x,y or x,y,z; what the kernel says if absent.
+    #[arg(long, default_value = "1")]
+    cluster: Dimensions,
     /// Threads of a CTA: x, x,y or x,y,z.
     #[arg(long, default_value = "32")]
     block: Dimensions,
@@ -236,7 +239,8 @@ impl Run {
             args.push(Arg::U64(address));
         }
         let (grid, block) = (self.grid.0, self.block.0);
-        let launch = Launch { device: 0, module, entry, grid, block, shared_bytes: self.shared, args };
+        let cluster = self.cluster.0;
+        let launch = Launch { device: 0, module, entry, grid, cluster, block, shared_bytes: self.shared, args };
         let options = RunOptions {
             seed,
             residency: self.residency,

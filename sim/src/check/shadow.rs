@@ -13,8 +13,29 @@ const PAGE_CELLS: u32 = (1 << PAGE_SHIFT) / GRANULE as u32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Scope {
     Cta,
+    Cluster,
     Gpu,
     Sys,
+}
+
+/// Where a warp runs, for scopes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Site {
+    pub device: usize,
+    pub cluster: u64,
+    pub cta: u64,
+}
+
+impl Scope {
+    /// Whether `one` and `other` are both in the scope of either.
+    pub(super) fn covers(self, one: Site, other: Site) -> bool {
+        match self {
+            Self::Cta => one.cta == other.cta,
+            Self::Cluster => one.cluster == other.cluster,
+            Self::Gpu => one.device == other.device,
+            Self::Sys => true,
+        }
+    }
 }
 
 /// Who made an access.
@@ -88,7 +109,7 @@ impl Record {
     }
 
     pub fn strong(self) -> Option<Scope> {
-        let scope = [Scope::Cta, Scope::Gpu, Scope::Sys][(self.site >> SCOPE_SHIFT & 3).min(2) as usize];
+        let scope = [Scope::Cta, Scope::Cluster, Scope::Gpu, Scope::Sys][(self.site >> SCOPE_SHIFT & 3) as usize];
         (self.site & STRONG != 0).then_some(scope)
     }
 
@@ -112,8 +133,8 @@ pub(crate) struct Actor<'a> {
     pub mode: Mode,
     /// An atomic: it reads what it writes over.
     pub observes: bool,
-    /// Device and CTA of each warp, for scopes.
-    pub homes: &'a [(usize, u64)],
+    /// Of each warp.
+    pub homes: &'a [Site],
 }
 
 /// Two accesses that nothing orders.
@@ -139,11 +160,7 @@ impl Actor<'_> {
         else {
             return false;
         };
-        match mine.min(theirs) {
-            Scope::Cta => here.1 == there.1,
-            Scope::Gpu => here.0 == there.0,
-            Scope::Sys => true,
-        }
+        mine.min(theirs).covers(*here, *there)
     }
 
     /// Whether an access comes before this one in causality order.
@@ -253,6 +270,40 @@ impl Shadow {
             }
         }
         Ok(())
+    }
+
+    /// An access to the shared memory of a CTA, by another one, that `clock` does not know: what a CTA that exits knows.
+    pub fn unknown_to_exit(&self, cta: u64, bytes: u64, clock: &Clock, homes: &[Site]) -> Option<Clash> {
+        let now = Record::new(Agent::Warp(u32::MAX >> 1), 0, 0, 0, None, false, 0);
+        let actor = Actor { record: now, clock, mode: Mode::Write, observes: false, homes };
+        let unknown = |record: Record, mode: Mode| {
+            let foreign = homes.get(record.issuer as usize).is_some_and(|home| home.cta != cta);
+            record.tick != 0 && foreign && !actor.follows(record, mode)
+        };
+        for page in 0..=bytes >> PAGE_SHIFT {
+            let key = shared_key(cta, page << PAGE_SHIFT);
+            let Some(first) = self.pages.get(&(key >> PAGE_SHIFT)) else {
+                continue;
+            };
+            for cell in 0..PAGE_CELLS {
+                let mut rest = vec![first + cell];
+                while let Some(at) = rest.pop() {
+                    let Cell { write, read, others, split } = self.cells[at as usize];
+                    if split != 0 {
+                        rest.extend(split..split + 4);
+                    }
+                    let list = if others == 0 { &[][..] } else { &self.lists[others as usize - 1] };
+                    let reads = list.iter().chain([&read]).map(|record| (*record, Mode::Read));
+                    if let Some((before, before_mode)) =
+                        reads.chain([(write, Mode::Write)]).find(|(record, mode)| unknown(*record, *mode))
+                    {
+                        let key = key + u64::from(cell) * GRANULE;
+                        return Some(Clash { before, before_mode, now, now_mode: Mode::Write, only_proxy: false, key });
+                    }
+                }
+            }
+        }
+        None
     }
 
     /// Forgets the shared memory of a CTA.
@@ -415,6 +466,11 @@ impl Shadow {
         }
         Ok(())
     }
+}
+
+/// The CTA of a key of shared memory.
+pub(crate) fn shared_owner(key: u64) -> u64 {
+    key >> 24 & ((1 << 39) - 1)
 }
 
 /// The key of an address in a CTA's shared memory.

@@ -12,7 +12,8 @@ use crate::wgmma::{Major, OperandType, WgmmaShape};
 fn space_of(part: &str) -> Option<Space> {
     match part {
         "global" => Some(Space::Global),
-        "shared" | "shared::cta" | "shared::cluster" => Some(Space::Shared),
+        "shared" | "shared::cta" => Some(Space::Shared),
+        "shared::cluster" => Some(Space::Cluster),
         _ => None,
     }
 }
@@ -134,6 +135,10 @@ impl Decoder {
         let to = opcode.take_map(space_of).ok_or("the destination's space is missing")?;
         let from = opcode.take_map(space_of).ok_or("the source's space is missing")?;
         let signals = opcode.take("mbarrier::complete_tx::bytes");
+        let multicasts = opcode.take("multicast::cluster");
+        if multicasts && (from, to, reduces) != (Space::Global, Space::Cluster, false) {
+            return Err("a multicast is from global to shared::cluster memory".to_owned());
+        }
         if !signals && !opcode.take("bulk_group") {
             return Err("the completion mechanism is missing".to_owned());
         }
@@ -153,12 +158,13 @@ impl Decoder {
         } else {
             None
         };
-        let expected = 3 + usize::from(signals) + usize::from(hint);
+        let expected = 3 + usize::from(signals) + usize::from(multicasts) + usize::from(hint);
         expect_count(operands, expected)?;
         let (destination, _) = self.address(&operands[0], to)?;
         let (source, _) = self.address(&operands[1], from)?;
         let bytes = self.read32(&operands[2])?;
-        let mbarrier = if signals { Some(self.address(&operands[3], Space::Shared)?.0) } else { None };
+        let mbarrier = if signals { Some(self.address(&operands[3], Space::Cluster)?.0) } else { None };
+        let multicast = if multicasts { Some(self.read(&operands[4], Type::U16)?) } else { None };
         self.push(Op::BulkCopy(Box::new(BulkCopy {
             destination,
             destination_space: to,
@@ -166,6 +172,7 @@ impl Decoder {
             source_space: from,
             bytes,
             mbarrier,
+            multicast,
             reduction,
         })));
         Ok(())
@@ -181,15 +188,19 @@ impl Decoder {
         let to = opcode.take_map(space_of).ok_or("the destination's space is missing")?;
         opcode.take_map(space_of).ok_or("the source's space is missing")?;
         opcode.take("tile");
-        let load = to == Space::Shared;
+        let load = to != Space::Global;
         let mechanism = if load { "mbarrier::complete_tx::bytes" } else { "bulk_group" };
         if !opcode.take(mechanism) {
             return Err(format!("`.{mechanism}` is missing"));
         }
+        let multicasts = opcode.take("multicast::cluster");
+        if multicasts && to != Space::Cluster {
+            return Err("a multicast is from global to shared::cluster memory".to_owned());
+        }
         let hint = opcode.take("L2::cache_hint");
         let reduction =
             if reduces { Some(take_atomic_operation(opcode).ok_or("the operation is missing")?) } else { None };
-        expect_count(operands, 2 + usize::from(load) + usize::from(hint))?;
+        expect_count(operands, 2 + usize::from(load) + usize::from(multicasts) + usize::from(hint))?;
         let (map, place) = if load { (&operands[1], &operands[0]) } else { (&operands[0], &operands[1]) };
         let Operand::Address(parts) = map else {
             return Err("`[map, {coordinates}]` is expected".to_owned());
@@ -202,9 +213,10 @@ impl Decoder {
         if coordinates.len() != dimensions {
             return Err(format!("{dimensions} coordinates expected, {} found", coordinates.len()));
         }
-        let (shared, _) = self.address(place, Space::Shared)?;
-        let mbarrier = if load { Some(self.address(&operands[2], Space::Shared)?.0) } else { None };
-        self.push(Op::TensorCopy(Box::new(TensorCopy { map, coordinates, shared, mbarrier, reduction })));
+        let (shared, _) = self.address(place, Space::Cluster)?;
+        let mbarrier = if load { Some(self.address(&operands[2], Space::Cluster)?.0) } else { None };
+        let multicast = if multicasts { Some(self.read(&operands[3], Type::U16)?) } else { None };
+        self.push(Op::TensorCopy(Box::new(TensorCopy { map, coordinates, shared, mbarrier, multicast, reduction })));
         Ok(())
     }
 

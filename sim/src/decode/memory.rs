@@ -38,10 +38,11 @@ pub(super) const CACHE_HINTS: [&str; 24] = [
 
 pub(super) const SCOPES: [&str; 4] = ["cta", "cluster", "gpu", "sys"];
 
-/// The scope modifier; a cluster is one CTA.
+/// The scope modifier.
 pub(super) fn take_scope(opcode: &mut Opcode<'_>) -> Option<Scope> {
     Some(match opcode.take_one(&SCOPES)? {
-        "cta" | "cluster" => Scope::Cta,
+        "cta" => Scope::Cta,
+        "cluster" => Scope::Cluster,
         "gpu" => Scope::Gpu,
         _ => Scope::Sys,
     })
@@ -71,7 +72,9 @@ pub(super) fn take_space(opcode: &mut Opcode<'_>) -> Space {
     ]) {
         None => Space::Generic,
         Some("global" | "const") => Space::Global,
-        Some("shared::cta" | "shared::cluster" | "shared") => Space::Shared,
+        // Without a sub-qualifier it is the executing CTA's (PTX ISA 8.6, "ld").
+        Some("shared::cta" | "shared") => Space::Shared,
+        Some("shared::cluster") => Space::Cluster,
         Some("local") => Space::Local,
         Some(_) => Space::Param,
     }

@@ -1,4 +1,4 @@
-//! `mov`, `cvta`, `isspacep`, `selp`, `slct`, `prmt`, and the cluster address mappings of a one-CTA cluster.
+//! `mov`, `cvta`, `isspacep`, `selp`, `slct`, `prmt`, `mapa` and `getctarank`.
 
 use super::opcode::Opcode;
 use super::operands::{Typed, convert, expect_count, operand, ternary, unary};
@@ -6,7 +6,7 @@ use super::scope::Symbol;
 use super::{Decoded, Decoder};
 use crate::ast::{Operand, Type};
 use crate::memory::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Window, window_offset};
-use crate::program::{Condition, Op};
+use crate::program::{Condition, Op, Special};
 use crate::registers::{LANES, R16, R32, R64, Register, Registers, Slot};
 
 const CVTA_SPACES: [&str; 7] = ["global", "shared", "shared::cta", "shared::cluster", "local", "const", "param"];
@@ -20,21 +20,21 @@ impl Decoder {
             "selp" => self.decode_selp(opcode, operands),
             "slct" => self.decode_slct(opcode, operands),
             "prmt" => self.decode_prmt(opcode, operands),
-            // Shared memory of the only CTA of the cluster: the address itself, rank 0.
             "mapa" => {
-                opcode.ignore(&["shared::cluster"]);
+                let generic = !opcode.take("shared::cluster");
                 let kind = opcode.need_type()?;
-                let d = self.destination(operand(operands, 0)?, kind.bytes())?;
-                let a = self.source(operand(operands, 1)?, kind)?;
-                self.push(convert(d, a, |x| x));
+                let destination = self.destination(operand(operands, 0)?, kind.bytes())?;
+                let address = self.source(operand(operands, 1)?, kind)?;
+                let rank = self.read32(operand(operands, 2)?)?;
+                self.push(Op::MapShared { destination, address, rank, generic });
                 Ok(())
             }
             _ => {
-                opcode.ignore(&["shared::cluster"]);
+                let generic = !opcode.take("shared::cluster");
                 let kind = opcode.need_type()?;
-                let d: R32 = self.write(operand(operands, 0)?)?;
-                let zero = self.constant(kind.bytes(), 0);
-                self.push(convert(Register::R32(d), zero, |x| x));
+                let destination = self.write(operand(operands, 0)?)?;
+                let address = self.source(operand(operands, 1)?, kind)?;
+                self.push(Op::CtaRank { destination, address, generic });
                 Ok(())
             }
         }
@@ -46,6 +46,13 @@ impl Decoder {
         let (to, from) = (&operands[0], &operands[1]);
         if kind == Type::Pred {
             let d = self.write_predicate(to)?;
+            if matches!(from, Operand::Name(name, 0) if name == "%is_explicit_cluster") {
+                let explicit = R32(self.module.registers.r32);
+                self.module.registers.r32 += 1;
+                self.push(Op::Special { destination: Register::R32(explicit), which: Special::IsExplicitCluster });
+                self.push(super::compare::compare1(d, explicit, |explicit| explicit != 0));
+                return Ok(());
+            }
             let source = self.condition(from)?;
             self.push(Op::Alu(Box::new(move |registers: &mut Registers, mask| {
                 let value = registers.predicates[source.predicate.0 as usize];
@@ -160,6 +167,10 @@ impl Decoder {
         };
         let d = self.write_predicate(&operands[0])?;
         let a: R64 = self.read(&operands[1], Type::U64)?;
+        if matches!(space, "shared" | "shared::cta") {
+            self.push(Op::IsOwnShared { destination: d, address: a });
+            return Ok(());
+        }
         self.push(super::compare::compare1(d, a, move |x| Window::of(x) == wanted));
         Ok(())
     }

@@ -74,11 +74,10 @@ fn special(name: &str) -> Option<(Special, u32)> {
         ("%ntid", Special::CtaThreads),
         ("%ctaid", Special::Cta),
         ("%nctaid", Special::GridCtas),
-        // A cluster is one CTA.
-        ("%clusterid", Special::Cta),
-        ("%nclusterid", Special::GridCtas),
-        ("%cluster_ctaid", |_| Special::Constant(0)),
-        ("%cluster_nctaid", |_| Special::Constant(1)),
+        ("%clusterid", Special::Cluster),
+        ("%nclusterid", Special::GridClusters),
+        ("%cluster_ctaid", Special::ClusterCta),
+        ("%cluster_nctaid", Special::ClusterCtas),
     ];
     for (base, make) in per_axis {
         if let Some(axis) = axis(base) {
@@ -105,9 +104,8 @@ fn special(name: &str) -> Option<(Special, u32)> {
         "%lanemask_gt" => (Special::LanemaskGt, 4),
         "%dynamic_smem_size" => (Special::DynamicSharedBytes, 4),
         "%total_smem_size" => (Special::TotalSharedBytes, 4),
-        "%cluster_ctarank" => (Special::Constant(0), 4),
-        "%cluster_nctarank" => (Special::Constant(1), 4),
-        "%is_explicit_cluster" => (Special::Constant(0), 4),
+        "%cluster_ctarank" => (Special::ClusterRank, 4),
+        "%cluster_nctarank" => (Special::ClusterSize, 4),
         "WARP_SZ" => (Special::Constant(LANES as u32), 4),
         _ => return None,
     })

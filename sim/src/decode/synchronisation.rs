@@ -63,7 +63,7 @@ impl Decoder {
             self.push(if proxy.starts_with("async") { Op::FenceProxy } else { Op::Nothing });
         } else if opcode.take("mbarrier_init") {
             opcode.ignore(&["release", "cluster"]);
-            self.push(Op::FenceProxy);
+            self.push(Op::FenceMbarrierInit);
         } else {
             opcode.take_one(&["acq_rel", "sc", "acquire", "release"]);
             opcode.ignore(&["sync_restrict::shared::cta", "sync_restrict::shared::cluster"]);
@@ -125,16 +125,16 @@ impl Decoder {
         Ok(())
     }
 
-    /// A cluster is one CTA: its barrier is a CTA barrier apart from the sixteen named ones.
+    /// `arrive` releases unless it is `.relaxed`, `wait` acquires (PTX ISA 8.6, "barrier.cluster").
     fn decode_cluster_barrier(&mut self, opcode: &mut Opcode<'_>) -> Decoded<()> {
-        let arrive = opcode.take_one(&["arrive", "wait"]).ok_or("`.arrive` or `.wait` is missing")? == "arrive";
-        opcode.ignore(&["release", "acquire", "relaxed", "aligned"]);
-        if arrive {
-            self.push(Op::Nothing);
-            return Ok(());
-        }
-        let id = self.constant32(crate::cta::CLUSTER_BARRIER);
-        self.push(Op::Barrier(Box::new(Barrier { id, threads: None, arrive: false, reduction: None })));
+        let action = opcode.take_one(&["arrive", "wait"]).ok_or("`.arrive` or `.wait` is missing")?;
+        let aligned = opcode.take("aligned");
+        self.push(if action == "arrive" {
+            Op::ClusterArrive { relaxed: opcode.take_one(&["release", "relaxed"]) == Some("relaxed"), aligned }
+        } else {
+            opcode.take("acquire");
+            Op::ClusterWait { aligned }
+        });
         Ok(())
     }
 
@@ -159,10 +159,17 @@ impl Decoder {
         let no_complete = opcode.take("noComplete");
         let by_parity = opcode.take("parity");
         let relaxed = opcode.take_one(&["release", "acquire", "relaxed"]) == Some("relaxed");
-        opcode.take_one(&SCOPES);
-        let generic = opcode.take_one(&["shared::cta", "shared::cluster", "shared"]).is_none();
+        let scope = take_scope(opcode).unwrap_or(Scope::Cta);
+        let space = match opcode.take_one(&["shared::cta", "shared::cluster", "shared"]) {
+            None => Space::Generic,
+            Some("shared::cluster") => Space::Cluster,
+            Some(_) => Space::Shared,
+        };
         opcode.take("b64");
-        let space = if generic { Space::Generic } else { Space::Shared };
+        let remote = matches!(name, "arrive" | "arrive_drop" | "expect_tx" | "complete_tx") && !no_complete;
+        if space == Space::Cluster && !remote {
+            return Err("it works on mbarriers of the executing CTA only, not of shared::cluster".to_owned());
+        }
         let (mut rest, mut state) = (operands, None);
         if matches!(name, "arrive" | "arrive_drop" | "test_wait" | "try_wait")
             && !matches!(operand(rest, 0)?, Operand::Address(_))
@@ -181,6 +188,9 @@ impl Decoder {
             "arrive" | "arrive_drop" => {
                 let state = match state {
                     Some(Operand::Name(name, 0)) if name == "_" => None,
+                    Some(_) if space == Space::Cluster => {
+                        return Err("an arrival of shared::cluster gives no state: it must be `_`".to_owned());
+                    }
                     Some(state) => Some(self.write(state)?),
                     None => None,
                 };
@@ -214,7 +224,7 @@ impl Decoder {
                 MbarrierAction::Wait { done, phase, suspends: name == "try_wait", limit }
             }
         };
-        self.push(Op::Mbarrier(Box::new(MbarrierOp { address, generic, action, relaxed })));
+        self.push(Op::Mbarrier(Box::new(MbarrierOp { address, space, action, relaxed, scope })));
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! Loads and stores.
 
+use super::cluster::state_at;
 use super::{Context, Executed, Flow};
 use crate::check::{self, Mode, Order, shared_key};
 use crate::cost::Direction;
@@ -64,17 +65,19 @@ impl Context<'_> {
         // All lanes read the same: once is enough.
         let readers = if uniform { active & active.wrapping_neg() } else { active };
         match space {
-            Space::Shared => {
+            Space::Shared | Space::Cluster => {
                 for lane in lanes(readers) {
                     self.fault_lanes = 1 << lane;
-                    let at = shared_range(&self.state.shared, addresses[lane], bytes)?;
-                    if !self.state.shared.is_written(at, bytes) {
+                    let place = self.locate(addresses[lane], space)?;
+                    let shared = &state_at(self.state, self.peers, place).shared;
+                    let at = shared_range(shared, place.address, bytes)?;
+                    if !shared.is_written(at, bytes) {
                         return Err(Fault::Uninitialised {
-                            place: shared_place(&self.state.shared, addresses[lane]),
+                            place: shared_place(shared, place.address),
                             bytes: bytes as u64,
                         });
                     }
-                    let data = &self.state.shared.data()[at..at + bytes];
+                    let data = &shared.data()[at..at + bytes];
                     unpack(&mut self.warp.registers, access, lane, data);
                 }
             }
@@ -130,9 +133,6 @@ impl Context<'_> {
         together: u32,
         mode: Mode,
     ) -> Result<(), Fault> {
-        let Some(checker) = self.checker.as_deref_mut() else {
-            return Ok(());
-        };
         if matches!(space, Space::Local | Space::Param) {
             return Ok(());
         }
@@ -141,8 +141,14 @@ impl Context<'_> {
         for lane in lanes(active) {
             let lanes = if together == 0 { 1 << lane } else { together };
             let key = match space {
-                Space::Shared => shared_key(self.state.id, addresses[lane]),
+                Space::Shared | Space::Cluster => {
+                    let at = self.locate(addresses[lane], space)?;
+                    shared_key(at.cta, at.address)
+                }
                 _ => addresses[lane],
+            };
+            let Some(checker) = self.checker.as_deref_mut() else {
+                return Ok(());
             };
             // The load of an acquire comes before what it learns.
             let one =
@@ -232,9 +238,11 @@ impl Context<'_> {
             let data = &buffer[..bytes];
             let address = addresses[lane];
             match space {
-                Space::Shared => {
-                    let at = shared_range(&self.state.shared, address, bytes)?;
-                    self.state.shared.write(at, data);
+                Space::Shared | Space::Cluster => {
+                    let place = self.locate(address, space)?;
+                    let state = state_at(self.state, self.peers, place);
+                    let at = shared_range(&state.shared, place.address, bytes)?;
+                    state.shared.write(at, data);
                 }
                 Space::Global | Space::Generic => {
                     check_aligned(self.memory, address, bytes)?;
@@ -297,7 +305,7 @@ impl Context<'_> {
 fn windows(addresses: &[u64; LANES], active: u32) -> impl Iterator<Item = (Space, u32, [u64; LANES])> + use<'_> {
     [
         (Window::Global, Space::Global),
-        (Window::Shared, Space::Shared),
+        (Window::Shared, Space::Cluster),
         (Window::Local, Space::Local),
         (Window::Param, Space::Param),
         (Window::Code, Space::Global),

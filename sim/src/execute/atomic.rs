@@ -1,6 +1,7 @@
 //! `atom` and `red`.
 
 use super::access::{check_aligned, shared_range, touch};
+use super::cluster::state_at;
 use super::{Context, Executed, Flow};
 use crate::check::{self, Mode, shared_key};
 use crate::convert::arithmetic::{Extremum, ExtremumMode, HalfMode, HalfType};
@@ -93,27 +94,29 @@ impl Context<'_> {
             self.fault_lanes = 1 << lane;
             let mut address = addresses[lane];
             let shared = match atomic.space {
-                Space::Shared => true,
+                Space::Shared | Space::Cluster => Some(atomic.space),
                 Space::Generic if Window::of(address) == Window::Shared => {
                     address = window_offset(address);
-                    true
+                    Some(Space::Cluster)
                 }
                 Space::Generic if Window::of(address) == Window::Local => {
                     return Err(Fault::Operand("an atomic on local memory".to_owned()));
                 }
-                _ => false,
+                _ => None,
             };
-            if shared {
-                let at = shared_range(&self.state.shared, address, whole)?;
-                if !self.state.shared.is_written(at, whole) {
+            if let Some(space) = shared {
+                let place = self.locate(address, space)?;
+                let shared = &mut state_at(self.state, self.peers, place).shared;
+                let at = shared_range(shared, place.address, whole)?;
+                if !shared.is_written(at, whole) {
                     return Err(Fault::Uninitialised {
-                        place: super::access::shared_place(&self.state.shared, address),
+                        place: super::access::shared_place(shared, place.address),
                         bytes: whole as u64,
                     });
                 }
-                let data = &mut self.state.shared.data_mut()[at..at + whole];
+                let data = &mut shared.data_mut()[at..at + whole];
                 changed |= apply(&mut self.warp.registers, atomic, lane, data, &mut digest);
-                self.check_atomic(atomic, lane, shared_key(self.state.id, address), whole)?;
+                self.check_atomic(atomic, lane, shared_key(place.cta, place.address), whole)?;
                 continue;
             }
             check_aligned(self.memory, address, whole)?;

@@ -1,7 +1,7 @@
 //! Barriers of a CTA, and the pool of registers.
 
 use super::{Context, Executed, Flow, NEVER};
-use crate::cta::{CLUSTER_BARRIER, Wait};
+use crate::cta::{BARRIERS, Wait};
 use crate::error::Fault;
 use crate::program::Barrier;
 use crate::registers::{LANES, Slot, lanes};
@@ -18,7 +18,7 @@ impl Context<'_> {
         if lanes(active).any(|lane| ids[lane] != id) {
             return Err(Fault::Synchronisation("lanes of a warp name different barriers".to_owned()));
         }
-        if id > CLUSTER_BARRIER {
+        if id >= BARRIERS {
             return Err(Fault::Synchronisation(format!("barrier {id}; a CTA has 0 to 15")));
         }
         let expected = match barrier.threads {

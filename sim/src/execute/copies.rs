@@ -16,7 +16,11 @@ impl Context<'_> {
         parts: Vec<CopyPart>,
         completion: Completion,
         reduction: Option<(AtomicOperation, AtomicType, u32)>,
+        targets: &[(usize, u64)],
     ) -> Result<(), Fault> {
+        let own = [(self.slot, self.state.id)];
+        let (&target, others) = targets.split_first().unwrap_or((&own[0], &[]));
+        let multicast: Vec<_> = others.iter().map(|other| (self.queue.reserve(), *other)).collect();
         let issuer = self.issuer(1 << lane);
         let due = self.due();
         let number = self.queue.push(
@@ -25,6 +29,8 @@ impl Context<'_> {
                 issuer,
                 launch: self.state.launch,
                 device: self.state.device,
+                target,
+                multicast: multicast.clone(),
                 parts,
                 completion,
                 reduction,
@@ -37,16 +43,43 @@ impl Context<'_> {
         if let Some(checker) = &mut self.checker {
             let (kind, mbarrier) = match completion {
                 Completion::Group(kind) => (kind, None),
-                Completion::Mbarrier { address, .. } => (CopyKind::Bulk, Some(address)),
+                Completion::Mbarrier { address, .. } => (CopyKind::Bulk, Some((target.1, address))),
             };
             checker.issue_copy(number, self.agent, lane, self.pc, kind, mbarrier);
-            if let Some(address) = mbarrier {
+            if let Some((cta, address)) = mbarrier {
                 self.fault_lanes = 1 << lane;
-                checker.copy_signals(number, self.state.id, address)?;
+                checker.copy_signals(number, (cta, address))?;
+                if !multicast.is_empty() {
+                    checker.issue_multicast(number, self.agent);
+                }
+                for (next, (_, cta)) in multicast {
+                    checker.fork_copy(number, next, (cta, address));
+                    checker.copy_signals(next, (cta, address))?;
+                }
             }
         }
         *self.progress += 1;
         Ok(())
+    }
+
+    /// The offset of a copy's mbarrier, and the CTAs it writes to: the one whose shared memory `to` is in, or those that
+    /// `.multicast::cluster` names.
+    fn targets(&self, to: u64, mbarrier: u64, multicast: Option<u16>) -> Result<(u32, Vec<(usize, u64)>), Fault> {
+        let (at, signal) = (self.locate(to, Space::Cluster)?, self.locate(mbarrier, Space::Cluster)?);
+        shared_range(&self.state.shared, signal.address, 8)?;
+        let address = signal.address as u32;
+        let Some(mask) = multicast else {
+            if signal.cta != at.cta {
+                return Err(Fault::Operand("the mbarrier of a copy is in another CTA than its destination".to_owned()));
+            }
+            return Ok((address, vec![(at.slot, at.cta)]));
+        };
+        if mask == 0 {
+            return Err(Fault::Operand("a multicast to no CTA: its mask is 0".to_owned()));
+        }
+        let ranks = (0..16).filter(|rank| mask >> rank & 1 != 0);
+        let peers = ranks.map(|rank| self.peer_at(rank, at.address).map(|peer| (peer.slot, peer.cta)));
+        Ok((address, peers.collect::<Result<_, _>>()?))
     }
 
     fn place(&self, space: Space, address: u64, bytes: u32) -> Result<Place, Fault> {
@@ -57,10 +90,12 @@ impl Context<'_> {
             }
             return Ok(Place::Global(address));
         }
-        shared_range(&self.state.shared, address, 16)?;
-        if address + u64::from(bytes) > self.state.shared.len() as u64 {
+        // All CTAs of a cluster have as much shared memory.
+        let (shared, address) = (&self.state.shared, self.locate(address, space)?.address);
+        shared_range(shared, address, 16)?;
+        if address + u64::from(bytes) > shared.len() as u64 {
             return Err(Fault::OutOfBounds {
-                place: super::access::shared_place(&self.state.shared, address),
+                place: super::access::shared_place(shared, address),
                 bytes: u64::from(bytes),
             });
         }
@@ -69,7 +104,7 @@ impl Context<'_> {
 
     pub(super) fn bulk_copy(&mut self, copy: &BulkCopy, active: u32) -> Executed {
         let (to, from) = (self.addresses(copy.destination), self.addresses(copy.source));
-        let mbarriers = copy.mbarrier.map(|address| self.shared_addresses(address, false, active)).transpose()?;
+        let mbarriers = copy.mbarrier.map(|address| self.addresses(address));
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             let bytes = copy.bytes.get(&self.warp.registers)[lane];
@@ -81,16 +116,16 @@ impl Context<'_> {
                 to: self.place(copy.destination_space, to[lane], bytes)?,
                 bytes,
             };
-            let completion = match mbarriers {
+            let (completion, targets) = match mbarriers {
                 Some(addresses) => {
-                    let address = addresses[lane];
-                    shared_range(&self.state.shared, u64::from(address), 8)?;
-                    Completion::Mbarrier { address, bytes }
+                    let mask = copy.multicast.map(|mask| mask.get(&self.warp.registers)[lane]);
+                    let (address, targets) = self.targets(to[lane], addresses[lane], mask)?;
+                    (Completion::Mbarrier { address, bytes }, targets)
                 }
-                None => Completion::Group(CopyKind::Bulk),
+                None => (Completion::Group(CopyKind::Bulk), Vec::new()),
             };
             let parts = if bytes == 0 { Vec::new() } else { vec![part] };
-            self.enqueue(lane, parts, completion, copy.reduction)?;
+            self.enqueue(lane, parts, completion, copy.reduction, &targets)?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -98,14 +133,15 @@ impl Context<'_> {
 
     pub(super) fn tensor_copy(&mut self, copy: &TensorCopy, active: u32) -> Executed {
         let maps = self.addresses(copy.map);
-        let places = self.shared_addresses(copy.shared, false, active)?;
-        let mbarriers = copy.mbarrier.map(|address| self.shared_addresses(address, false, active)).transpose()?;
+        let places = self.addresses(copy.shared);
+        let mbarriers = copy.mbarrier.map(|address| self.addresses(address));
+        let space = if mbarriers.is_some() { Space::Cluster } else { Space::Shared };
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             let map = self.tensor_map(maps[lane])?;
             let coordinates: Vec<i32> =
                 copy.coordinates.iter().map(|register| register.get(&self.warp.registers)[lane] as i32).collect();
-            let base = places[lane];
+            let base = self.locate(places[lane], space)?.address as u32;
             map.check_tile(&coordinates, base).map_err(|error| Fault::Operand(error.to_string()))?;
             let bytes = u32::try_from(map.box_bytes()).unwrap_or(u32::MAX);
             let extent = u32::try_from(map.shared_bytes()).unwrap_or(u32::MAX);
@@ -122,13 +158,13 @@ impl Context<'_> {
                 };
                 parts.push(CopyPart { from, to, bytes: piece.bytes });
             }
-            let completion = match mbarriers {
+            let (completion, targets) = match mbarriers {
                 Some(addresses) => {
-                    let address = addresses[lane];
-                    shared_range(&self.state.shared, u64::from(address), 8)?;
-                    Completion::Mbarrier { address, bytes }
+                    let mask = copy.multicast.map(|mask| mask.get(&self.warp.registers)[lane]);
+                    let (address, targets) = self.targets(places[lane], addresses[lane], mask)?;
+                    (Completion::Mbarrier { address, bytes }, targets)
                 }
-                None => Completion::Group(CopyKind::Bulk),
+                None => (Completion::Group(CopyKind::Bulk), Vec::new()),
             };
             let reduction = match copy.reduction {
                 Some(operation) => {
@@ -137,7 +173,7 @@ impl Context<'_> {
                 }
                 None => None,
             };
-            self.enqueue(lane, parts, completion, reduction)?;
+            self.enqueue(lane, parts, completion, reduction, &targets)?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -199,7 +235,7 @@ impl Context<'_> {
                     bytes: copy.bytes - read,
                 });
             }
-            self.enqueue(lane, parts, Completion::Group(CopyKind::Small), None)?;
+            self.enqueue(lane, parts, Completion::Group(CopyKind::Small), None, &[])?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)

@@ -1,13 +1,14 @@
 //! mbarrier instructions, lane by lane.
 
 use super::access::{shared_place, shared_range};
+use super::cluster::{SharedAt, state_at};
 use super::{Context, Executed, Flow};
 use crate::check::{Access, Mode, Scope, shared_key};
 use crate::cta::{CtaState, Phase, Wait};
 use crate::error::Fault;
 use crate::mbarrier::{Mbarrier, MbarrierError};
 use crate::mbarrier_op::{MbarrierAction, MbarrierOp};
-use crate::program::WaitPhase;
+use crate::program::{Space, WaitPhase};
 use crate::registers::{LANES, Slot, lanes};
 
 /// How long `try_wait` suspends a warp at most, in simulated nanoseconds, unless it says so itself. The device's
@@ -60,6 +61,7 @@ struct Waited {
     suspends: bool,
     limit: Option<crate::registers::R32>,
     relaxed: bool,
+    scope: Scope,
 }
 
 impl Context<'_> {
@@ -87,58 +89,61 @@ impl Context<'_> {
     }
 
     pub(super) fn mbarrier(&mut self, operation: &MbarrierOp, index: usize, active: u32) -> Executed {
-        let addresses = self.shared_addresses(operation.address, operation.generic, active)?;
         if let MbarrierAction::Wait { done, phase, suspends, limit } = operation.action {
-            let wait = Waited { done, phase, suspends, limit, relaxed: operation.relaxed };
+            let addresses = self.shared_addresses(operation.address, operation.space == Space::Generic, active)?;
+            let wait = Waited { done, phase, suspends, limit, relaxed: operation.relaxed, scope: operation.scope };
             return self.mbarrier_wait(index, &addresses, wait, active);
         }
+        let addresses = self.addresses(operation.address);
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
-            let address = addresses[lane];
-            self.check_mbarrier(operation, address, lane)?;
+            let place = self.locate_mbarrier(operation, addresses[lane])?;
+            let address = place.address as u32;
+            self.check_mbarrier(operation, (place.cta, address), lane)?;
+            let state = state_at(self.state, self.peers, place);
             let registers = &self.warp.registers;
             let mut completed = false;
             match &operation.action {
                 MbarrierAction::Init { count } => {
                     let count = count.get(registers)[lane];
-                    let at = shared_range(&self.state.shared, u64::from(address), 8)?;
+                    let at = shared_range(&state.shared, u64::from(address), 8)?;
                     let barrier = Mbarrier::init(count)
                         .map_err(|error| Fault::Synchronisation(format!("mbarrier.init: {error}")))?;
-                    self.state.shared.write(at, &barrier.encode().to_le_bytes());
+                    state.shared.write(at, &barrier.encode().to_le_bytes());
                 }
                 MbarrierAction::Invalidate => {
-                    update(self.state, address, Ok)?;
+                    update(state, address, Ok)?;
                     let word = Mbarrier::INVALID.to_le_bytes();
-                    self.state.shared.write(address as usize, &word);
-                    self.state.shared.unmark(address as usize, 8);
+                    state.shared.write(address as usize, &word);
+                    state.shared.unmark(address as usize, 8);
                 }
                 MbarrierAction::ExpectBytes { bytes } => {
                     let bytes = bytes.get(registers)[lane];
-                    (_, completed) = update(self.state, address, |barrier| barrier.expect_tx(bytes))?;
+                    (_, completed) = update(state, address, |barrier| barrier.expect_tx(bytes))?;
                 }
                 MbarrierAction::CompleteBytes { bytes } => {
                     let bytes = bytes.get(registers)[lane];
-                    (_, completed) = update(self.state, address, |barrier| barrier.complete_tx(bytes))?;
+                    (_, completed) = update(state, address, |barrier| barrier.complete_tx(bytes))?;
                 }
-                MbarrierAction::Arrive { state, count, expect_bytes, drop, no_complete } => {
+                MbarrierAction::Arrive { state: before, count, expect_bytes, drop, no_complete } => {
                     let count = count.get(registers)[lane];
                     let bytes = expect_bytes.map(|bytes| bytes.get(registers)[lane]);
                     let word;
-                    (word, completed) = update(self.state, address, |barrier| match bytes {
+                    (word, completed) = update(state, address, |barrier| match bytes {
                         Some(bytes) if *drop => barrier.expect_tx(bytes)?.arrive_drop(count),
                         Some(bytes) => barrier.arrive_expect_tx(bytes),
                         None if *drop => barrier.arrive_drop(count),
                         None if *no_complete => barrier.arrive_no_complete(count),
                         None => barrier.arrive(count),
                     })?;
-                    if let Some(state) = state {
-                        state.get_mut(&mut self.warp.registers)[lane] = word;
+                    if let Some(before) = before {
+                        before.get_mut(&mut self.warp.registers)[lane] = word;
                     }
                 }
                 MbarrierAction::Wait { .. } => {}
             }
             if completed && let Some(checker) = &mut self.checker {
-                checker.complete_phase(self.state.id, address);
+                checker.complete_phase(place.cta, address);
             }
         }
         self.fault_lanes = 0;
@@ -148,13 +153,13 @@ impl Context<'_> {
     }
 
     /// Tells the checks: an mbarrier is used by many, but initialised before.
-    fn check_mbarrier(&mut self, operation: &MbarrierOp, address: u32, lane: usize) -> Result<(), Fault> {
+    fn check_mbarrier(&mut self, operation: &MbarrierOp, (cta, address): (u64, u32), lane: usize) -> Result<(), Fault> {
         let Some(checker) = self.checker.as_deref_mut() else {
             return Ok(());
         };
-        let (warp, lanes, cta) = (self.agent, 1 << lane, self.state.id);
+        let (warp, lanes) = (self.agent, 1 << lane);
         let changes = matches!(operation.action, MbarrierAction::Init { .. } | MbarrierAction::Invalidate);
-        let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cta)) };
+        let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cluster)) };
         checker.access(
             Access { warp, lanes, pc: self.pc, reads: false, mode, strong },
             shared_key(cta, u64::from(address)),
@@ -162,14 +167,30 @@ impl Context<'_> {
         )?;
         if changes {
             checker.init_mbarrier(cta, address);
-        } else if matches!(operation.action, MbarrierAction::Arrive { .. }) && !operation.relaxed {
-            checker.arrive_mbarrier(warp, lanes, cta, address);
+        } else if matches!(operation.action, MbarrierAction::Arrive { .. }) {
+            checker.arrive_mbarrier(warp, lanes, (cta, address), operation.scope, operation.relaxed);
         }
         Ok(())
     }
 
+    /// The mbarrier at an address: a peer's only for what may be done to one (PTX ISA 8.6, "mbarrier").
+    fn locate_mbarrier(&self, operation: &MbarrierOp, address: u64) -> Result<SharedAt, Fault> {
+        let at = self.locate_generic(address, operation.space)?;
+        let own = match &operation.action {
+            MbarrierAction::Arrive { state, no_complete, .. } => state.is_some() || *no_complete,
+            action => !matches!(action, MbarrierAction::ExpectBytes { .. } | MbarrierAction::CompleteBytes { .. }),
+        };
+        if own && at.cta != self.state.id {
+            return Err(Fault::Synchronisation("it works on mbarriers of the executing CTA only".to_owned()));
+        }
+        if at.address > u64::from(u32::MAX) {
+            return Err(Fault::Operand(format!("address {address:#x} is not in shared memory")));
+        }
+        Ok(at)
+    }
+
     fn mbarrier_wait(&mut self, index: usize, addresses: &[u32; LANES], wait: Waited, active: u32) -> Executed {
-        let Waited { done, phase, suspends, limit, relaxed } = wait;
+        let Waited { done, phase, suspends, limit, relaxed, scope } = wait;
         self.check_waits(addresses, active)?;
         let (mut complete, mut blocking) = (0, None);
         for lane in lanes(active) {
@@ -200,7 +221,7 @@ impl Context<'_> {
             while rest != 0 {
                 let address = addresses[rest.trailing_zeros() as usize % LANES];
                 let same = lanes(rest).filter(|lane| addresses[*lane] == address).fold(0, |all, lane| all | 1 << lane);
-                checker.wait_mbarrier(self.agent, same, self.state.id, address);
+                checker.wait_mbarrier(self.agent, same, self.state.id, address, scope);
                 rest &= !same;
             }
         }

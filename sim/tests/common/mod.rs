@@ -20,6 +20,7 @@ pub fn kernel(globals: &str, body: &str) -> String {
 pub struct Setup {
     pub threads: u32,
     pub ctas: u32,
+    pub cluster: u32,
     pub shared_bytes: u32,
     pub out_words: usize,
     pub input: Vec<u8>,
@@ -31,6 +32,7 @@ impl Default for Setup {
         Self {
             threads: 32,
             ctas: 1,
+            cluster: 1,
             shared_bytes: 0,
             out_words: 1024,
             input: vec![0; 16],
@@ -52,6 +54,7 @@ pub fn run(ptx: &str, setup: &Setup) -> Result<(Vec<u32>, Cost), SimError> {
         module: &module,
         entry: "k",
         grid: [setup.ctas, 1, 1],
+        cluster: [setup.cluster, 1, 1],
         block: [setup.threads, 1, 1],
         shared_bytes: setup.shared_bytes,
         args: vec![Arg::U64(out), Arg::U64(input)],

@@ -243,6 +243,7 @@ impl Fake {
                     module: &launch.module,
                     entry: &launch.entry,
                     grid: launch.grid,
+                    cluster: [1, 1, 1],
                     block: launch.block,
                     shared_bytes: launch.shared_bytes,
                     args: launch.args.iter().map(|&arg| Arg::U64(arg)).collect(),
