@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Setup, kernel, run};
-use ptx_sim::{Fault, RunOptions, SimError};
+use ptx_sim::{Arg, Fault, Launch, Machine, Module, RunOptions, SimError};
 
 const SHARED: &str = ".shared .align 128 .b8 tile[1024]; .shared .align 8 .b64 bar[4];";
 
@@ -156,4 +156,230 @@ fn ctas_exchange_shared_memory() {
     for error in errors(&last, 64) {
         assert!(matches!(fault(&error), Fault::ExitRace { .. } | Fault::PeerExited { .. }), "{error}");
     }
+}
+
+#[test]
+fn special_registers_name_the_cluster() {
+    // Clusters of 2 x 1 x 2 in a grid of 4 x 3 x 2; CTA (3, 1, 1) is in cluster (1, 1, 0), at (1, 0, 1) there, rank 3.
+    let store = |name: &str, at: usize| format!("mov.u32 %r5, {name}; st.global.u32 [%rd2+{}], %r5;", 4 * at);
+    let names = ["%clusterid", "%nclusterid", "%cluster_ctaid", "%cluster_nctaid"];
+    let mut body = "mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ctaid.y; mov.u32 %r4, %ctaid.z; setp.eq.u32 %p1, %r1, 0;
+        setp.eq.and.u32 %p1, %r2, 3, %p1; setp.eq.and.u32 %p1, %r3, 1, %p1; setp.eq.and.u32 %p1, %r4, 1, %p1;
+        @!%p1 bra END;"
+        .to_owned();
+    for (at, name) in names.iter().flat_map(|name| ["x", "y", "z"].map(|axis| format!("{name}.{axis}"))).enumerate() {
+        body += &store(&name, at);
+    }
+    body += &store("%cluster_ctarank", 12);
+    body += &store("%cluster_nctarank", 13);
+    body += "mov.pred %p2, %is_explicit_cluster; selp.u32 %r5, 1, 0, %p2; st.global.u32 [%rd2+56], %r5; END:";
+    let text = kernel("", &body);
+    let directive = text.replace("\n{\n", "\n.reqnctapercluster 2, 1, 2\n{\n");
+    for (text, cluster) in [(&text, [2, 1, 2]), (&directive, [2, 1, 2]), (&directive, [1, 1, 1])] {
+        let words = launch(text, [4, 3, 2], cluster, None).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(words[..15], [1, 1, 0, 2, 3, 1, 1, 0, 1, 2, 1, 2, 3, 4, 1]);
+    }
+    let words = launch(&text, [4, 3, 2], [1, 1, 1], None).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(words[..15], [3, 1, 1, 4, 3, 2, 0, 0, 0, 1, 1, 1, 0, 1, 0]);
+}
+
+/// Runs a kernel whose output starts as zeros.
+fn launch(text: &str, grid: [u32; 3], cluster: [u32; 3], residency: Option<u32>) -> Result<Vec<u32>, SimError> {
+    let module = Module::parse(text).unwrap_or_else(|error| panic!("{error}"));
+    let mut machine = Machine::new(1);
+    let out = machine.alloc(0, 4096, "out")?;
+    machine.fill(out, 4096, 0)?;
+    let args = vec![Arg::U64(out), Arg::U64(out)];
+    let launch =
+        Launch { device: 0, module: &module, entry: "k", grid, cluster, block: [32, 1, 1], shared_bytes: 0, args };
+    machine.run(&[launch], &RunOptions { residency, checks: true, ..RunOptions::default() })?;
+    let mut bytes = vec![0; 4096];
+    machine.read(out, &mut bytes)?;
+    Ok(bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect())
+}
+
+#[test]
+fn launches_that_no_device_would_take_are_refused() {
+    let text = kernel("", "mov.u32 %r2, 0;");
+    let with = |directive: &str| text.replace("\n{\n", &format!("\n{directive}\n{{\n"));
+    for (text, grid, cluster, residency, expected) in [
+        (text.clone(), [3, 1, 1], [2, 1, 1], None, "do not divide"),
+        (text.clone(), [9, 1, 1], [9, 1, 1], None, "1 to 8"),
+        (text.clone(), [8, 1, 1], [0, 1, 1], None, "1 to 8"),
+        (text.clone(), [8, 1, 1], [4, 1, 1], Some(3), "a residency of 3 CTAs, but its clusters have 4"),
+        (with(".reqnctapercluster 2"), [8, 1, 1], [4, 1, 1], None, ".reqnctapercluster is [2, 1, 1]"),
+        (with(".maxclusterrank 2"), [8, 1, 1], [4, 1, 1], None, "1 to 2"),
+        (with(".explicitcluster"), [8, 1, 1], [1, 1, 1], None, "names no cluster"),
+    ] {
+        let error = launch(&text, grid, cluster, residency).expect_err(expected);
+        assert!(matches!(error, SimError::Launch { .. }) && error.to_string().contains(expected), "{error}");
+    }
+    launch(&with(".explicitcluster .reqnctapercluster 2"), [8, 1, 1], [1, 1, 1], None).unwrap();
+}
+
+#[test]
+fn a_residency_is_of_whole_clusters() {
+    // Every CTA needs its peer: with five places, two clusters run at once.
+    let mut setup = setup(64, 12, 3);
+    setup.options.residency = Some(5);
+    let places = format!("{EXCHANGE} mov.u32 %r30, %nsmid; st.global.u32 [%rd1], %r30;");
+    assert_eq!(words(&places, &setup)[..64], [4; 64]);
+}
+
+/// CTA 0 (predicate `%p1` in its thread 0) does something to shared memory of CTA 1, which waits at `bar` and stores a word.
+fn remote(act: &str) -> String {
+    format!(
+        "mov.u32 %r2, tile; mov.u32 %r3, bar; mov.u32 %r10, %cluster_ctarank; setp.eq.u32 %p2, %r1, 0;
+         @%p2 mbarrier.init.shared.b64 [%r3], 1; @%p2 fence.mbarrier_init.release.cluster;
+         st.shared.u32 [%r2], 5; st.shared.u32 [%r2+4], 6; st.shared.u32 [%r2+8], 7; st.shared.u32 [%r2+12], 8;
+         fence.proxy.async; barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;
+         setp.eq.and.u32 %p1, %r10, 0, %p2; mov.u32 %r4, 1; mapa.shared::cluster.u32 %r5, %r2, %r4;
+         mapa.shared::cluster.u32 %r6, %r3, %r4; mov.u16 %h1, 2; mov.u32 %r8, 16;
+         @!%p1 bra OTHER; {act}
+         OTHER: setp.eq.u32 %p4, %r10, 0; @%p4 bra END;
+         WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r3], 0; @!%p3 bra WAIT;
+         ld.shared.u32 %r7, [%r2+4]; st.global.u32 [%rd1], %r7;
+         END: barrier.cluster.arrive.release; barrier.cluster.wait.acquire;"
+    )
+}
+
+#[test]
+fn a_cta_acts_on_its_peer() {
+    let copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes";
+    for (act, expected) in [
+        // A store and an arrival.
+        ("st.shared::cluster.u32 [%r5+4], 9; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r6], 1;", 9),
+        // The same, by generic addresses.
+        (
+            "cvt.u64.u32 %rd5, %r5; cvta.shared::cluster.u64 %rd5, %rd5; st.u32 [%rd5+4], 9;
+             cvt.u64.u32 %rd6, %r6; cvta.shared::cluster.u64 %rd6, %rd6; mbarrier.arrive.release.cluster.b64 _, [%rd6];",
+            9,
+        ),
+        ("red.relaxed.cluster.shared::cluster.add.u32 [%r5+4], 9; fence.acq_rel.cluster;
+          mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%r6];", 15),
+        ("atom.shared::cluster.exch.b32 %r9, [%r5+4], 9; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r6];", 9),
+        // Copies: from global memory, to one CTA and as a multicast that leaves the issuing one out; from shared memory.
+        (
+            &format!("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%r6], 16; {copy} [%r5], [%rd3], 16, [%r6];"),
+            1,
+        ),
+        (
+            &format!(
+                "mbarrier.expect_tx.relaxed.cluster.shared::cluster.b64 [%r6], 16;
+                 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r6];
+                 {copy}.multicast::cluster [%r2], [%rd3], %r8, [%r3], %h1;"
+            ),
+            1,
+        ),
+        (
+            "st.shared.u32 [%r2+4], 11; fence.proxy.async;
+             mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%r6], 16;
+             cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r5], [%r2], 16, [%r6];",
+            11,
+        ),
+    ] {
+        for seed in 0..10 {
+            let words = words(&remote(act), &setup(32, 2, seed));
+            assert_eq!(words[..32], [expected; 32], "{act}");
+        }
+    }
+}
+
+#[test]
+fn what_a_peer_wrote_is_read_after_its_phase() {
+    let act = "mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%r6], 16;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%rd3], 16, [%r3], %h1;";
+    let early = replaced(
+        &remote(act),
+        "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r3], 0; @!%p3 bra WAIT;",
+        "",
+    );
+    let relaxed =
+        remote("st.shared::cluster.u32 [%r5+4], 9; mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%r6];");
+    for body in [early, relaxed] {
+        for error in errors(&body, 32) {
+            let unfinished = error.to_string().contains("exited before this operation");
+            assert!(unfinished || matches!(fault(&error), Fault::Race { .. }), "{error}");
+        }
+    }
+}
+
+#[test]
+fn misuse_of_a_cluster_is_an_error() {
+    for (act, expected) in [
+        ("ld.shared.u32 %r7, [%r5];", "is not in shared::cta"),
+        ("mapa.shared::cluster.u32 %r7, %r2, 2;", "rank 2 in a cluster of 2 CTAs"),
+        (
+            "cvt.u64.u32 %rd6, %r6; cvta.shared.u64 %rd6, %rd6; mbarrier.arrive.b64 %rd7, [%rd6];",
+            "of the executing CTA only",
+        ),
+        (
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5], [%rd3], 16, [%r3];",
+            "another CTA than its destination",
+        ),
+        (
+            "mov.u16 %h1, 0; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%rd3], 16, [%r3], %h1;",
+            "its mask is 0",
+        ),
+        (
+            "mov.u16 %h1, 6; cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%rd3], 16, [%r3], %h1;",
+            "rank 2 in a cluster of 2 CTAs",
+        ),
+        ("barrier.cluster.wait;", "without a barrier.cluster.arrive"),
+        ("barrier.cluster.arrive; barrier.cluster.arrive;", "second barrier.cluster.arrive"),
+        ("st.shared::cluster.u32 [%r5+65536], 1;", "out of bounds"),
+    ] {
+        for error in errors(&remote(act), 32) {
+            assert!(error.to_string().contains(expected), "{act}: {error}");
+        }
+    }
+    for (instruction, expected) in [
+        ("mbarrier.init.shared::cluster.b64 [%r3], 1;", "executing CTA only"),
+        ("mbarrier.try_wait.parity.shared::cluster.b64 %p1, [%r3], 0;", "executing CTA only"),
+        ("mbarrier.arrive.shared::cluster.b64 %rd4, [%r3];", "must be `_`"),
+        (
+            "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%rd3], 16, [%r3], %h1;",
+            "shared::cluster",
+        ),
+    ] {
+        let error = Module::parse(&kernel(SHARED, instruction)).expect_err(instruction).to_string();
+        assert!(error.contains(expected), "{instruction}: {error}");
+    }
+}
+
+#[test]
+fn memory_of_a_cta_that_has_exited_is_gone() {
+    // CTA 1 exits at once; CTA 0 reads its memory when it is gone, if not before.
+    let body = "mov.u32 %r2, tile; mov.u32 %r3, %cluster_ctarank; setp.ne.u32 %p1, %r3, 0; @%p1 exit; mov.u32 %r9, 0;
+        SPIN: add.u32 %r9, %r9, 1; setp.lt.u32 %p2, %r9, 20000; @%p2 bra SPIN;
+        mov.u32 %r4, 1; mapa.shared::cluster.u32 %r5, %r2, %r4; st.shared::cluster.u32 [%r5], 1;";
+    for error in errors(body, 32) {
+        assert!(matches!(fault(&error), Fault::PeerExited { rank: 1, .. }), "{error}");
+    }
+}
+
+#[test]
+fn exited_threads_count_as_arrived() {
+    let body = "mov.u32 %r3, %cluster_ctarank; setp.ne.u32 %p1, %r3, 0; @%p1 exit; setp.gt.u32 %p2, %r1, 40; @%p2 exit;
+        barrier.cluster.arrive; barrier.cluster.wait; st.global.u32 [%rd1], 1;";
+    for seed in 0..10 {
+        let words = words(body, &setup(64, 2, seed));
+        assert_eq!(words[..64].iter().sum::<u32>(), 41);
+    }
+    let stuck = "mov.u32 %r3, %cluster_ctarank; setp.ne.u32 %p1, %r3, 0; @%p1 bra STUCK;
+        barrier.cluster.arrive; barrier.cluster.wait; ret; STUCK: setp.ge.u32 %p2, %r1, 32; @%p2 exit; bar.sync 1, 64;";
+    let error = errors(stuck, 64).remove(0);
+    assert!(matches!(error, SimError::Deadlock(_)) && error.to_string().contains("barrier.cluster"), "{error}");
+}
+
+#[test]
+fn addresses_name_their_cta() {
+    let body = "mov.u32 %r2, tile; mov.u32 %r3, %cluster_ctarank; xor.b32 %r4, %r3, 1; cvt.u64.u32 %rd4, %r2;
+        cvta.shared.u64 %rd4, %rd4; mapa.shared::cluster.u32 %r5, %r2, %r4; mapa.u64 %rd5, %rd4, %r4; mapa.u64 %rd6, %rd4, %r3;
+        getctarank.shared::cluster.u32 %r6, %r5; getctarank.u64 %r7, %rd5; getctarank.u64 %r8, %rd4;
+        isspacep.shared::cta %p1, %rd4; isspacep.shared::cta %p2, %rd6; isspacep.shared::cta %p3, %rd5;
+        isspacep.shared::cluster %p4, %rd5; selp.u32 %r10, 1, 0, %p1; selp.u32 %r11, 2, 0, %p2; selp.u32 %r12, 4, 0, %p3;
+        selp.u32 %r13, 8, 0, %p4; add.u32 %r10, %r10, %r11; add.u32 %r10, %r10, %r12; add.u32 %r10, %r10, %r13;
+        mul.wide.u32 %rd7, %r3, 16; add.u64 %rd7, %rd7, %rd2; st.global.v4.u32 [%rd7], {%r6, %r7, %r8, %r10};";
+    assert_eq!(words(body, &setup(1, 2, 0))[..8], [1, 1, 0, 11, 0, 0, 1, 11]);
 }
