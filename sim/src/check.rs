@@ -9,12 +9,13 @@
 mod clock;
 mod shadow;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::ops::Range;
 
 use crate::error::Fault;
 use crate::program::{CopyKind, WgmmaUse};
 use clock::{Clock, Entry};
-use shadow::{Actor, Agent, Shadow, Site};
+use shadow::{Actor, Agent, FastMap, Shadow, Site};
 pub(crate) use shadow::{Clash, Mode, Record, Scope, shared_key, shared_owner};
 
 /// Lanes with the same clock.
@@ -47,7 +48,10 @@ struct Groups {
 
 #[derive(Debug, Default)]
 struct WarpState {
+    /// The time of its accesses.
     tick: u32,
+    /// What it did at this tick was handed on: its next access comes later.
+    handed_on: bool,
     /// Lanes that do not exist.
     absent: u32,
     views: Vec<View>,
@@ -136,7 +140,7 @@ struct CtaChecks {
     /// Stands for the reads of its copies to several CTAs: the agent, and how many there were.
     multicasts: Option<(u32, u32)>,
     shared_bytes: u64,
-    mbarriers: HashMap<u32, Phases>,
+    mbarriers: FastMap<u32, Phases>,
     barriers: Vec<Clock>,
     /// wgmmas that were issued and not carried out, of each warpgroup.
     products: Vec<VecDeque<Product>>,
@@ -208,11 +212,11 @@ pub(crate) struct Checker {
     homes: Vec<Home>,
     scopes: Vec<Site>,
     warps: Vec<WarpState>,
-    clusters: HashMap<u64, ClusterPhases>,
-    ctas: HashMap<u64, CtaChecks>,
+    clusters: FastMap<u64, ClusterPhases>,
+    ctas: FastMap<u64, CtaChecks>,
     shadow: Shadow,
-    words: HashMap<u64, Vec<Published>>,
-    flights: HashMap<u64, Flight>,
+    words: FastMap<u64, Vec<Published>>,
+    flights: FastMap<u64, Flight>,
     agents: u32,
     /// What the error that is on its way is about.
     pub clash: Option<Clash>,
@@ -274,9 +278,12 @@ impl Checker {
     /// Checks and remembers an access.
     pub fn access(&mut self, access: Access, key: u64, bytes: u64) -> Result<(), Fault> {
         let Access { warp, lanes, pc, mode, reads: observes, strong } = access;
-        let Some(state) = self.warps.get(warp as usize) else {
+        let Some(state) = self.warps.get_mut(warp as usize) else {
             return Ok(());
         };
+        if std::mem::take(&mut state.handed_on) {
+            state.tick += 1;
+        }
         for view in &state.views {
             let lanes = lanes & view.lanes;
             if lanes == 0 {
@@ -298,25 +305,26 @@ impl Checker {
 
     /// What some lanes of a warp know now, with what they themselves did.
     fn snapshot(&self, warp: u32, lanes: u32) -> Clock {
-        let Some(state) = self.warps.get(warp as usize) else {
-            return Clock::default();
-        };
-        let mut joined: Option<Clock> = None;
-        for view in state.views.iter().filter(|view| view.lanes & lanes != 0) {
-            match &mut joined {
-                Some(clock) => clock.join(&view.clock),
-                None => joined = Some(view.clock.clone()),
-            }
-        }
-        let mut clock = joined.unwrap_or_default();
-        clock.learn(warp, Entry::new(state.tick, lanes | state.absent));
+        let mut clock = Clock::default();
+        self.hand_on(warp, lanes, &mut clock);
         clock
+    }
+
+    /// The same, for a clock that knows more.
+    fn hand_on(&self, warp: u32, lanes: u32, clock: &mut Clock) {
+        let Some(state) = self.warps.get(warp as usize) else {
+            return;
+        };
+        for view in state.views.iter().filter(|view| view.lanes & lanes != 0) {
+            clock.join(&view.clock);
+        }
+        clock.learn(warp, Entry::new(state.tick, lanes | state.absent));
     }
 
     /// Later accesses of the warp are not part of what was handed on before.
     fn advance(&mut self, warp: u32) {
         if let Some(state) = self.warps.get_mut(warp as usize) {
-            state.tick += 1;
+            state.handed_on = true;
         }
     }
 
@@ -419,15 +427,14 @@ impl Checker {
         let Some(&Site { cta: own, .. }) = self.scopes.get(warp as usize) else {
             return;
         };
-        let mut clock = self.released(warp, lanes, scope, relaxed);
+        let clock = self.released(warp, lanes, scope, relaxed);
         let tick = self.warps.get(warp as usize).map_or(0, |state| state.tick);
         if let Some(phases) = self.phases(cta, address) {
-            if own == cta {
+            // An arrival at another CTA's barrier without a wider scope is taken at its word: pipelines (CUTLASS's among them) say so that
+            // they are done with reading, which needs no fence on hardware.
+            if own == cta || scope == Scope::Cta {
                 phases.arriving.near.join(&clock);
             } else {
-                if scope == Scope::Cta {
-                    clock = Clock::default();
-                }
                 // That the arrival itself came before is known to whoever saw the phase complete.
                 phases.arriving.near.see(warp, tick, lanes);
                 phases.arriving.far.join(&clock);
@@ -696,8 +703,8 @@ impl Checker {
         }
     }
 
-    /// A part of a copy reads or writes.
-    pub fn copy_access(&mut self, number: u64, mode: Mode, key: u64, bytes: u64, atomic: bool) -> Result<(), Fault> {
+    /// A copy reads or writes ranges of bytes.
+    pub fn copy_access(&mut self, number: u64, mode: Mode, ranges: &[Range<u64>], atomic: bool) -> Result<(), Fault> {
         let Some(flight) = self.flights.get(&number) else {
             return Ok(());
         };
@@ -706,7 +713,11 @@ impl Checker {
         let record =
             Record::new(Agent::Async(agent), tick, flight.lanes, flight.pc, strong, flight.async_proxy, flight.issuer);
         let actor = Actor { record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
-        self.shadow.access(key, bytes, &actor).map_err(|clash| note(&mut self.clash, clash))
+        for range in ranges {
+            let bytes = range.end - range.start;
+            self.shadow.access(range.start, bytes, &actor).map_err(|clash| note(&mut self.clash, clash))?;
+        }
+        Ok(())
     }
 
     /// The mbarrier that a copy completes on must have been initialised in its sight.
@@ -893,7 +904,7 @@ impl Checker {
     }
 
     /// The oldest wgmma of a warpgroup reads these ranges of shared memory.
-    pub fn multiply(&mut self, warp: u32, ranges: &[std::ops::Range<u32>]) -> Result<(), Fault> {
+    pub fn multiply(&mut self, warp: u32, ranges: &[Range<u32>]) -> Result<(), Fault> {
         let Some((cta, group, agent, _)) = self.group_agent(warp) else {
             return Ok(());
         };

@@ -15,12 +15,15 @@ pub(crate) use atomic::combine;
 pub(crate) use mbarriers::{is_complete, update as update_mbarrier};
 pub(crate) use tensor_core::GROUP_WARPS;
 
+use std::time::Instant;
+
 use crate::asynchronous::{AsyncQueue, Issuer};
 use crate::check::{Checker, RegisterMisuse};
 use crate::cost::Cost;
 use crate::cta::{Cta, CtaState, Fragment, Wait, Warp};
 use crate::error::Fault;
 use crate::memory::{CODE_WINDOW, GlobalMemory, Window, window_offset};
+use crate::profile::{Kind, Profiler};
 use crate::program::{Address, Base, Instruction, Module, Op, Space};
 use crate::random::Random;
 use crate::registers::{LANES, R32, lanes};
@@ -66,6 +69,7 @@ pub(crate) struct Context<'a> {
     /// Lanes that a fault is about; all active ones if 0.
     pub fault_lanes: u32,
     pub checker: Option<&'a mut Checker>,
+    pub profiler: Option<&'a mut Profiler>,
     /// The warp's number in the checks.
     pub agent: u32,
     /// The instruction that is executed.
@@ -102,6 +106,9 @@ impl Context<'_> {
     pub fn run(&mut self, budget: u64) -> Result<(), Failure> {
         let mut threads = 0;
         let mut result = Ok(());
+        if let Some(profiler) = &mut self.profiler {
+            profiler.begin_slice();
+        }
         while self.executed < budget && result.is_ok() {
             let Some(index) = self.choose() else {
                 break;
@@ -110,6 +117,9 @@ impl Context<'_> {
         }
         self.cost.instructions += self.executed;
         self.cost.thread_instructions += threads;
+        if let Some(profiler) = &mut self.profiler {
+            profiler.end_slice(self.executed, threads);
+        }
         result
     }
 
@@ -178,11 +188,15 @@ impl Context<'_> {
                     self.warp.fragments[index].pc = pc;
                     self.pc = pc;
                     self.fault_lanes = 0;
+                    let began = self.profiler.is_some().then(Instant::now);
                     let flow = self.execute(op, index, active).map_err(|fault| Failure {
                         fault,
                         pc,
                         lanes: if self.fault_lanes == 0 { active } else { self.fault_lanes },
                     })?;
+                    if let (Some(profiler), Some(began)) = (&mut self.profiler, began) {
+                        profiler.add(Kind::of(op), 1, active, began);
+                    }
                     match flow {
                         Flow::Next => pc += 1,
                         Flow::Jump(target) => pc = target,

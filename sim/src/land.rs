@@ -1,5 +1,7 @@
 //! What happens when an asynchronous operation is due.
 
+use std::ops::Range;
+
 use crate::asynchronous::{Completion, CopyPart, Event, Issuer, Place, Transfer};
 use crate::check::{Mode, shared_key};
 use crate::cost::Direction;
@@ -8,7 +10,7 @@ use crate::error::{Fault, SimError};
 use crate::execute::{GROUP_WARPS, combine, shared_place, touch, update_mbarrier};
 use crate::memory::{Copied, GlobalMemory};
 use crate::program::{AtomicOperation, AtomicType, Op, Wgmma, WgmmaA};
-use crate::registers::{LANES, R32, Slot};
+use crate::registers::{LANES, R32, Slot, lanes};
 use crate::schedule::Run;
 use crate::wgmma::descriptor::MatrixDescriptor;
 use crate::wgmma::{self, THREADS};
@@ -85,12 +87,13 @@ impl Run<'_, '_> {
         let mut copied = Copied { data: Vec::with_capacity(bytes as usize), unwritten: Vec::new() };
         let issuer = transfer.issuer;
         let source = self.ctas[issuer.slot].as_deref().filter(|cta| cta.state.id == issuer.cta);
+        if let Some(checker) = &mut self.checker {
+            let parts = transfer.parts.iter().map(|part| (part.from, part.bytes));
+            checker.copy_access(number, Mode::Read, &ranges(parts, issuer.cta), false)?;
+        }
         let cost = &mut self.launches[transfer.launch].cost;
         for CopyPart { from, bytes, .. } in &transfer.parts {
             let length = *bytes as usize;
-            if let (Some(checker), Some(key)) = (&mut self.checker, key_of(*from, transfer.issuer.cta)) {
-                checker.copy_access(number, Mode::Read, key, u64::from(*bytes), false)?;
-            }
             match *from {
                 Place::Fill(pattern) => {
                     let bytes = pattern.iter().cycle().take(length);
@@ -123,14 +126,15 @@ impl Run<'_, '_> {
         // Writes to global memory may outlive the CTA.
         let (slot, target) = transfer.target;
         let mut cta = self.ctas[slot].as_deref_mut().filter(|cta| cta.state.id == target);
+        if let Some(checker) = &mut self.checker {
+            // Shared memory of a CTA that has ended is no one's.
+            let there = transfer.parts.iter().filter(|part| cta.is_some() || !matches!(part.to, Place::Shared(_)));
+            let ranges = ranges(there.map(|part| (part.to, part.bytes)), target);
+            checker.copy_access(number, Mode::Write, &ranges, transfer.reduction.is_some())?;
+        }
         let mut start = 0;
         for part in &transfer.parts {
             let length = part.bytes as usize;
-            // Shared memory of a CTA that has ended is no one's.
-            let gone = cta.is_none() && matches!(part.to, Place::Shared(_));
-            if let (Some(checker), Some(key), false) = (&mut self.checker, key_of(part.to, target), gone) {
-                checker.copy_access(number, Mode::Write, key, u64::from(part.bytes), transfer.reduction.is_some())?;
-            }
             match part.to {
                 Place::Fill(_) => {}
                 Place::Shared(at) => {
@@ -258,12 +262,39 @@ impl Run<'_, '_> {
 }
 
 /// A place as the checks know it.
-fn key_of(place: Place, cta: u64) -> Option<u64> {
-    match place {
-        Place::Fill(_) => None,
-        Place::Shared(at) => Some(shared_key(cta, u64::from(at))),
-        Place::Global(address) => Some(address),
+/// The parts of a copy as keys of the checks: pieces that follow each other, or that fill an aligned stretch of 128 bytes in
+/// the order of a swizzle, are one range.
+fn ranges(parts: impl Iterator<Item = (Place, u32)>, cta: u64) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    let add = |ranges: &mut Vec<Range<u64>>, range: Range<u64>| match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    };
+    let close = |ranges: &mut Vec<_>, stretch: u64, eighths: u32| match eighths {
+        0xff => add(ranges, stretch..stretch + 128),
+        _ => lanes(eighths).map(|eighth| stretch + 16 * eighth as u64).for_each(|start| add(ranges, start..start + 16)),
+    };
+    // The stretch that pieces are in, and which of its eighths.
+    let (mut stretch, mut eighths) = (0, 0u32);
+    for (place, bytes) in parts {
+        let start = match place {
+            Place::Fill(_) => continue,
+            Place::Shared(at) => shared_key(cta, u64::from(at)),
+            Place::Global(address) => address,
+        };
+        if bytes == 16 && start.is_multiple_of(16) {
+            if stretch != start & !127 {
+                close(&mut ranges, stretch, std::mem::take(&mut eighths));
+                stretch = start & !127;
+            }
+            eighths |= 1 << (start % 128 / 16);
+            continue;
+        }
+        close(&mut ranges, stretch, std::mem::take(&mut eighths));
+        add(&mut ranges, start..start + u64::from(bytes));
     }
+    close(&mut ranges, stretch, eighths);
+    ranges
 }
 
 /// Combines `operand` into `data`, element by element.

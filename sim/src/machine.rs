@@ -1,12 +1,14 @@
 //! The public face: devices with memories, and launches.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use crate::ast::InitialValue;
 use crate::cost::Cost;
 use crate::error::{Fault, SimError};
 use crate::execute::LaunchInfo;
 use crate::memory::{CODE_WINDOW, GlobalMemory};
+use crate::profile::Profile;
 use crate::program::{Entry, Module, Reference};
 use crate::schedule::{self, Prepared};
 
@@ -72,11 +74,20 @@ pub struct RunOptions {
     /// Whether accesses that nothing orders are errors: data races, missing proxy fences, early reuse. By default where
     /// debug assertions are on, as in tests; it takes a few times as long.
     pub checks: bool,
+    /// Adds up here what runs take, by kind of instruction. Such runs are slower.
+    pub profile: Option<Arc<Mutex<Profile>>>,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        Self { seed: 0, residency: None, step_limit: None, check_matrix_operands: true, checks: cfg!(debug_assertions) }
+        Self {
+            seed: 0,
+            residency: None,
+            step_limit: None,
+            check_matrix_operands: true,
+            checks: cfg!(debug_assertions),
+            profile: None,
+        }
     }
 }
 

@@ -3,8 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
+use std::time::Instant;
 
-use crate::asynchronous::{AsyncQueue, Issuer};
+use crate::asynchronous::{AsyncQueue, Event, Issuer};
 use crate::check::{Checker, Clash, Home, Mode, Record, shared_owner};
 use crate::cost::Cost;
 use crate::cta::{
@@ -14,6 +15,7 @@ use crate::error::{Fault, Position, SimError, Stuck};
 use crate::execute::{Context, Failure, GROUP_WARPS, LaunchInfo, NEVER, is_complete};
 use crate::machine::RunOptions;
 use crate::memory::{GlobalMemory, TrackedBytes};
+use crate::profile::{Kind, Profiler};
 use crate::program::{BarrierReduction, Entry, Module, Op};
 use crate::random::Random;
 use crate::registers::{ALL, LANES, Registers, Slot};
@@ -69,6 +71,8 @@ pub(crate) struct Run<'a, 'm> {
     next_cta_id: u64,
     /// The checks of accesses, if they are on.
     pub checker: Option<Box<Checker>>,
+    /// What takes how long, if that is asked for.
+    pub profiler: Option<Box<Profiler>>,
     /// When `progress` last changed, as far as idle periods are concerned.
     idle: (u64, u64),
 }
@@ -98,10 +102,15 @@ pub(crate) fn run(
         resident: vec![0; devices],
         next_cta_id: 0,
         checker: options.checks.then(Box::default),
+        profiler: options.profile.is_some().then(|| Box::new(Profiler::new())),
         idle: (0, 0),
     };
     run.start_ctas();
-    run.drive()?;
+    let result = run.drive();
+    if let (Some(profiler), Some(profile)) = (run.profiler.take(), &options.profile) {
+        profiler.finish(profile);
+    }
+    result?;
     Ok(run.launches.iter().map(|launch| launch.cost).collect())
 }
 
@@ -109,7 +118,12 @@ impl Run<'_, '_> {
     fn drive(&mut self) -> Result<(), SimError> {
         loop {
             while let Some((number, event)) = self.queue.pop(self.step) {
+                let kind = if matches!(event, Event::Wgmma { .. }) { Kind::Product } else { Kind::Copy };
+                let began = self.profiler.is_some().then(Instant::now);
                 self.land(number, event)?;
+                if let (Some(profiler), Some(began)) = (&mut self.profiler, began) {
+                    profiler.add(kind, 0, 0, began);
+                }
             }
             self.wake_timers();
             if self.ready.is_empty() {
@@ -198,6 +212,7 @@ impl Run<'_, '_> {
         let agent = cta.state.first_agent + warp as u32;
         let mut context = Context {
             checker: self.checker.as_deref_mut(),
+            profiler: self.profiler.as_deref_mut(),
             agent,
             pc: 0,
             module: launch.prepared.module,

@@ -42,6 +42,21 @@ pub struct SmallCase {
     launches: Vec<Expectation>,
 }
 
+/// What the launches of a case took.
+#[derive(Clone, Copy, Debug)]
+pub struct Ran {
+    /// Warp instructions of the launches that gave an output.
+    pub instructions: u64,
+    /// Of all of this process's threads, meanwhile.
+    pub processor_time: Duration,
+}
+
+/// What this process has used so far.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::try_from(time).unwrap_or_default()
+}
+
 /// Why a run is not as it must be.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -96,11 +111,24 @@ impl SmallCase {
         Self { name, case, weights, tokens, reference, launches: launches.to_vec() }
     }
 
-    /// Runs all launches of the case with this kernel, and returns the warp instructions they took.
+    /// The case on another number of ranks, each with the tokens of one of its own; experts are rounded up to what the ranks divide.
+    pub fn on_ranks(&self, ranks: usize) -> Self {
+        let Case { config, tokens, choices, sim, .. } = &self.case;
+        let config = MoeConfig { experts: config.experts.next_multiple_of(ranks), ..config.clone() };
+        let tokens: Vec<_> = tokens.iter().copied().cycle().take(ranks).collect();
+        Self::new(self.name, config, &tokens, *choices, *sim, &self.launches)
+    }
+
+    /// Whether every launch gives an output.
+    pub fn succeeds(&self) -> bool {
+        self.launches.iter().all(|launch| *launch == Expectation::Output)
+    }
+
+    /// Runs all launches of the case with this kernel, and returns what they took.
     ///
     /// # Errors
     /// The first launch that is not as it must be.
-    pub fn run(&self, module: &Arc<Module>, seed: u64, run: &RunOptions) -> Result<u64, Failure> {
+    pub fn run(&self, module: &Arc<Module>, seed: u64, run: &RunOptions) -> Result<Ran, Failure> {
         let sim = SimOptions { seed, ..self.case.sim };
         // After a deadline waits fall through, and nothing orders what is thrown away.
         let drains = self.launches.iter().any(|launch| matches!(launch, Expectation::LostRank(_)));
@@ -108,11 +136,11 @@ impl SmallCase {
         let group = DeviceGroup::simulated(module.clone(), self.case.ranks(), sim, run)?;
         let mut moe = FusedMoe::new(&group, &self.case.config, &self.weights)?;
         moe.set_deadline(DEADLINE)?;
-        let mut instructions = 0;
+        let (mut instructions, began) = (0, processor_time());
         for (launch, expectation) in self.launches.iter().enumerate() {
             instructions += self.launch(&mut moe, launch, *expectation)?;
         }
-        Ok(instructions)
+        Ok(Ran { instructions, processor_time: processor_time().saturating_sub(began) })
     }
 
     fn launch(&self, moe: &mut FusedMoe, launch: usize, expectation: Expectation) -> Result<u64, Failure> {

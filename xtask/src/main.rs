@@ -45,9 +45,9 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
-    /// Run `ferromoe bench` in release mode, building what is missing first.
+    /// Run `ferromoe bench` in release mode, building what is missing first; or `bench simulator`: how fast the simulator is.
     Bench {
-        /// Its arguments; put `--` before them.
+        /// `ferromoe bench`'s arguments, after `--`; or `simulator` and its own, such as `--profile`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
@@ -78,6 +78,9 @@ fn main() -> ExitCode {
         Command::Build { check: true, .. } => build::check(),
         Command::Build { force, .. } => build::build(force),
         Command::Run { args } => run::run("run", &args),
+        Command::Bench { args } if args.first().is_some_and(|first| first == "simulator") => {
+            run::run_tests("speed", &args[1..])
+        }
         Command::Bench { args } => run::run("bench", &args),
         Command::Mutants { args } => run::run_tests("mutants", &args),
         Command::Soak { args } => run::run_tests("soak", &args),

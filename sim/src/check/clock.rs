@@ -108,6 +108,10 @@ impl<T: Lattice> Known<T> {
         if Rc::ptr_eq(&self.0, &other.0) {
             return;
         }
+        if self.0.is_empty() {
+            self.0 = other.0.clone();
+            return;
+        }
         for (index, theirs) in other.0.iter().enumerate() {
             let Some(theirs) = theirs else {
                 continue;

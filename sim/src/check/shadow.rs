@@ -1,4 +1,5 @@
-//! The last accesses of every byte: one cell for 16 bytes, split where accesses are smaller.
+//! The last accesses of every byte: one cell for a line of 128 bytes, split into 8 of 16 bytes where some of it is written,
+//! and those in turn where accesses are smaller.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -6,8 +7,12 @@ use std::hash::{BuildHasherDefault, Hasher};
 use super::clock::Clock;
 
 const PAGE_SHIFT: u32 = 12;
-const GRANULE: u64 = 16;
-const PAGE_CELLS: u32 = (1 << PAGE_SHIFT) / GRANULE as u32;
+const LINE: u64 = 128;
+const PAGE_CELLS: u32 = (1 << PAGE_SHIFT) / LINE as u32;
+/// Bytes of a cell at each level of splitting, and into how many it is split.
+const LEVELS: [(u32, u32); 4] = [(LINE as u32, 8), (16, 4), (4, 4), (1, 0)];
+/// All eighths of a cell.
+const WHOLE: u8 = 0xff;
 
 /// How far a strong access is meant to be seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,6 +89,7 @@ const PROXY: u32 = 1;
 const STRONG: u32 = 2;
 const SCOPE_SHIFT: u32 = 2;
 const SITE_SHIFT: u32 = 4;
+const FLAGS: u32 = (1 << SITE_SHIFT) - 1;
 
 impl Record {
     pub fn new(
@@ -146,7 +152,7 @@ pub(crate) struct Clash {
     pub now_mode: Mode,
     /// They are ordered, but no proxy fence lies between.
     pub only_proxy: bool,
-    /// Where: see [`Shadow::access`]; to 16 bytes.
+    /// Where: see [`Shadow::access`]; to 128 bytes.
     pub key: u64,
 }
 
@@ -209,35 +215,78 @@ impl Actor<'_> {
 #[derive(Debug, Clone, Copy, Default)]
 struct Cell {
     write: Record,
-    /// The latest read.
-    read: Record,
+    read: Read,
     /// Other reads since the write: list number plus one.
     others: u32,
-    /// First of four cells for the quarters.
+    /// First of the cells for its parts.
     split: u32,
+}
+
+/// The latest read of a cell.
+#[derive(Debug, Clone, Copy, Default)]
+struct Read {
+    record: Record,
+    /// Which eighths of a line it read; of smaller cells it reads all.
+    eighths: u8,
+}
+
+impl Read {
+    /// Whether whoever is ordered after this read is so after another one.
+    fn subsumes(&self, other: &Self) -> bool {
+        other.record.agent == self.record.agent
+            && other.record.lanes & !self.record.lanes == 0
+            && other.eighths & !self.eighths == 0
+    }
+
+    /// Adds another read to this one, if that loses nothing but which wgmma or copy of a group it was.
+    fn absorb(&mut self, other: &Self) -> bool {
+        let (mine, theirs) = (&mut self.record, &other.record);
+        let alike =
+            if mine.in_async_proxy() { (mine.site ^ theirs.site) & FLAGS == 0 } else { mine.site == theirs.site };
+        if mine.tick == 0 || mine.agent != theirs.agent || mine.tick != theirs.tick || !alike {
+            return false;
+        }
+        if self.eighths == other.eighths {
+            mine.lanes |= theirs.lanes;
+            return true;
+        }
+        let same = mine.lanes == theirs.lanes;
+        if same {
+            self.eighths |= other.eighths;
+        }
+        same
+    }
 }
 
 /// The cells of all memories.
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
     cells: Vec<Cell>,
-    pages: HashMap<u64, u32, BuildHasherDefault<PageHasher>>,
+    pages: FastMap<u64, u32>,
     recent: Option<(u64, u32)>,
-    lists: Vec<Vec<Record>>,
+    lists: Vec<Vec<Read>>,
     /// Strong writes that the last accesses have read, and that no clock had ordered before.
     pub observed: Vec<Record>,
     free_lists: Vec<u32>,
-    free_quarters: Vec<u32>,
+    /// By level.
+    free_parts: [Vec<u32>; 3],
     free_pages: Vec<u32>,
 }
 
-/// A multiplicative hash of page numbers.
-#[derive(Debug, Default)]
-pub(crate) struct PageHasher(u64);
+/// A map by numbers.
+pub(super) type FastMap<K, V> = HashMap<K, V, BuildHasherDefault<NumberHasher>>;
 
-impl Hasher for PageHasher {
+/// A multiplicative hash of numbers.
+#[derive(Debug, Default)]
+pub(super) struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
     fn finish(&self) -> u64 {
         self.0
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(u64::from(value));
     }
 
     fn write(&mut self, bytes: &[u8]) {
@@ -261,11 +310,10 @@ impl Shadow {
             let page_end = ((at >> PAGE_SHIFT) + 1) << PAGE_SHIFT;
             let stop = end.min(page_end);
             while at < stop {
-                let cell = first + (at >> 4) as u32 % PAGE_CELLS;
-                let offset = at % GRANULE;
-                let length = (GRANULE - offset).min(stop - at);
-                self.visit(cell, GRANULE as u32, offset as u32, length as u32, actor)
-                    .map_err(|clash| Clash { key: at, ..clash })?;
+                let cell = first + (at / LINE) as u32 % PAGE_CELLS;
+                let offset = at % LINE;
+                let length = (LINE - offset).min(stop - at);
+                self.visit(cell, 0, offset as u32, length as u32, actor).map_err(|clash| Clash { key: at, ..clash })?;
                 at += length;
             }
         }
@@ -286,18 +334,19 @@ impl Shadow {
                 continue;
             };
             for cell in 0..PAGE_CELLS {
-                let mut rest = vec![first + cell];
-                while let Some(at) = rest.pop() {
+                let mut rest = vec![(first + cell, 0)];
+                while let Some((at, level)) = rest.pop() {
                     let Cell { write, read, others, split } = self.cells[at as usize];
                     if split != 0 {
-                        rest.extend(split..split + 4);
+                        let parts = LEVELS[level].1;
+                        rest.extend((split..split + parts).map(|part| (part, level + 1)));
                     }
                     let list = if others == 0 { &[][..] } else { &self.lists[others as usize - 1] };
-                    let reads = list.iter().chain([&read]).map(|record| (*record, Mode::Read));
+                    let reads = list.iter().chain([&read]).map(|read| (read.record, Mode::Read));
                     if let Some((before, before_mode)) =
                         reads.chain([(write, Mode::Write)]).find(|(record, mode)| unknown(*record, *mode))
                     {
-                        let key = key + u64::from(cell) * GRANULE;
+                        let key = key + u64::from(cell) * LINE;
                         return Some(Clash { before, before_mode, now, now_mode: Mode::Write, only_proxy: false, key });
                     }
                 }
@@ -313,7 +362,7 @@ impl Shadow {
             let key = shared_key(cta, page << PAGE_SHIFT) >> PAGE_SHIFT;
             if let Some(first) = self.pages.remove(&key) {
                 for cell in first..first + PAGE_CELLS {
-                    self.clear(cell);
+                    self.clear(cell, 0);
                 }
                 self.free_pages.push(first);
             }
@@ -342,42 +391,57 @@ impl Shadow {
         first
     }
 
-    fn visit(&mut self, cell: u32, size: u32, at: u32, length: u32, actor: &Actor<'_>) -> Result<(), Clash> {
+    /// An access to a part of a cell.
+    fn visit(&mut self, cell: u32, level: usize, at: u32, length: u32, actor: &Actor<'_>) -> Result<(), Clash> {
+        let (size, parts) = LEVELS[level];
         let whole = length == size;
         if self.cells[cell as usize].split == 0 {
             if whole {
                 return match actor.mode {
-                    Mode::Read => self.read(cell, actor),
+                    Mode::Read => self.read(cell, WHOLE, actor),
                     Mode::Write => self.write(cell, actor),
                 };
             }
-            self.split(cell);
+            if level == 0 && actor.mode == Mode::Read && (at | length).is_multiple_of(size / 8) {
+                let eighths = ((1u32 << (length / (size / 8))) - 1) << (at / (size / 8));
+                return self.read(cell, eighths as u8, actor);
+            }
+            self.split(cell, level);
         }
         let first = self.cells[cell as usize].split;
-        let quarter = size / 4;
-        for part in at / quarter..=(at + length - 1) / quarter {
-            let (start, end) = (at.max(part * quarter), (at + length).min((part + 1) * quarter));
-            self.visit(first + part, quarter, start - part * quarter, end - start, actor)?;
+        let part_size = size / parts;
+        for part in at / part_size..=(at + length - 1) / part_size {
+            let (start, end) = (at.max(part * part_size), (at + length).min((part + 1) * part_size));
+            self.visit(first + part, level + 1, start - part * part_size, end - start, actor)?;
         }
         if whole && actor.mode == Mode::Write {
-            self.clear(cell);
+            self.clear(cell, level);
             self.cells[cell as usize].write = actor.record;
         }
         Ok(())
     }
 
-    fn split(&mut self, cell: u32) {
-        let first = self.free_quarters.pop().unwrap_or_else(|| {
+    fn split(&mut self, cell: u32, level: usize) {
+        let parts = LEVELS[level].1;
+        let first = self.free_parts[level].pop().unwrap_or_else(|| {
             let first = self.cells.len() as u32;
-            self.cells.resize(self.cells.len() + 4, Cell::default());
+            self.cells.resize(self.cells.len() + parts as usize, Cell::default());
             first
         });
         let whole = self.cells[cell as usize];
-        for part in 0..4 {
-            let mut copy = whole;
+        for part in 0..parts {
+            // Only of a line are there reads of less than all.
+            let of_part = |read: Read| match read.eighths >> part & 1 {
+                0 => Read::default(),
+                _ => Read { eighths: WHOLE, ..read },
+            };
+            let mut copy = Cell { read: of_part(whole.read), ..whole };
             if whole.others != 0 {
-                let list = self.lists[whole.others as usize - 1].clone();
-                copy.others = self.new_list(list);
+                copy.others = self.new_list();
+                let [from, to] = [whole.others, copy.others].map(|number| number as usize - 1);
+                let mut list = std::mem::take(&mut self.lists[to]);
+                list.extend(self.lists[from].iter().map(|read| of_part(*read)).filter(|read| read.record.tick != 0));
+                self.lists[to] = list;
             }
             self.cells[(first + part) as usize] = copy;
         }
@@ -385,29 +449,24 @@ impl Shadow {
         self.cells[cell as usize] = Cell { split: first, ..Cell::default() };
     }
 
-    fn clear(&mut self, cell: u32) {
+    fn clear(&mut self, cell: u32, level: usize) {
         let first = self.cells[cell as usize].split;
         if first != 0 {
-            for part in 0..4 {
-                self.clear(first + part);
+            for part in 0..LEVELS[level].1 {
+                self.clear(first + part, level + 1);
             }
-            self.free_quarters.push(first);
+            self.free_parts[level].push(first);
         }
         self.drop_list(cell);
         self.cells[cell as usize] = Cell::default();
     }
 
-    fn new_list(&mut self, list: Vec<Record>) -> u32 {
-        match self.free_lists.pop() {
-            Some(number) => {
-                self.lists[number as usize - 1] = list;
-                number
-            }
-            None => {
-                self.lists.push(list);
-                self.lists.len() as u32
-            }
-        }
+    /// The number, plus one, of an empty list.
+    fn new_list(&mut self) -> u32 {
+        self.free_lists.pop().unwrap_or_else(|| {
+            self.lists.push(Vec::new());
+            self.lists.len() as u32
+        })
     }
 
     fn drop_list(&mut self, cell: u32) {
@@ -419,32 +478,38 @@ impl Shadow {
     }
 
     #[inline]
-    fn read(&mut self, at: u32, actor: &Actor<'_>) -> Result<(), Clash> {
+    fn read(&mut self, at: u32, eighths: u8, actor: &Actor<'_>) -> Result<(), Clash> {
         let cell = &mut self.cells[at as usize];
-        let last = cell.read;
-        let me = actor.record;
+        let me = Read { record: actor.record, eighths };
         if actor.check(cell.write, Mode::Write)? {
             self.observed.push(cell.write);
         }
-        if last.agent == me.agent && last.tick == me.tick && last.tick != 0 && last.site == me.site {
-            cell.read.lanes |= me.lanes;
+        if cell.read.absorb(&me) {
             return Ok(());
         }
-        cell.read = me;
-        let replaced = last.tick == 0 || last.agent == me.agent && last.lanes & !me.lanes == 0;
-        if replaced || cell.others == 0 && actor.follows(last, Mode::Read) {
+        let last = std::mem::replace(&mut cell.read, me);
+        let covered = last.eighths & !eighths == 0;
+        let replaced = last.record.tick == 0 || me.subsumes(&last);
+        if replaced || cell.others == 0 && covered && actor.follows(last.record, Mode::Read) {
             return Ok(());
         }
         if cell.others == 0 {
-            let number = self.new_list(vec![last]);
+            let number = self.new_list();
+            self.lists[number as usize - 1].push(last);
             self.cells[at as usize].others = number;
             return Ok(());
         }
         let list = &mut self.lists[cell.others as usize - 1];
-        match list.iter_mut().find(|known| known.agent == last.agent && known.lanes & !last.lanes == 0) {
-            Some(known) => *known = last,
-            None => list.push(last),
+        for known in list.iter_mut() {
+            if last.subsumes(known) {
+                *known = last;
+                return Ok(());
+            }
+            if known.absorb(&last) {
+                return Ok(());
+            }
         }
+        list.push(last);
         Ok(())
     }
 
@@ -454,13 +519,13 @@ impl Shadow {
         if actor.check(cell.write, Mode::Write)? && actor.observes {
             self.observed.push(cell.write);
         }
-        actor.check(cell.read, Mode::Read)?;
+        actor.check(cell.read.record, Mode::Read)?;
         cell.write = actor.record;
-        cell.read = Record::default();
+        cell.read = Read::default();
         if cell.others != 0 {
             let number = cell.others as usize - 1;
             for known in &self.lists[number] {
-                actor.check(*known, Mode::Read)?;
+                actor.check(known.record, Mode::Read)?;
             }
             self.drop_list(at);
         }
@@ -476,4 +541,45 @@ pub(crate) fn shared_owner(key: u64) -> u64 {
 /// The key of an address in a CTA's shared memory.
 pub(crate) fn shared_key(cta: u64, address: u64) -> u64 {
     1 << 63 | cta << 24 | address
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// An access of one lane of a warp: the warp, how, where and how many bytes.
+    fn accesses() -> impl Strategy<Value = Vec<(u32, Mode, u64, u64)>> {
+        let mode = prop_oneof![4 => Just(Mode::Read), 1 => Just(Mode::Write)];
+        let granules = (0u64..16, 1u64..17).prop_map(|(at, length)| (16 * at, 16 * length));
+        let place = prop_oneof![granules, (0u64..256, 1u64..64)];
+        prop::collection::vec(
+            (0u32..3, mode, place).prop_map(|(warp, mode, (at, length))| (warp, mode, at, length)),
+            1..40,
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Among warps that know nothing of each other, the first race is found, and nothing else: as with a list of the
+        /// accesses of every byte.
+        #[test]
+        fn cells_are_as_good_as_bytes(accesses in accesses()) {
+            let mut shadow = Shadow::default();
+            let mut bytes: Vec<Vec<(u32, Mode)>> = vec![Vec::new(); 1024];
+            for (step, (warp, mode, at, length)) in accesses.into_iter().enumerate() {
+                let range = at as usize..(at + length) as usize;
+                let others = bytes[range.clone()].iter().flatten().filter(|(other, _)| *other != warp);
+                let race = others.into_iter().any(|(_, other)| (*other, mode) != (Mode::Read, Mode::Read));
+                let record = Record::new(Agent::Warp(warp), 1 + step as u32, 1, 0, None, false, warp);
+                let actor = Actor { record, clock: &Clock::default(), mode, observes: false, homes: &[] };
+                prop_assert_eq!(shadow.access(at, length, &actor).is_err(), race);
+                if race {
+                    break;
+                }
+                bytes[range].iter_mut().for_each(|known| known.push((warp, mode)));
+            }
+        }
+    }
 }

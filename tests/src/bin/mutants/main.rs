@@ -136,7 +136,7 @@ fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
 fn right_kernel(cases: &[SmallCase]) -> Result<Vec<u64>> {
     let module = Arc::new(Module::parse(ferromoe::PTX)?);
     let limit = |case: &SmallCase| match case.run(&module, 0, &run_options(None)) {
-        Ok(instructions) => Ok(PATIENCE * instructions),
+        Ok(ran) => Ok(PATIENCE * ran.instructions),
         Err(failure) => bail!("the kernel without a bug fails case `{}`: {failure}", case.name),
     };
     cases.par_iter().map(limit).collect()
