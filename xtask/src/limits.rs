@@ -15,7 +15,7 @@ const REGISTERS_AT_LAUNCH: u32 = 65536 / THREADS / 8 * 8;
 const SHARED: u32 = 227 * 1024;
 /// One stage is multiplied, one keeps the products in flight, one is loaded: with fewer the tensor cores wait for memory.
 const LEAST_STAGES: u32 = 3;
-/// ptxas sets all 16 aside when one's number is in a register, and then no two roles are known to be apart.
+/// ptxas counts all 16 when a barrier's number is in a register: then nothing shows which barriers the roles use.
 const NAMED_BARRIERS: u32 = 15;
 /// The token tiles from which on a product is limited by the tensor cores. Narrower ones wait for memory, whatever is issued beside them.
 const WIDE: u32 = 64;
