@@ -18,21 +18,21 @@ pub struct MoeInput {
     pub tokens: usize,
     /// Width of a hidden state, H.
     pub hidden: usize,
-    /// [T, H] what enters the layer.
+    /// `[T, H]` what enters the layer.
     pub hidden_states: Vec<bf16>,
     /// The recorded routing. Ids are as in the file, those beyond i32 at its nearest end; the device checks them.
     pub routing: Option<Routing>,
-    /// [T] token ids, which hash-routed layers route by.
+    /// `[T]` token ids, which hash-routed layers route by.
     pub input_ids: Option<Vec<i64>>,
-    /// [T, H] what the layer is expected to give.
+    /// `[T, H]` what the layer is expected to give.
     pub output_f32: Option<Vec<f32>>,
     /// The layer the input was recorded at.
     pub layer: Option<usize>,
 }
 
 impl MoeInput {
-    /// Reads a safetensors file with `hidden_states` BF16 [T, H] and, each if it is there, `topk_idx` I64 [T, K] with
-    /// `topk_weights` F32 [T, K], `input_ids` I64 [T] and `output_f32` F32 [T, H]; its metadata may name the `layer`.
+    /// Reads a safetensors file with `hidden_states` BF16 `[T, H]` and, each if it is there, `topk_idx` I64 `[T, K]` with
+    /// `topk_weights` F32 `[T, K]`, `input_ids` I64 `[T]` and `output_f32` F32 `[T, H]`; its metadata may name the `layer`.
     pub fn open(path: &Path) -> Result<Self> {
         Self::read(&TensorFile::open(path)?)
     }

@@ -117,7 +117,7 @@ impl Router {
         self.expert_of_id.as_ref().map(|table| table.len() / self.top_k)
     }
 
-    /// Routes tokens: hidden states [T, H], and their token ids [T], which only hash-routed layers need.
+    /// Routes tokens: hidden states `[T, H]`, and their token ids `[T]`, which only hash-routed layers need.
     pub fn route(&self, hidden_states: &[bf16], input_ids: Option<&[i64]>) -> Result<Routing> {
         let tokens = hidden_states.len() / self.hidden;
         if !hidden_states.len().is_multiple_of(self.hidden) {

@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: the PTX through ptxas, the Rust through rustfmt and clippy.
+//! `cargo xtask lint`: the PTX through ptxas and nvdisasm, the Rust through rustfmt, clippy and rustdoc.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use xshell::{Shell, cmd};
 
 use crate::nvidia::NvidiaTools;
-use crate::{build, progress, ptxas, workspace};
+use crate::{build, limits, progress, ptxas, sass, size, workspace};
 
 /// Runs every check.
 ///
@@ -14,7 +14,7 @@ use crate::{build, progress, ptxas, workspace};
 /// What each check that failed said.
 pub fn lint() -> Result<()> {
     let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
-    let checks = [ptx(), rust("fmt", &["fmt", "--all", "--check"]), rust("clippy", &clippy)];
+    let checks = [ptx(), rust("fmt", &["fmt", "--all", "--check"]), rust("clippy", &clippy), documentation()];
     let failures: Vec<String> =
         checks.into_iter().filter_map(Result::err).map(|error| format!("\n  {error:#}")).collect();
     if !failures.is_empty() {
@@ -23,10 +23,10 @@ pub fn lint() -> Result<()> {
     Ok(())
 }
 
-/// Assembles the committed PTX and prints what it needs.
+/// Assembles the committed PTX and prints what it needs, and how its loops look.
 ///
 /// # Errors
-/// When ptxas rejects it, spills, uses a stack frame, or serialises wgmma.
+/// When ptxas rejects it, or a figure is beyond its limit.
 fn ptx() -> Result<()> {
     let tools = NvidiaTools::find_or_install()?;
     let file = workspace::root().join(workspace::PTX_FILE);
@@ -36,14 +36,29 @@ fn ptx() -> Result<()> {
     }
     let label = format!("ptxas {} on {}", tools.release, workspace::PTX_FILE);
     let report = progress::step(&label, || ptxas::assemble(&tools, build::ARCH, &file, &cubin))?;
-    print!("{report}");
-    for (name, wgmma, all) in ptxas::count_wgmma(&tools, &cubin)?.iter().filter(|(_, wgmma, _)| *wgmma > 0) {
-        println!("{name}: {all} SASS instructions, {wgmma} of them wgmma");
+    report.warnings.iter().for_each(|warning| println!("{warning}"));
+    let kernels = sass::disassemble(&tools, &cubin)?;
+    let device = size::device_side(&workspace::kernel_crate().join("src"))?;
+    let mut faults = Vec::new();
+    for table in [limits::entries(&report, &kernels), limits::loops(&kernels), limits::sources(&device)] {
+        println!("{table}");
+        faults.extend(table.faults());
     }
-    let faults = report.faults();
     if !faults.is_empty() {
-        bail!("{} is not as it must be:\n  {}", workspace::PTX_FILE, faults.join("\n  "));
+        bail!("the kernel is not as it must be:\n    {}", faults.join("\n    "));
     }
+    Ok(())
+}
+
+/// The documentation's links. The kernel's crate page names modules that only the device compiles.
+fn documentation() -> Result<()> {
+    let shell = Shell::new()?;
+    shell.change_dir(workspace::root());
+    shell.set_var("RUSTDOCFLAGS", "-D warnings");
+    let args = ["doc", "--workspace", "--exclude", "ferromoe-kernel", "--no-deps", "--quiet"];
+    let cargo = workspace::cargo();
+    eprintln!("cargo {}", args.join(" "));
+    cmd!(shell, "{cargo} {args...}").quiet().run()?;
     Ok(())
 }
 

@@ -6,11 +6,14 @@ mod cuda_builder;
 mod device_compiler;
 mod doctor;
 mod ir;
+mod limits;
 mod lint;
 mod nvidia;
 mod progress;
 mod ptxas;
 mod run;
+mod sass;
+mod size;
 mod stamp;
 mod test;
 mod workspace;
@@ -65,7 +68,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
-    /// Check the PTX with ptxas and the Rust with rustfmt and clippy.
+    /// Hold the kernel's machine code to its limits, and check the Rust with rustfmt, clippy and rustdoc.
     Lint,
     /// Make target/bundle/: checks and measures on a GPU machine with no Rust and no network.
     Bundle,

@@ -1,6 +1,5 @@
-//! What ptxas says of a PTX file, and what it must not say.
+//! What ptxas says of a PTX file.
 
-use std::fmt;
 use std::path::Path;
 
 use anyhow::{Result, bail};
@@ -16,6 +15,8 @@ pub struct Function {
     pub name: String,
     /// Registers per thread; `None` for a function that is not a kernel.
     pub registers: Option<u32>,
+    /// Named barriers of the CTA; none for a function that is not a kernel.
+    pub barriers: Option<u32>,
     /// Static shared memory, in bytes.
     pub shared_bytes: u32,
     /// Stack frame, in bytes.
@@ -50,31 +51,9 @@ pub fn assemble(tools: &NvidiaTools, arch: &str, ptx: &Path, cubin: &Path) -> Re
     Ok(Report::parse(&text))
 }
 
-/// How many instructions of each function's SASS are `wgmma` (`HGMMA` and its kin), of how many: `(name, wgmma, all)`.
-///
-/// # Errors
-/// When nvdisasm cannot read the file.
-pub fn count_wgmma(tools: &NvidiaTools, cubin: &Path) -> Result<Vec<(String, usize, usize)>> {
-    let shell = workspace::shell()?;
-    let nvdisasm = &tools.nvdisasm;
-    Ok(count_in_sass(&cmd!(shell, "{nvdisasm} -c {cubin}").quiet().read()?))
-}
-
-fn count_in_sass(sass: &str) -> Vec<(String, usize, usize)> {
-    let mut counts: Vec<(String, usize, usize)> = Vec::new();
-    for line in sass.lines() {
-        if let Some(name) = line.strip_prefix(".text.").and_then(|rest| rest.strip_suffix(':')) {
-            counts.push((name.to_owned(), 0, 0));
-        } else if let Some((_, wgmma, all)) = counts.last_mut().filter(|_| line.trim_start().starts_with("/*")) {
-            *all += 1;
-            *wgmma += usize::from(line.split([' ', '.']).any(|word| word.ends_with("GMMA")));
-        }
-    }
-    counts
-}
-
 impl Report {
-    fn parse(text: &str) -> Self {
+    /// Takes in what `ptxas -v` printed.
+    pub fn parse(text: &str) -> Self {
         let mut report = Self::default();
         for line in text.lines() {
             let note = line.strip_prefix("ptxas info").map(|rest| rest.trim_start_matches([' ', ':']));
@@ -89,29 +68,26 @@ impl Report {
         report
     }
 
-    /// Everything a ferromoe kernel must not have: spills, stack frames, and the C75xx family, which says that wgmma is
-    /// serialised or setmaxnreg ignored.
-    pub fn faults(&self) -> Vec<String> {
-        let functions = self.functions.iter().filter_map(|function| {
-            let Function { name, stack_bytes, spill_store_bytes, spill_load_bytes, .. } = function;
-            (stack_bytes + spill_store_bytes + spill_load_bytes > 0).then(|| {
-                format!("{name}: stack frame {stack_bytes} B, spill stores {spill_store_bytes} B, spill loads {spill_load_bytes} B; all must be 0")
-            })
-        });
-        let warnings =
-            self.warnings.iter().filter(|line| diagnostic_code(line).is_some_and(|code| code.starts_with("C75")));
-        functions.chain(warnings.cloned()).collect()
+    /// What says that wgmma is serialised or setmaxnreg ignored: the C75xx family.
+    pub fn serialisations(&self) -> impl Iterator<Item = &String> {
+        self.warnings.iter().filter(|line| diagnostic_code(line).is_some_and(|code| code.starts_with("C75")))
     }
 }
 
 impl Function {
-    /// Takes in a line of numbers: `0 bytes stack frame, ..` or `Used 168 registers, .., 1024 bytes smem`.
+    /// Bytes that spills store and load.
+    pub fn spilled_bytes(&self) -> u32 {
+        self.spill_store_bytes + self.spill_load_bytes
+    }
+
+    /// Takes in a line of numbers: `0 bytes stack frame, ..` or `Used 168 registers, used 5 barriers, 1024 bytes smem`.
     fn take(&mut self, line: &str) {
-        for part in line.split(',').map(|part| part.trim().trim_start_matches("Used ")) {
+        for part in line.split(',').map(|part| part.trim().trim_start_matches(['U', 'u']).trim_start_matches("sed ")) {
             let Some((number, what)) = part.split_once(' ') else { continue };
             let Ok(number) = number.parse() else { continue };
             match what {
                 "registers" => self.registers = Some(number),
+                "barriers" => self.barriers = Some(number),
                 "bytes smem" => self.shared_bytes = number,
                 "bytes stack frame" => self.stack_bytes = number,
                 "bytes spill stores" => self.spill_store_bytes = number,
@@ -119,24 +95,6 @@ impl Function {
                 _ => {}
             }
         }
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
-        let row = |out: &mut fmt::Formatter, name: &str, cells: [&str; 5]| {
-            let [registers, shared, stack, stores, loads] = cells;
-            writeln!(out, "{registers:>9}  {shared:>10}  {stack:>11}  {stores:>12}  {loads:>11}  {name}")
-        };
-        row(out, "function", ["registers", "shared (B)", "stack (B)", "spilled (B)", "filled (B)"])?;
-        for function in &self.functions {
-            let registers = function.registers.map_or_else(|| "-".to_owned(), |count| count.to_string());
-            let Function { shared_bytes, stack_bytes, spill_store_bytes, spill_load_bytes, .. } = function;
-            let [shared, stack, stores, loads] =
-                [shared_bytes, stack_bytes, spill_store_bytes, spill_load_bytes].map(|n| n.to_string());
-            row(out, &function.name, [&registers, &shared, &stack, &stores, &loads])?;
-        }
-        self.warnings.iter().try_for_each(|warning| writeln!(out, "{warning}"))
     }
 }
 
@@ -162,43 +120,26 @@ ptxas info    : Function properties for panic
 ";
 
     #[test]
-    fn a_clean_report_has_no_faults() {
-        let report = Report::parse(CLEAN);
-        let moe = Function { name: "moe".into(), registers: Some(168), shared_bytes: 1024, ..Function::default() };
+    fn a_report_is_read_function_by_function() {
+        let moe = Function {
+            name: "moe".into(),
+            registers: Some(168),
+            barriers: Some(16),
+            shared_bytes: 1024,
+            ..Function::default()
+        };
         let panic = Function { name: "panic".into(), ..Function::default() };
-        assert_eq!(report, Report { functions: vec![moe, panic], warnings: Vec::new() });
-        assert_eq!(report.faults(), Vec::<String>::new());
+        assert_eq!(Report::parse(CLEAN), Report { functions: vec![moe, panic], warnings: Vec::new() });
     }
 
     #[test]
-    fn spills_and_stack_frames_are_faults() {
-        let spilled = CLEAN.replacen(
-            "0 bytes stack frame, 0 bytes spill stores, 0",
-            "16 bytes stack frame, 8 bytes spill stores, 12",
-            1,
-        );
-        let faults = Report::parse(&spilled).faults();
-        assert_eq!(faults, ["moe: stack frame 16 B, spill stores 8 B, spill loads 12 B; all must be 0"]);
-    }
-
-    #[test]
-    fn serialised_wgmma_is_a_fault() {
-        let line =
+    fn serialised_wgmma_is_told_from_other_advice() {
+        let serialised =
             "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..";
-        let report = Report::parse(&format!("{CLEAN}{line}\n"));
-        assert_eq!(report.faults(), [line]);
-        assert_eq!(diagnostic_code(line), Some("C7510"));
+        let other = "ptxas info    : (C8001) Something else";
+        let report = Report::parse(&format!("{CLEAN}{serialised}\n{other}\n"));
+        assert_eq!(report.warnings, [serialised, other]);
+        assert_eq!(report.serialisations().collect::<Vec<_>>(), [serialised]);
         assert_eq!(diagnostic_code("ptxas info : (Cubin)"), None);
-    }
-
-    #[test]
-    fn wgmma_is_counted_in_sass() {
-        let sass = ".text.moe:
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR24], R24, UP1 ;
-        /*0020*/              @P0 QGMMA.64x64x32.F32.E4M3.E4M3 R24, gdesc[UR24], R24 ;
-";
-        assert_eq!(count_in_sass(sass), [("moe".to_owned(), 2, 3)]);
     }
 }

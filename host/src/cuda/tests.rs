@@ -1,7 +1,7 @@
 //! The whole host path against the fake driver (`tests/fake-driver`).
 
 use super::driver;
-use super::{CapturedGraph, CudaBackend, CudaError, find_gpus, share_gpu};
+use super::{CapturedGraph, CudaBackend, CudaError, Gpu, find_gpus, share_gpu};
 use crate::backend::{Backend, RankLaunch};
 use crate::config::MoeConfig;
 use crate::error::Error;
@@ -20,6 +20,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 const PTX: &str = ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry moe(\n.param .u64 a,\n.param .u64 b\n)\n{ ret; }\n";
+
+/// `CUDA_ERROR_LAUNCH_FAILED`.
+const LAUNCH_FAILED: u32 = 719;
 
 /// The fake driver, reset, and nobody else's until this is dropped.
 struct FakeDriver {
@@ -46,6 +49,12 @@ impl FakeDriver {
     fn fail(&self, call: i64, code: u32) {
         // SAFETY: the signature is that of the fake's export.
         unsafe { (self.library.get::<unsafe extern "C" fn(i64, u32)>("fake_fail").unwrap())(call, code) };
+    }
+
+    /// Fails a call of the calling thread.
+    fn fail_own(&self, call: u64, code: u32) {
+        // SAFETY: the signature is that of the fake's export.
+        unsafe { (self.library.get::<unsafe extern "C" fn(u64, u32)>("fake_fail_own").unwrap())(call, code) };
     }
 
     fn forbid_peer(&self, from: i32, to: i32) {
@@ -109,14 +118,25 @@ fn whole_path() -> Result<(), Error> {
     Ok(())
 }
 
-/// What a layer does to share a buffer with the ranks of other processes, which here are threads.
-fn several_processes(ranks: usize) -> Vec<Result<(), Error>> {
+/// Runs `work` for every rank of a group of processes, which here are threads.
+fn processes(ranks: usize, work: impl Fn(Gpu, Rendezvous) -> Result<(), Error> + Sync) -> Vec<Result<(), Error>> {
     let folder = tempfile::tempdir().unwrap();
     let address = RendezvousAddress::Unix(folder.path().join("group"));
-    let process = |rank| -> Result<(), Error> {
+    let process = |rank| {
         let member = Member { rank, ranks, digest: [0; 32] };
         let others = Rendezvous::join(&address, member, Duration::from_secs(20))?;
-        let gpu = find_gpus(ranks)?.remove(rank);
+        work(find_gpus(ranks)?.remove(rank), others)
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..ranks).map(|rank| scope.spawn(move || process(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// What a layer does to share a buffer with the ranks of other processes.
+fn several_processes(ranks: usize) -> Vec<Result<(), Error>> {
+    processes(ranks, |gpu, others| {
+        let rank = others.member().rank;
         let backend: Arc<dyn Backend> = Arc::new(CudaBackend::open_process(gpu, PTX, others)?);
         assert_eq!((backend.ranks(), backend.local_ranks()), (ranks, rank..rank + 1));
         let buffer = DeviceBuffer::new(&backend, rank, 4096, "symmetric buffer")?;
@@ -127,10 +147,6 @@ fn several_processes(ranks: usize) -> Vec<Result<(), Error>> {
         backend.prepare("moe", 220 << 10)?;
         backend.launch(&[launch(rank, &addresses[..2])])?;
         Ok(())
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..ranks).map(|rank| scope.spawn(move || process(rank))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
 
@@ -239,11 +255,7 @@ fn every_call_that_fails_becomes_our_error_with_its_name_and_leaks_nothing() {
                     assert_eq!(failed_call(&error), Some(name), "{error}");
                     assert!(error.to_string().contains(&code.to_string()), "{error}");
                 }
-                // What fails in a destructor is logged; `cuCtxGetCurrent` and `cuCtxSetCurrent` are also called there.
-                Ok(()) => assert!(
-                    ["Free", "Destroy", "Unload", "Release", "Current"].iter().any(|word| name.contains(word)),
-                    "the failure of call {index}, {call}, was swallowed"
-                ),
+                Ok(()) => check_reported(Ok(()), name),
             }
         }
     }
@@ -478,55 +490,93 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
 const EMPTY_LAYER: &str = ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry ferromoe_forward(\n.param .u64 a,\n\
     .param .u64 b,\n.param .u64 c,\n.param .u64 d,\n.param .u64 e,\n.param .u64 f\n)\n{ ret; }\n";
 
-/// Everything that an engine does with a layer, on two ranks.
-fn whole_layer(config: &MoeConfig, weights: &ExpertWeights) -> Result<(), Error> {
-    let group = DeviceGroup::new(CudaBackend::open(find_gpus(2)?, EMPTY_LAYER)?, false, "as a test");
-    let mut moe = FusedMoe::new(&group, config, weights)?;
+/// Everything that an engine does with a layer, one launch in a CUDA graph included.
+fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<(), Error> {
+    let mut moe = FusedMoe::new(group, config, weights)?;
     moe.set_deadline(Duration::from_secs(1))?;
-    let tokens = [3, 4].map(|count| Tokens::random(config, count, 1));
-    moe.forward(&[tokens[0].batch(), tokens[1].batch()])?;
-    let memory = group.alloc(1, 64, "engine memory")?;
+    let tokens: Vec<_> = group.local_ranks().map(|rank| Tokens::random(config, 3 + rank, 1)).collect();
+    moe.forward(&tokens.iter().map(Tokens::batch).collect::<Vec<_>>())?;
+    let rank = group.local_ranks().end - 1;
+    let memory = group.alloc(rank, 64, "engine memory")?;
     memory.write(&[1; 64])?;
-    let stream = group.stream(1)?;
+    let stream = group.stream(rank)?;
     let address = memory.address();
     let inputs = RankInputs {
-        hidden_states: address,
+        hidden_states: moe.hidden_states(rank)?.address(),
         topk_idx: address,
         topk_weights: address,
         tokens: address,
         output: address,
     };
     // SAFETY: the kernel uses nothing, and the stream outlives the graph.
-    let graph = unsafe { CapturedGraph::capture::<Error>(stream.raw(), || moe.enqueue(1, stream.raw(), inputs)) }?;
+    let graph = unsafe { CapturedGraph::capture::<Error>(stream.raw(), || moe.enqueue(rank, stream.raw(), inputs)) }?;
     // SAFETY: as above.
     unsafe { graph.launch(stream.raw()) }?;
     stream.synchronize()?;
-    moe.check()
+    moe.check()?;
+    moe.recover()
+}
+
+/// Asserts that what came of a failing call is an error that names it.
+fn check_reported(result: Result<(), Error>, call: &str) {
+    match result {
+        Err(error) => assert_eq!(failed_call(&error), Some(call), "{error}"),
+        // What fails in a destructor is logged; `cuCtxGetCurrent` and `cuCtxSetCurrent` are also called there.
+        Ok(()) => assert!(
+            ["Free", "Destroy", "Unload", "Release", "Close", "Current"].iter().any(|word| call.contains(word)),
+            "the failure of {call} was swallowed"
+        ),
+    }
 }
 
 #[test]
 fn a_layer_whose_driver_fails_anywhere_reports_the_call_and_leaks_nothing() {
-    const LAUNCH_FAILED: u32 = 719;
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
-    let fake = FakeDriver::with(2, 9);
-    whole_layer(&config, &weights).unwrap();
-    assert_eq!(fake.live(), "");
-    let calls = fake.calls();
-    drop(fake);
-    for (index, call) in calls.iter().enumerate() {
-        let name = call.split(' ').next().unwrap();
+    let layer = || {
+        let group = DeviceGroup::new(CudaBackend::open(find_gpus(2)?, EMPTY_LAYER)?, false, "as a test");
+        whole_layer(&group, &config, &weights)
+    };
+    for call in 0.. {
         let fake = FakeDriver::with(2, 9);
-        fake.fail(index as i64, LAUNCH_FAILED);
-        let result = whole_layer(&config, &weights);
-        assert_eq!(fake.live(), "", "after call {index}, {call}, failed: {:#?}", fake.calls());
-        match result {
-            Err(error) => assert_eq!(failed_call(&error), Some(name), "{error}"),
-            // What fails in a destructor is logged.
-            Ok(()) => assert!(
-                ["Free", "Destroy", "Unload", "Release", "Current"].iter().any(|word| name.contains(word)),
-                "the failure of call {index}, {call}, was swallowed"
-            ),
+        fake.fail(call, LAUNCH_FAILED);
+        let result = layer();
+        let failed = fake.text("fake_failed");
+        assert_eq!(fake.live(), "", "after call {call}, {failed}, failed: {:#?}", fake.calls());
+        if failed.is_empty() {
+            assert!(call > 200, "{call}");
+            return result.unwrap();
+        }
+        check_reported(result, &failed);
+    }
+}
+
+#[test]
+fn a_process_whose_driver_fails_anywhere_takes_the_others_along_and_nobody_leaks() {
+    let config = small_config();
+    let weights = ExpertWeights::random(&config, 5);
+    for failing in 0..2 {
+        for call in 0.. {
+            let fake = FakeDriver::with(2, 9);
+            let mut results = processes(2, |gpu, others| {
+                if others.member().rank == failing {
+                    fake.fail_own(call, LAUNCH_FAILED);
+                }
+                let backend = CudaBackend::open_process(gpu, EMPTY_LAYER, others)?;
+                whole_layer(&DeviceGroup::new(backend, false, "as a test"), &config, &weights)
+            });
+            let failed = fake.text("fake_failed");
+            assert_eq!(fake.live(), "", "after rank {failing}'s call {call}, {failed}, failed: {:#?}", fake.calls());
+            if failed.is_empty() {
+                assert!(call > 100, "{call}");
+                results.into_iter().for_each(Result::unwrap);
+                break;
+            }
+            check_reported(results.remove(failing), &failed);
+            // The other rank ends too, and not for a failure of its own driver.
+            if let Err(error) = results.remove(0) {
+                assert_eq!(failed_call(&error), None, "after rank {failing}'s call {call}, {failed}: {error}");
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The driver's functions.
 
-use crate::state::{CURRENT, Fake, Object, Queued, SMS, code, run};
+use crate::state::{CURRENT, Capture, Fake, Object, Queued, SMS, code, run};
 use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
 use ptx_sim::{Module, TensorMap, TensorMapSpec};
 use std::collections::BTreeMap;
@@ -181,16 +181,20 @@ exports! {
         fake.remove(stream, |object| matches!(object, Object::Stream { .. }))
     }
     fn cuStreamBeginCapture_v2(stream: Handle, mode: c_uint) |fake| {
+        const GLOBAL: c_uint = 0;
         fake.note(&format!("mode={mode}"));
+        let thread = (mode != GLOBAL).then(|| std::thread::current().id());
         match fake.objects.get_mut(&stream) {
-            Some(Object::Stream { capture: capture @ None, .. }) => *capture = Some(Vec::new()),
+            Some(Object::Stream { capture: capture @ None, .. }) => {
+                *capture = Some(Capture { thread, launches: Vec::new() });
+            }
             _ => return Err(code::INVALID_HANDLE),
         }
         Ok(())
     }
     fn cuStreamEndCapture(stream: Handle, graph: *mut Handle) |fake| {
         let launches = match fake.objects.get_mut(&stream) {
-            Some(Object::Stream { capture, .. }) => capture.take().ok_or(code::INVALID_VALUE)?,
+            Some(Object::Stream { capture, .. }) => capture.take().ok_or(code::INVALID_VALUE)?.launches,
             _ => return Err(code::INVALID_HANDLE),
         };
         let handle = fake.add(Object::Graph { launches });
@@ -476,9 +480,13 @@ impl Fake {
         }
     }
 
-    /// What may not be called while any stream is captured (capture mode global).
+    /// What a thread may not call while it captures a stream, or any thread does in capture mode global.
     fn not_capturing(&self) -> Result<(), u32> {
-        let capturing = |object: &Object| matches!(object, Object::Stream { capture: Some(_), .. });
+        let this = std::thread::current().id();
+        let capturing = |object: &Object| match object {
+            Object::Stream { capture: Some(capture), .. } => capture.thread.is_none_or(|thread| thread == this),
+            _ => false,
+        };
         if self.objects.values().any(capturing) { Err(code::CAPTURE_UNSUPPORTED) } else { Ok(()) }
     }
 

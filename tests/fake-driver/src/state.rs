@@ -4,6 +4,7 @@ use ptx_sim::{Arg, Launch, Machine, Module, RunOptions, SimError};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::ThreadId;
 
 /// `CUresult` values that the fake gives.
 pub(crate) mod code {
@@ -31,12 +32,19 @@ const GPU_BYTES: usize = 1 << 30;
 pub(crate) enum Object {
     Module { gpu: i32, module: Arc<Module>, entries: BTreeMap<String, usize> },
     Function { gpu: i32, module: Arc<Module>, entry: String, args: usize, shared_bytes: u32 },
-    Stream { gpu: i32, capture: Option<Vec<Queued>> },
+    Stream { gpu: i32, capture: Option<Capture> },
     Event { gpu: i32, recorded: bool },
     Graph { launches: Vec<Queued> },
     GraphExec { launches: Vec<Queued> },
     Memory { gpu: i32, bytes: usize },
     IpcMapping,
+}
+
+/// What a stream captures instead of running it.
+pub(crate) struct Capture {
+    /// The one thread that may not make unsafe calls meanwhile; none forbids all threads.
+    pub(crate) thread: Option<ThreadId>,
+    pub(crate) launches: Vec<Queued>,
 }
 
 /// A launch that has not run yet.
@@ -82,6 +90,8 @@ pub(crate) struct Fake {
     /// Names of all calls, each with what its function noted.
     pub(crate) calls: Vec<String>,
     pub(crate) fail: Option<(usize, u32)>,
+    /// Name of the last call that failed because it was told to.
+    pub(crate) failed: Option<&'static str>,
     pub(crate) objects: BTreeMap<u64, Object>,
     /// How often each GPU's primary context is retained.
     pub(crate) retained: BTreeMap<i32, u32>,
@@ -97,6 +107,8 @@ static FAKE: Mutex<Option<Fake>> = Mutex::new(None);
 thread_local! {
     /// The GPU whose primary context is current.
     pub(crate) static CURRENT: Cell<Option<i32>> = const { Cell::new(None) };
+    /// How many more calls of this thread come before the one that fails, and with what.
+    pub(crate) static FAIL_OWN: Cell<Option<(u64, u32)>> = const { Cell::new(None) };
 }
 
 /// The state behind its lock.
@@ -128,7 +140,17 @@ pub(crate) fn run(name: &'static str, body: impl FnOnce(&mut Fake) -> Result<(),
     let mut fake = lock();
     let index = fake.calls.len();
     fake.calls.push(name.to_owned());
-    let failed = fake.fail.filter(|&(at, _)| at == index).map(|(_, code)| code);
+    let own = match FAIL_OWN.take() {
+        Some((0, code)) => Some(code),
+        other => {
+            FAIL_OWN.set(other.map(|(before, code)| (before - 1, code)));
+            None
+        }
+    };
+    let failed = own.or(fake.fail.filter(|&(at, _)| at == index).map(|(_, code)| code));
+    if failed.is_some() {
+        fake.failed = Some(name);
+    }
     if let (Some(code), false) = (failed, releases) {
         return code;
     }
@@ -154,6 +176,7 @@ impl Fake {
             initialised: false,
             calls: Vec::new(),
             fail: None,
+            failed: None,
             objects: BTreeMap::new(),
             retained: BTreeMap::new(),
             no_peer: BTreeSet::new(),
@@ -224,7 +247,7 @@ impl Fake {
     /// Queues a launch, or adds it to what its stream captures.
     pub(crate) fn queue(&mut self, launch: Queued) {
         match self.objects.get_mut(&launch.stream) {
-            Some(Object::Stream { capture: Some(capture), .. }) => capture.push(launch),
+            Some(Object::Stream { capture: Some(capture), .. }) => capture.launches.push(launch),
             _ => self.queue.push_back(launch),
         }
     }
