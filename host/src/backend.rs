@@ -36,6 +36,11 @@ pub(crate) trait Backend: Send + Sync {
     /// Streaming multiprocessors of a rank.
     fn sms(&self, rank: usize) -> u32;
 
+    /// CTAs of a launch that surely run at once on a rank.
+    fn resident_ctas(&self, rank: usize) -> u32 {
+        self.sms(rank)
+    }
+
     /// Allocates `bytes` (at least 1) on a rank, aligned to 256 bytes, contents undefined. `name` appears in errors.
     fn alloc(&self, rank: usize, bytes: u64, name: &'static str) -> Result<u64, Error>;
 
@@ -94,14 +99,16 @@ pub(crate) struct RankLaunch<'a> {
     pub(crate) entry: &'static str,
     /// CTAs.
     pub(crate) grid: [u32; 3],
+    /// CTAs of a cluster, by which those along x can be divided.
+    pub(crate) cluster: u32,
     /// Threads of a CTA.
     pub(crate) block: [u32; 3],
     /// Dynamic shared memory of a CTA in bytes.
     pub(crate) shared_bytes: u32,
-    /// The entry's arguments, each a `.u64`.
+    /// The entry's first argument if that is a structure, passed by value; else empty.
+    pub(crate) params: &'a [u8],
+    /// The entry's other arguments, each a `.u64`.
     pub(crate) args: &'a [u64],
-    /// Whether all CTAs must be resident at once (a launch that cannot be is refused).
-    pub(crate) cooperative: bool,
 }
 
 /// What one rank's launch took.

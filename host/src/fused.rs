@@ -137,13 +137,12 @@ impl FusedMoe {
         Ok(&self.rank(rank)?.inputs.hidden_states)
     }
 
-    /// Sets how long one wait of this process's kernels may last before the launch ends with an error. No launch may be running.
-    pub fn set_deadline(&mut self, deadline: Duration) -> Result<()> {
+    /// Sets how long one wait of this process's kernels may last before the launch ends with an error, from the next launch on. A CUDA
+    /// graph keeps what it was captured with.
+    pub fn set_deadline(&mut self, deadline: Duration) {
         for rank in &mut self.ranks {
             rank.params.deadline_ns = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
-            rank.upload_params(&*self.group.backend)?;
         }
-        Ok(())
     }
 
     /// One forward pass over all ranks: copies the batch, which has an entry for every rank of this process, to the
@@ -193,8 +192,11 @@ impl FusedMoe {
     fn launch(&self, inputs: &[(usize, RankInputs)]) -> Result<Vec<RankReport>> {
         let arguments: Vec<_> =
             inputs.iter().map(|&(rank, inputs)| self.arguments(rank, inputs)).collect::<Result<_>>()?;
-        let launches: Vec<_> =
-            inputs.iter().zip(&arguments).map(|((rank, _), arguments)| self.rank_launch(*rank, arguments)).collect();
+        let launches: Vec<_> = inputs
+            .iter()
+            .zip(&arguments)
+            .map(|((rank, _), arguments)| self.rank_launch(*rank, arguments))
+            .collect::<Result<_>>()?;
         self.group.backend.launch(&launches)
     }
 
@@ -212,7 +214,7 @@ impl FusedMoe {
     pub unsafe fn enqueue(&self, rank: usize, stream: *mut c_void, inputs: RankInputs) -> Result<()> {
         let arguments = self.arguments(rank, inputs)?;
         // SAFETY: the caller's; the layer's own memory outlives its launches as the caller's does.
-        unsafe { self.group.backend.enqueue(&self.rank_launch(rank, &arguments), stream) }
+        unsafe { self.group.backend.enqueue(&self.rank_launch(rank, &arguments)?, stream) }
     }
 
     /// What the launches of this process's ranks since the last call reported. No launch may be running.
@@ -323,7 +325,6 @@ impl FusedMoe {
             }
         }
         Ok(Arguments {
-            params: state.params_buffer.address(),
             hidden_states: inputs.hidden_states,
             topk_ids: inputs.topk_idx,
             topk_weights: inputs.topk_weights,
@@ -332,16 +333,19 @@ impl FusedMoe {
         })
     }
 
-    fn rank_launch<'a>(&self, rank: usize, arguments: &'a Arguments) -> RankLaunch<'a> {
-        RankLaunch {
+    fn rank_launch<'a>(&'a self, rank: usize, arguments: &'a Arguments) -> Result<RankLaunch<'a>> {
+        let params = &self.rank(rank)?.params;
+        let cluster = params.cluster;
+        Ok(RankLaunch {
             rank,
             entry: ENTRY,
-            grid: [self.group.backend.sms(rank), 1, 1],
+            grid: [self.group.backend.sms(rank) / cluster * cluster, 1, 1],
+            cluster,
             block: [THREADS, 1, 1],
             shared_bytes: SHARED_BYTES,
+            params: bytemuck::bytes_of(params),
             args: bytemuck::cast_slice(std::slice::from_ref(arguments)),
-            cooperative: false,
-        }
+        })
     }
 
     /// Reads and clears the status words of all ranks; the batch, if it is known, gives the ids that were wrong.

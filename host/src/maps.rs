@@ -3,7 +3,7 @@
 use ferromoe_kernel::layout::{BF16_BYTES, Shape, WorkspaceLayout};
 use ferromoe_kernel::params::{TensorMap, TensorMaps};
 use ferromoe_kernel::shared::linear1_staging_tokens;
-use ferromoe_kernel::tile::{K_BLOCK, TOKEN_TILES, WEIGHT_TILE};
+use ferromoe_kernel::tile::{K_BLOCK, TOKEN_TILES, WEIGHT_TILE, loaded_rows};
 
 use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType, TensorMapSpec};
 
@@ -13,11 +13,12 @@ use crate::error::Result;
 /// Intermediate columns that one warpgroup stores at once.
 const ACTIVATION_COLUMNS: u32 = 32;
 
-/// Encodes all maps of one rank. The addresses are those of its workspace and of its two weight buffers.
+/// Encodes all maps of one rank, for clusters of `cluster` CTAs. The addresses are those of its workspace and of its two weight buffers.
 pub(crate) fn tensor_maps(
     backend: &dyn Backend,
     shape: &Shape,
     layout: &WorkspaceLayout,
+    cluster: u32,
     workspace: u64,
     linear1: u64,
     linear2: u64,
@@ -31,7 +32,7 @@ pub(crate) fn tensor_maps(
     let pool = |address,
                 columns,
                 tile_columns,
-                tile_rows: fn(u32) -> u32,
+                tile_rows: &dyn Fn(u32) -> u32,
                 swizzle|
      -> Result<[TensorMap; TOKEN_TILES.len()]> {
         let mut maps = [TensorMap([0; 16]); TOKEN_TILES.len()];
@@ -44,9 +45,9 @@ pub(crate) fn tensor_maps(
     Ok(TensorMaps {
         linear1: weights(linear1, hidden, 2 * intermediate)?,
         linear2: weights(linear2, intermediate, hidden)?,
-        tokens: pool(tokens, hidden, K_BLOCK, |width| width, Swizzle::B128)?,
-        intermediate: pool(activations, intermediate, K_BLOCK, |width| width, Swizzle::B128)?,
-        activation: pool(activations, intermediate, ACTIVATION_COLUMNS, linear1_staging_tokens, Swizzle::B64)?,
+        tokens: pool(tokens, hidden, K_BLOCK, &|width| loaded_rows(width, cluster), Swizzle::B128)?,
+        intermediate: pool(activations, intermediate, K_BLOCK, &|width| loaded_rows(width, cluster), Swizzle::B128)?,
+        activation: pool(activations, intermediate, ACTIVATION_COLUMNS, &linear1_staging_tokens, Swizzle::B64)?,
     })
 }
 

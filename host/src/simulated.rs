@@ -57,9 +57,10 @@ struct Queued {
     reported: bool,
     entry: &'static str,
     grid: [u32; 3],
+    cluster: u32,
     block: [u32; 3],
     shared_bytes: u32,
-    args: Vec<u64>,
+    args: Vec<Arg>,
 }
 
 /// Nodes that rank 0 has opened and other ranks are about to join, by number.
@@ -174,9 +175,14 @@ impl Node {
             reported,
             entry: launch.entry,
             grid: launch.grid,
+            cluster: launch.cluster,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
-            args: launch.args.to_vec(),
+            args: (!launch.params.is_empty())
+                .then(|| Arg::Bytes(launch.params.to_vec()))
+                .into_iter()
+                .chain(launch.args.iter().map(|&arg| Arg::U64(arg)))
+                .collect(),
         });
         let ticket = state.last_ticket;
         while state.queues.iter().all(|queue| !queue.is_empty()) {
@@ -202,10 +208,10 @@ impl Node {
                 module: &self.module,
                 entry: queued.entry,
                 grid: queued.grid,
-                cluster: [1, 1, 1],
+                cluster: [queued.cluster, 1, 1],
                 block: queued.block,
                 shared_bytes: queued.shared_bytes,
-                args: queued.args.iter().map(|&arg| Arg::U64(arg)).collect(),
+                args: queued.args.clone(),
             })
             .collect();
         let result = state.machine.run(&launches, &options);
@@ -267,6 +273,11 @@ impl Backend for SimBackend {
 
     fn sms(&self, _rank: usize) -> u32 {
         self.node.options.sms
+    }
+
+    fn resident_ctas(&self, _rank: usize) -> u32 {
+        let SimOptions { sms, residency, .. } = self.node.options;
+        residency.map_or(sms, |residency| residency.min(sms))
     }
 
     fn alloc(&self, rank: usize, bytes: u64, name: &'static str) -> Result<u64> {

@@ -2,6 +2,7 @@
 
 use crate::device::address::SharedAddress;
 use crate::device::barrier::bar_warp_sync;
+use crate::device::cluster::{cluster_cta, cluster_ctas, mapa};
 use crate::device::mbarrier::Mbarrier;
 use crate::schedule::Task;
 use crate::shared::*;
@@ -33,11 +34,11 @@ impl Cta {
     mbarriers! {
         /// A stage holds its weight and token tiles.
         stage_full at STAGE_FULL_OFFSET;
-        /// A stage was read by every consumer warp.
+        /// A stage was read by every consumer warp of the cluster.
         stage_empty at STAGE_EMPTY_OFFSET;
         /// A task slot holds a task.
         task_full at TASK_FULL_OFFSET;
-        /// A task slot was read by every role.
+        /// In the first CTA of the cluster: a task slot was read by every role of all its CTAs.
         task_empty at TASK_EMPTY_OFFSET;
         /// A consumer warpgroup's results are the publisher's to store or to announce.
         staging_full at STAGING_FULL_OFFSET;
@@ -125,7 +126,7 @@ impl<const N: u32> Ring<N> {
     }
 }
 
-/// The scheduler's end of the task slots.
+/// The end of the task slots that the scheduler of a cluster's first CTA has.
 pub struct TaskWriter {
     cta: Cta,
     ring: Ring<TASK_SLOTS>,
@@ -138,18 +139,29 @@ impl TaskWriter {
         Self { cta, ring: Ring::new() }
     }
 
-    /// Hands a task to the other roles. One thread calls this.
+    /// Hands each CTA of the cluster its task, of which `task` is the first's. One thread calls this.
     #[inline(always)]
     pub fn put(&mut self, task: Task) {
         let Ring { slot, parity } = self.ring;
         self.cta.task_empty(slot).wait(parity ^ 1);
         let address = self.cta.task_slot(slot);
+        let [first, second] = task.words();
         // SAFETY: the slot is this thread's until it arrives below.
         unsafe {
-            address.store_v4([task.phase, task.expert, task.weight_row, task.pool_row]);
-            address.offset(16).store_v4([task.rows, task.tile, task.width, task.expert_tasks]);
+            address.store_v4(first);
+            address.offset(16).store_v4(second);
         }
         self.cta.task_full(slot).arrive();
+        for cta in 1..cluster_ctas() {
+            let address = mapa(address, cta);
+            let [first, second] = task.of(cta).words();
+            // SAFETY: as above; the CTA has not ended, for no `End` was put into its slots.
+            unsafe {
+                address.store_v4(first);
+                address.offset(16).store_v4(second);
+            }
+            self.cta.task_full(slot).of(cta).arrive_release();
+        }
         self.ring.advance();
     }
 }
@@ -171,7 +183,7 @@ impl TaskReader {
     #[inline(always)]
     pub fn take(&mut self) -> Task {
         let task = self.read();
-        self.cta.task_empty(self.ring.slot).arrive();
+        self.cta.task_empty(self.ring.slot).of(0).arrive();
         self.ring.advance();
         task
     }
@@ -182,7 +194,7 @@ impl TaskReader {
         let task = self.read();
         bar_warp_sync();
         if lane == 0 {
-            self.cta.task_empty(self.ring.slot).arrive();
+            self.cta.task_empty(self.ring.slot).of(0).arrive();
         }
         self.ring.advance();
         task
@@ -191,11 +203,14 @@ impl TaskReader {
     #[inline(always)]
     fn read(&self) -> Task {
         let Ring { slot, parity } = self.ring;
-        self.cta.task_full(slot).wait(parity);
+        // The first CTA's own scheduler has written the slot there.
+        if cluster_cta() == 0 {
+            self.cta.task_full(slot).wait(parity);
+        } else {
+            self.cta.task_full(slot).wait_cluster(parity);
+        }
         let address = self.cta.task_slot(slot);
         // SAFETY: the slot is full, and stays so until this role arrives on `task_empty`.
-        let ([phase, expert, weight_row, pool_row], [rows, tile, width, expert_tasks]) =
-            unsafe { (address.load_v4(), address.offset(16).load_v4()) };
-        Task { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks }
+        Task::from_words(unsafe { [address.load_v4(), address.offset(16).load_v4()] })
     }
 }

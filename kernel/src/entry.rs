@@ -1,29 +1,31 @@
 //! The kernel's entry: sets the CTA up, starts its roles, and ends the launch.
 
 use crate::device::atomic::atom_add_acq_rel_gpu;
-use crate::device::barrier::{bar_sync, bar_warp_sync};
+use crate::device::barrier::bar_warp_sync;
+use crate::device::cluster::{barrier_cluster, cluster_ctas};
 use crate::device::fence::{fence_mbarrier_init, fence_proxy_async};
 use crate::device::global::st_weak_u32;
 use crate::device::special::{ctas, setmaxnreg_dec, setmaxnreg_inc, thread};
 use crate::device::warp::shfl_idx;
-use crate::launch::{CTA_BARRIER, Launch};
-use crate::params::Arguments;
+use crate::launch::Launch;
+use crate::params::{Arguments, Params};
 use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
     CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPGROUPS, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS,
-    PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGES, TASK_SLOTS, THREADS, WARP, WARPGROUP,
+    PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGES, TASK_SLOTS, WARP, WARPGROUP,
 };
 use crate::{cta::Cta, shared::COMBINE_BUFFERS};
 
 /// One rank's whole layer: dispatch, linear 1, SwiGLU, linear 2, combine and top-k reduction.
 ///
-/// Launch with [`THREADS`] threads a CTA, any number of CTAs and [`crate::shared::SHARED_BYTES`] of dynamic shared memory.
+/// Launch with [`THREADS`](crate::shared::THREADS) threads a CTA, any number of CTAs in clusters of up to [`MAX_CLUSTER`](crate::tile::MAX_CLUSTER), for which the maps
+/// of the pools are made, and [`crate::shared::SHARED_BYTES`] of dynamic shared memory.
 ///
 /// # Safety
 /// The arguments are as [`Arguments`] says, and every rank of the group launches the kernel.
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn ferromoe_forward(
-    params: u64,
+    params: &'static Params,
     hidden_states: u64,
     topk_ids: u64,
     topk_weights: u64,
@@ -36,12 +38,13 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
     let lane = thread % WARP;
     let cta = Cta::new();
     if thread == 0 {
-        // SAFETY: the barriers' memory is the CTA's, and no other thread has passed the barrier below.
+        // SAFETY: the barriers' memory is the CTA's, and no other thread of the cluster has passed the barrier below.
         unsafe { init_mbarriers(cta) };
     }
-    bar_sync::<CTA_BARRIER, THREADS>();
+    bar_warp_sync();
+    barrier_cluster();
     // SAFETY: the caller's.
-    let launch = unsafe { Launch::new(Arguments { params, hidden_states, topk_ids, topk_weights, tokens, output }) };
+    let launch = unsafe { Launch::new(params, Arguments { hidden_states, topk_ids, topk_weights, tokens, output }) };
 
     if warp < CONSUMER_WARP {
         setmaxnreg_dec::<HELPER_REGISTERS>();
@@ -60,8 +63,9 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         consume::consume(&launch, cta, warp - CONSUMER_WARP, lane);
     }
 
+    // No CTA ends while another may still reach into its shared memory.
     bar_warp_sync();
-    bar_sync::<CTA_BARRIER, THREADS>();
+    barrier_cluster();
     if thread == 0 {
         end_launch(&launch);
     }
@@ -75,12 +79,12 @@ unsafe fn init_mbarriers(cta: Cta) {
     unsafe {
         for stage in 0..STAGES {
             cta.stage_full(stage).init(1);
-            cta.stage_empty(stage).init(CONSUMER_WARPS);
+            cta.stage_empty(stage).init(CONSUMER_WARPS * cluster_ctas());
         }
         for slot in 0..TASK_SLOTS {
             cta.task_full(slot).init(1);
-            // The producer, the publisher, and every consumer warp.
-            cta.task_empty(slot).init(2 + CONSUMER_WARPS);
+            // The producer, the publisher, and every consumer warp, of every CTA.
+            cta.task_empty(slot).init((2 + CONSUMER_WARPS) * cluster_ctas());
         }
         for warpgroup in 0..CONSUMER_WARPGROUPS {
             cta.staging_full(warpgroup).init(WARPGROUP / WARP);

@@ -7,8 +7,6 @@ use crate::layout::BF16_BYTES;
 use crate::params::{Arguments, Params};
 use crate::status::{Status, Timeout};
 
-/// Named barrier of the whole CTA.
-pub const CTA_BARRIER: u32 = 0;
 /// Named barrier of the scheduler and dispatch warps: the row counts are in shared memory.
 pub const COUNTS_BARRIER: u32 = 1;
 /// Named barrier of all consumer warps.
@@ -23,14 +21,14 @@ const MAX_PAUSE_NS: u32 = 256;
 
 /// What every role gets. Nothing is kept that can be loaded again: consumers have no register to spare.
 #[derive(Clone, Copy)]
-pub struct Launch(Arguments);
+pub struct Launch(&'static Params, Arguments);
 
 impl Launch {
     /// # Safety
     /// The arguments are valid for the whole launch.
     #[inline(always)]
-    pub const unsafe fn new(arguments: Arguments) -> Self {
-        Self(arguments)
+    pub const unsafe fn new(params: &'static Params, arguments: Arguments) -> Self {
+        Self(params, arguments)
     }
 
     /// Number of this launch, from 1; the same on every rank.
@@ -49,9 +47,8 @@ impl Launch {
 
     /// The parameter block.
     #[inline(always)]
-    pub fn params(&self) -> &Params {
-        // SAFETY: valid for the launch, and nobody writes it meanwhile.
-        unsafe { &*(self.0.params as *const Params) }
+    pub fn params(&self) -> &'static Params {
+        self.0
     }
 
     /// 0 or 1, by turns from launch to launch.
@@ -64,7 +61,7 @@ impl Launch {
     #[inline(always)]
     pub fn claimed_tokens(&self) -> u32 {
         // SAFETY: initialised device memory.
-        unsafe { ld_weak_u32(self.0.tokens as *const u32) }
+        unsafe { ld_weak_u32(self.1.tokens as *const u32) }
     }
 
     /// Base of a rank's symmetric buffer, as this rank sees it.
@@ -130,7 +127,7 @@ impl Launch {
     /// Address of this rank's hidden states.
     #[inline(always)]
     pub fn hidden_states(&self) -> u64 {
-        self.0.hidden_states
+        self.1.hidden_states
     }
 
     /// Bytes of a row of hidden states.
@@ -142,19 +139,19 @@ impl Launch {
     /// Expert id at (token, k).
     #[inline(always)]
     pub fn topk_id(&self, index: u32) -> *const u32 {
-        (self.0.topk_ids as *const u32).wrapping_add(index as usize)
+        (self.1.topk_ids as *const u32).wrapping_add(index as usize)
     }
 
     /// Routing weight at (token, k).
     #[inline(always)]
     pub fn topk_weight(&self, index: u32) -> *const f32 {
-        (self.0.topk_weights as *const f32).wrapping_add(index as usize)
+        (self.1.topk_weights as *const f32).wrapping_add(index as usize)
     }
 
     /// Row `token` of the output.
     #[inline(always)]
     pub fn output_row(&self, token: u32) -> *mut u8 {
-        (self.0.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
+        (self.1.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
     }
 
     /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.

@@ -1,4 +1,4 @@
-//! The parameter block of a launch, in device memory, and the arguments that change from launch to launch.
+//! The kernel's arguments: the parameter block, by value, and what changes from launch to launch.
 
 use crate::layout::{MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
 use crate::tile::TOKEN_TILES;
@@ -21,15 +21,16 @@ pub struct TensorMaps {
     pub linear1: TensorMap,
     /// Linear 2 weights `[intermediate, hidden, local_experts]`, box 64 x 128 x 1, 128-byte swizzle.
     pub linear2: TensorMap,
-    /// Token pool `[hidden, pool_rows]`, box 64 x token tile, 128-byte swizzle; one map a token tile.
+    /// Token pool `[hidden, pool_rows]`, box 64 x what one CTA of a cluster loads of a token tile, 128-byte swizzle; one map a token tile.
     pub tokens: [TensorMap; TOKEN_TILES.len()],
-    /// Intermediate pool `[intermediate, pool_rows]`, box 64 x token tile, 128-byte swizzle, for loads.
+    /// Intermediate pool `[intermediate, pool_rows]`, boxes as those of the token pool, 128-byte swizzle, for loads.
     pub intermediate: [TensorMap; TOKEN_TILES.len()],
     /// Intermediate pool, box 32 x what one warpgroup stages at once of a token tile, 64-byte swizzle, for stores.
     pub activation: [TensorMap; TOKEN_TILES.len()],
 }
 
-/// What stays the same from launch to launch. One block a rank, in device memory.
+/// What stays the same from launch to launch: the kernel's first argument, by value. It lies in the constant bank, where a field costs neither
+/// a load nor a register.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -54,17 +55,17 @@ pub struct Params {
     pub swiglu_limit: f32,
     /// Experts of one wave, at least 1.
     pub wave_experts: u32,
+    /// CTAs of a cluster, for which the maps of the pools are made.
+    pub cluster: u32,
     /// Zeros: fills the block up to its alignment.
-    pub reserved: [u32; 6],
+    pub reserved: [u32; 5],
 }
 
-/// The kernel's arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.
+/// The kernel's other arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct Arguments {
-    /// [`Params`] of this rank.
-    pub params: u64,
     /// bf16 `[tokens][hidden]`, 16-byte aligned; read by every rank.
     pub hidden_states: u64,
     /// i32 `[tokens][top_k]`; -1 is "no expert".
@@ -78,3 +79,5 @@ pub struct Arguments {
 }
 
 const _: () = assert!(size_of::<TensorMap>() == 128);
+// Kernel parameters have at most 4 KB in front of CUDA 12.1 (CUDA programming guide, "function parameters").
+const _: () = assert!(size_of::<Params>() + size_of::<Arguments>() <= 4096);

@@ -1,6 +1,6 @@
 //! The order of work: which rows, tiles and tasks there are, the same for every CTA of a rank.
 //!
-//! GEMM tasks are claimed from one ticket. Ticket by ticket, experts come in waves: linear 1 of waves 0 and 1, linear 2 of wave 0, linear 1
+//! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, experts come in waves: linear 1 of waves 0 and 1, linear 2 of wave 0, linear 1
 //! of wave 2, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
 
 use crate::tile::{MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_tiles};
@@ -79,7 +79,7 @@ pub struct Task {
     pub tile: u32,
     /// Index of its width in [`crate::tile::TOKEN_TILES`].
     pub width: u32,
-    /// GEMM tasks of this expert in this phase.
+    /// GEMM tasks of this expert in this phase, those behind its last weight row included.
     pub expert_tasks: u32,
 }
 
@@ -99,6 +99,36 @@ impl Task {
             expert_tasks: 0,
         }
     }
+
+    /// As it lies in a task slot.
+    #[inline(always)]
+    pub const fn words(self) -> [[u32; 4]; 2] {
+        let Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks } = self;
+        [[phase, expert, weight_row, pool_row], [rows, tile, width, expert_tasks]]
+    }
+
+    /// Reads what [`Self::words`] gave.
+    #[inline(always)]
+    pub const fn from_words(words: [[u32; 4]; 2]) -> Self {
+        let [[phase, expert, weight_row, pool_row], [rows, tile, width, expert_tasks]] = words;
+        Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks }
+    }
+
+    /// The task of CTA `cta` of the cluster, if this is the first one's. The last may lie behind the last weight row or token: then there
+    /// is nothing to store.
+    #[inline(always)]
+    pub const fn of(self, cta: u32) -> Self {
+        if self.phase == Phase::Combine as u32 {
+            Self { expert: self.expert + cta, ..self }
+        } else {
+            Self { weight_row: self.weight_row + cta * WEIGHT_TILE, ..self }
+        }
+    }
+}
+
+/// Tasks that `rows` weight rows give for one token tile, as many for each CTA of a cluster.
+pub const fn weight_tasks(rows: u32, cluster: u32) -> u32 {
+    rows.div_ceil(WEIGHT_TILE * cluster) * cluster
 }
 
 /// Where an expert's rows and tiles begin in the pools. Experts follow each other in order.
@@ -192,6 +222,8 @@ pub struct ScheduleShape {
     pub linear2_rows: u32,
     /// Combine tasks.
     pub combine_chunks: u32,
+    /// CTAs of a cluster, 1 to [`crate::tile::MAX_CLUSTER`].
+    pub cluster: u32,
 }
 
 /// Walks the tasks in ticket order.
@@ -203,7 +235,7 @@ pub struct TaskCursor {
     current: PoolPosition,
     phase: Phase,
     first_ticket: u32,
-    tasks: u32,
+    tickets: u32,
 }
 
 impl TaskCursor {
@@ -215,66 +247,67 @@ impl TaskCursor {
             current: PoolPosition::START,
             phase: Phase::Linear1,
             first_ticket: 0,
-            tasks: 0,
+            tickets: 0,
         }
     }
 
-    /// The task of `ticket`. Tickets must not decrease from call to call. `rows` gives an expert's rows.
+    /// The task of `ticket` for the first CTA of a cluster. Tickets must not decrease from call to call. `rows` gives an expert's rows.
     #[inline(always)]
     pub fn seek(&mut self, ticket: u32, rows: impl Fn(u32) -> u32) -> Task {
-        while ticket - self.first_ticket >= self.tasks {
+        while ticket - self.first_ticket >= self.tickets {
             if !self.advance(&rows) {
                 return Task::plain(Phase::End, 0);
             }
         }
         let index = ticket - self.first_ticket;
         if self.phase as u32 == Phase::Combine as u32 {
-            return Task::plain(Phase::Combine, index);
+            return Task::plain(Phase::Combine, index * self.shape.cluster);
         }
         // Blocks first: neighbouring CTAs share a tile of tokens, of which each loads twice as much as of its weights.
         let count = rows(self.current.expert);
-        let blocks = self.tasks / token_tiles(count);
+        let blocks = self.tickets / token_tiles(count);
         let (tile, block) = (index / blocks, index % blocks);
         let rest = count - tile * MAX_TOKEN_TILE;
         let rows = if rest < MAX_TOKEN_TILE { rest } else { MAX_TOKEN_TILE };
         Task {
             phase: self.phase as u32,
             expert: self.current.expert,
-            weight_row: block * WEIGHT_TILE,
+            weight_row: block * self.shape.cluster * WEIGHT_TILE,
             pool_row: self.current.pool_row + tile * MAX_TOKEN_TILE,
             rows,
             tile: self.current.tile + tile,
             width: tile_index(rows),
-            expert_tasks: self.tasks,
+            expert_tasks: self.tickets * self.shape.cluster,
         }
     }
 
     /// Steps to the next expert of the next phase; false behind the last task.
     #[inline(always)]
     fn advance(&mut self, rows: &impl Fn(u32) -> u32) -> bool {
-        self.first_ticket += self.tasks;
+        self.first_ticket += self.tickets;
         let [linear1, linear2] = self.next;
         let wave = linear2.expert / self.shape.wave_experts;
         let ahead = (wave + 2) * self.shape.wave_experts;
-        let weight_rows;
+        let ScheduleShape { linear1_rows, linear2_rows, cluster, .. } = self.shape;
+        let blocks;
         if linear1.expert < self.shape.experts && linear1.expert < ahead {
             self.phase = Phase::Linear1;
             self.current = linear1;
             self.next[0] = linear1.next(rows(linear1.expert));
-            weight_rows = self.shape.linear1_rows;
+            blocks = linear1_rows.div_ceil(WEIGHT_TILE * cluster);
         } else if linear2.expert < self.shape.experts {
             self.phase = Phase::Linear2;
             self.current = linear2;
             self.next[1] = linear2.next(rows(linear2.expert));
-            weight_rows = self.shape.linear2_rows;
+            blocks = linear2_rows.div_ceil(WEIGHT_TILE * cluster);
         } else if self.phase as u32 != Phase::Combine as u32 {
             self.phase = Phase::Combine;
-            self.tasks = self.shape.combine_chunks;
+            self.tickets = self.shape.combine_chunks.div_ceil(self.shape.cluster);
             return true;
         } else {
             return false;
         }
-        self.tasks = token_tiles(rows(self.current.expert)) * weight_rows.div_ceil(WEIGHT_TILE);
+        self.tickets = token_tiles(rows(self.current.expert)) * blocks;
         true
     }
 }

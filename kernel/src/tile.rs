@@ -47,6 +47,16 @@ pub const fn tile_index(rows: u32) -> u32 {
     index as u32
 }
 
+/// The most CTAs of a cluster: they work on neighbouring weight tiles of one token tile.
+pub const MAX_CLUSTER: u32 = 2;
+
+/// Rows of a token tile of `width` rows that one CTA of a cluster loads for all of it. Tiles that cannot be cut into whole swizzle
+/// atoms of eight rows are loaded by each CTA for itself.
+pub const fn loaded_rows(width: u32, cluster: u32) -> u32 {
+    let share = width / cluster;
+    if share.is_multiple_of(8) { share } else { width }
+}
+
 /// Tiles that `rows` rows of one expert are cut into.
 pub const fn token_tiles(rows: u32) -> u32 {
     rows.div_ceil(MAX_TOKEN_TILE)

@@ -31,6 +31,7 @@ fn schedule() -> impl Strategy<Value = (ScheduleShape, Vec<u32>)> {
             linear1_rows: 128 * intermediate,
             linear2_rows: 64 * hidden,
             combine_chunks,
+            cluster: 1,
         };
         (shape, rows)
     })

@@ -75,7 +75,7 @@ fn a_multicast_waits_for_the_consumers_of_both_ctas() {
     let own_only = replaced(MULTICAST, "[%r3+8], 2;", "[%r3+8], 1;");
     let own_only = replaced(&own_only, "setp.lt.u32 %p5, %r15, 2;", "setp.eq.u32 %p5, %r15, %r10;");
     let wrong_scopes = [
-        ("arrive.release.cluster.shared::cluster", "arrive.release.cta.shared::cluster"),
+        ("arrive.release.cluster.shared::cluster", "arrive.relaxed.cluster.shared::cluster"),
         ("EMPTY: mbarrier.try_wait.parity.acquire.cluster", "EMPTY: mbarrier.try_wait.parity.acquire.cta"),
     ];
     let scopes = wrong_scopes.map(|(what, by)| replaced(MULTICAST, what, by));

@@ -19,8 +19,9 @@ const LEAST_STAGES: u32 = 3;
 const NAMED_BARRIERS: u32 = 15;
 /// The token tiles from which on a product is limited by the tensor cores. Narrower ones wait for memory, whatever is issued beside them.
 const WIDE: u32 = 64;
-/// Instructions issued for each wgmma of a wide tile: what loads descriptors, waits and counts must hide behind a 64x64x16 product.
-const BESIDE_WGMMA: u32 = 6;
+/// Instructions issued for each wgmma of a wide tile, four of which make a stage: what loads descriptors, waits and counts must hide
+/// behind a 64x64x16 product, 32 cycles for each of the four schedulers. Six is where a loop without waste would be.
+const BESIDE_WGMMA: u32 = 20;
 /// Groups of wgmmas that a loop's waits leave in flight; with none the tensor cores stand still while the next group is issued.
 const LEAST_IN_FLIGHT: u32 = 1;
 /// Non-blank lines of the modules that only the device compiles: a reader gets through them in a day.

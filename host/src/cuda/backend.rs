@@ -9,7 +9,7 @@ use crate::rendezvous::{Member, Rendezvous};
 use cust::event::Event;
 use ptx_sim::{TensorMap as CheckedMap, TensorMapSpec};
 use std::collections::HashMap;
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_uint, c_void};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -173,21 +173,21 @@ impl CudaBackend {
         let gpu = self.rank(launch.rank)?;
         let function = gpu.function(launch.entry, launch.shared_bytes)?;
         let mut args = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
-        if launch.args.len() > MAX_ARGS {
-            let count = launch.args.len();
+        let count = launch.args.len() + 1;
+        if count > MAX_ARGS {
             return Err(CudaError::Invalid(format!("{} has {count} arguments, at most {MAX_ARGS}", launch.entry)));
         }
-        for (place, arg) in args.iter_mut().zip(launch.args) {
-            *place = std::ptr::from_ref(arg).cast_mut().cast();
-        }
-        let attribute = cooperative_attribute();
+        let params = (!launch.params.is_empty()).then(|| launch.params.as_ptr().cast_mut().cast());
+        let others = launch.args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast());
+        args.iter_mut().zip(params.into_iter().chain(others)).for_each(|(place, arg)| *place = arg);
+        let attribute = cluster_attribute(launch.cluster);
         let config = LaunchConfig {
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
             stream,
             attributes: &attribute,
-            attribute_count: launch.cooperative.into(),
+            attribute_count: (launch.cluster > 1).into(),
         };
         let _current = gpu.enter()?;
         // SAFETY: the configuration, the arguments and their addresses live to the end of the call, which copies them.
@@ -364,12 +364,12 @@ impl Drop for CudaBackend {
     }
 }
 
-/// `CU_LAUNCH_ATTRIBUTE_COOPERATIVE`, set.
-fn cooperative_attribute() -> LaunchAttribute {
-    const COOPERATIVE: c_uint = 2;
-    let mut value: [c_int; 16] = [0; 16];
-    value[0] = 1;
-    LaunchAttribute { id: COOPERATIVE, padding: 0, value }
+/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`: clusters of so many CTAs along x.
+fn cluster_attribute(ctas: u32) -> LaunchAttribute {
+    const CLUSTER_DIMENSION: c_uint = 4;
+    let mut value: [c_uint; 16] = [0; 16];
+    value[..3].copy_from_slice(&[ctas, 1, 1]);
+    LaunchAttribute { id: CLUSTER_DIMENSION, padding: 0, value }
 }
 
 /// `cuTensorMapEncodeTiled`; the specification's enumerations are numbered as `cuda.h`'s.

@@ -199,7 +199,7 @@ pub(crate) struct IpcMemHandle(pub(crate) [u8; 64]);
 pub(crate) struct LaunchAttribute {
     pub(crate) id: c_uint,
     pub(crate) padding: c_uint,
-    pub(crate) value: [c_int; 16],
+    pub(crate) value: [c_uint; 16],
 }
 
 /// `CUlaunchConfig`.

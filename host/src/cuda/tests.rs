@@ -93,8 +93,9 @@ fn launch(rank: usize, args: &[u64]) -> RankLaunch<'_> {
         grid: [132, 1, 1],
         block: [384, 1, 1],
         shared_bytes: 220 << 10,
+        params: &[],
         args,
-        cooperative: rank == 1,
+        cluster: 1 + rank as u32,
     }
 }
 
@@ -212,7 +213,7 @@ fn the_whole_path_makes_the_calls_in_order_and_releases_everything() {
         fake.calls_of("cuLaunchKernelEx"),
         [
             "cuLaunchKernelEx gpu=0 moe grid=[132, 1, 1] block=[384, 1, 1] shared=225280 args=[1, 2]",
-            "cuLaunchKernelEx gpu=1 moe grid=[132, 1, 1] block=[384, 1, 1] shared=225280 args=[3, 4] attribute 2=1",
+            "cuLaunchKernelEx gpu=1 moe grid=[132, 1, 1] block=[384, 1, 1] shared=225280 args=[3, 4] attribute 4=2",
         ]
     );
 
@@ -493,7 +494,7 @@ const EMPTY_LAYER: &str = ".version 8.6\n.target sm_90a\n.address_size 64\n.visi
 /// Everything that an engine does with a layer, one launch in a CUDA graph included.
 fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<(), Error> {
     let mut moe = FusedMoe::new(group, config, weights)?;
-    moe.set_deadline(Duration::from_secs(1))?;
+    moe.set_deadline(Duration::from_secs(1));
     let tokens: Vec<_> = group.local_ranks().map(|rank| Tokens::random(config, 3 + rank, 1)).collect();
     moe.forward(&tokens.iter().map(Tokens::batch).collect::<Vec<_>>())?;
     let rank = group.local_ranks().end - 1;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ferromoe_kernel::layout::{BF16_BYTES, MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::params::Params;
 use ferromoe_kernel::status::Status;
-use ferromoe_kernel::tile::K_BLOCK;
+use ferromoe_kernel::tile::{K_BLOCK, MAX_CLUSTER};
 
 use super::{DEFAULT_DEADLINE, RankBatch, RankInputs};
 use crate::backend::Backend;
@@ -18,7 +18,6 @@ use crate::weights::RankWeights;
 /// What a layer has on one rank.
 pub(super) struct Rank {
     pub(super) params: Params,
-    pub(super) params_buffer: DeviceBuffer,
     pub(super) workspace: DeviceBuffer,
     _linear1: DeviceBuffer,
     _linear2: DeviceBuffer,
@@ -52,8 +51,11 @@ impl Rank {
         backend.write(rank, workspace.address() + layout.status, bytemuck::bytes_of(&Status::CLEAR))?;
         let linear1 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear1), "linear 1 weights")?;
         let linear2 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear2), "linear 2 weights")?;
+        let sms = backend.sms(rank);
+        let cluster = cluster(&shape, backend.resident_ctas(rank));
+        let (pools, first, second) = (workspace.address(), linear1.address(), linear2.address());
         let params = Params {
-            maps: tensor_maps(&**backend, &shape, &layout, workspace.address(), linear1.address(), linear2.address())?,
+            maps: tensor_maps(&**backend, &shape, &layout, cluster, pools, first, second)?,
             symmetric_bases,
             workspace_base: workspace.address(),
             deadline_ns: DEFAULT_DEADLINE.as_nanos() as u64,
@@ -62,21 +64,17 @@ impl Rank {
             shape,
             rank: rank as u32,
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
-            wave_experts: wave_experts(&shape, backend.sms(rank)),
-            reserved: [0; 6],
+            wave_experts: wave_experts(&shape, sms),
+            cluster,
+            reserved: [0; 5],
         };
         Ok(Self {
             params,
-            params_buffer: DeviceBuffer::with(backend, rank, bytemuck::bytes_of(&params), "parameter block")?,
             workspace,
             _linear1: linear1,
             _linear2: linear2,
             inputs: InputBuffers::new(backend, rank, &shape, symmetric)?,
         })
-    }
-
-    pub(super) fn upload_params(&self, backend: &dyn Backend) -> Result<()> {
-        backend.write(self.params.rank as usize, self.params_buffer.address(), bytemuck::bytes_of(&self.params))
     }
 
     pub(super) fn upload_batch(&self, backend: &dyn Backend, batch: &RankBatch<'_>) -> Result<()> {
@@ -136,4 +134,14 @@ fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static st
 /// Experts of one wave: enough that their linear 1, at a single token tile each, gives every SM two tasks.
 fn wave_experts(shape: &Shape, sms: u32) -> u32 {
     (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
+}
+
+/// Mean rows of an expert from which on a cluster pays: with fewer, weights are most of the bytes, and CTAs that wait for each other cost
+/// more than the tokens that they need not load twice (docs/measurements.md).
+const CLUSTER_ROWS: u64 = 64;
+
+/// CTAs of a cluster, where at least `resident` CTAs run at once.
+fn cluster(shape: &Shape, resident: u32) -> u32 {
+    let choices = u64::from(shape.max_tokens) * u64::from(shape.ranks * shape.top_k);
+    if choices / u64::from(shape.experts.max(1)) < CLUSTER_ROWS { 1 } else { MAX_CLUSTER.min(resident) }
 }

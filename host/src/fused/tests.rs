@@ -83,7 +83,7 @@ fn a_rank_that_is_not_queued_is_named_when_others_are_waited_for() {
     let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
     let weights = ExpertWeights::random(&config, 5);
     let mut moe = FusedMoe::new(&group, &config, &weights).unwrap();
-    moe.set_deadline(Duration::from_millis(1)).unwrap();
+    moe.set_deadline(Duration::from_millis(1));
     let engine = EngineRank::new(&group, &config, 0);
     let tokens = Tokens::random(&config, 5, 1);
     engine.write(&tokens);
@@ -231,7 +231,7 @@ fn ranks_driven_apart_recover_together_from_a_launch_that_lost_one() {
         let results = processes(2, &[0, 1], SHORT, |rank, group| {
             let mut moe = FusedMoe::new(&group, &config, &weights)?;
             let tokens = Tokens::random(&config, 4 + rank, rank as u64);
-            moe.set_deadline(Duration::from_millis(1))?;
+            moe.set_deadline(Duration::from_millis(1));
             if rank != lost {
                 let error = moe.forward(&[tokens.batch()]).unwrap_err();
                 assert!(matches!(error, Error::Deadline { missing, .. } if missing == lost), "{error}");
@@ -239,7 +239,7 @@ fn ranks_driven_apart_recover_together_from_a_launch_that_lost_one() {
                 assert!(matches!(error, Error::NotRecovered), "{error}");
             }
             moe.recover()?;
-            moe.set_deadline(DEFAULT_DEADLINE)?;
+            moe.set_deadline(DEFAULT_DEADLINE);
             for step in 0..2 {
                 let outputs = moe.forward(&[tokens.batch()])?;
                 tokens.check(&config, &weights, &outputs[0].output, &format!("step {step} after the loss"));

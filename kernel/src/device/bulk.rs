@@ -45,6 +45,26 @@ pub unsafe fn tensor_load_2d(destination: SharedAddress, map: *const TensorMap, 
     };
 }
 
+/// `cp.async.bulk.tensor.2d.multicast::cluster` from global to the shared memory of every CTA of the cluster in `ctas` (a bit each), at the
+/// same place in all; completes the box's bytes on each one's `full`.
+///
+/// # Safety
+/// As for [`tensor_load_2d`], in each of these CTAs.
+#[inline(always)]
+pub unsafe fn tensor_load_2d_multicast(
+    destination: SharedAddress,
+    map: *const TensorMap,
+    [x, y]: [u32; 2],
+    full: Mbarrier,
+    ctas: u16,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [{0}], [{1}, {{{2}, {3}}}], [{4}], {5};",
+            in(reg32) destination.0, in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) full.0.0, in(reg16) ctas)
+    };
+}
+
 /// `cp.async.bulk.tensor.3d` from global to shared memory; completes the box's bytes on `full`.
 ///
 /// # Safety

@@ -7,6 +7,7 @@ pub mod address;
 pub mod atomic;
 pub mod barrier;
 pub mod bulk;
+pub mod cluster;
 pub mod convert;
 pub mod fence;
 pub mod global;

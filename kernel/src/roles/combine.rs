@@ -50,7 +50,8 @@ impl<'a> Combiner<'a> {
         let hidden = self.launch.params().shape.hidden;
         let all = self.launch.tokens();
         let tokens = combine_tokens(all, ctas());
-        let first = chunk * tokens;
+        // The last CTA of a cluster may have none.
+        let first = (chunk * tokens).min(all);
         let pieces = hidden.div_ceil(COLUMNS_PER_PIECE);
         let items = tokens.min(all - first) * pieces;
         let mut item = self.warp;

@@ -4,6 +4,7 @@
 
 use crate::cta::{Cta, Ring, TaskReader};
 use crate::device::barrier::{bar_sync, bar_warp_sync};
+use crate::device::cluster::cluster_ctas;
 use crate::device::global::ld_weak_u64;
 use crate::device::wgmma::{
     Accumulators, MatrixDescriptor, MmaAsync, wgmma_commit_group, wgmma_fence, wgmma_wait_group,
@@ -180,11 +181,11 @@ where
     accumulators
 }
 
-/// Gives a stage back to the producer.
+/// Gives a stage back to the producers of the cluster, who all write to it.
 #[inline(always)]
 fn release(cta: Cta, stage: u32, lane: u32) {
     bar_warp_sync();
-    if lane == 0 {
-        cta.stage_empty(stage).arrive();
+    if lane < cluster_ctas() {
+        cta.stage_empty(stage).of(lane).arrive();
     }
 }

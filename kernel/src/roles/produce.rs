@@ -1,15 +1,16 @@
 //! The producer warp: keeps the stages full of weight and token tiles.
 
 use crate::cta::{Cta, Ring, TaskReader};
-use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_3d};
+use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d};
+use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::fence::fence_proxy_async;
 use crate::device::global::ld_acquire_gpu_u32;
 use crate::launch::Launch;
 use crate::params::TensorMap;
-use crate::schedule::{Phase, Task};
+use crate::schedule::{Phase, Task, weight_tasks};
 use crate::shared::{STAGES, WEIGHT_STAGE_BYTES};
 use crate::status::{Stage, Timeout};
-use crate::tile::{K_BLOCK, token_tile};
+use crate::tile::{K_BLOCK, loaded_rows, token_tile};
 
 /// Loads the operands of every task.
 #[inline(always)]
@@ -64,8 +65,9 @@ fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>)
         k_blocks,
     };
     let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
-    // SAFETY: a counter of this launch. A linear 1 task makes the 64 columns of one k-block.
-    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= k_blocks);
+    let tasks = weight_tasks(2 * params.shape.intermediate, cluster_ctas());
+    // SAFETY: a counter of this launch.
+    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= tasks);
 }
 
 /// The two operands of a task.
@@ -76,7 +78,7 @@ struct Operands {
 }
 
 impl Operands {
-    /// Loads all k-blocks. The weights of the first stages are on their way before the tokens are waited for.
+    /// Loads all k-blocks: this CTA's weights, and its share of the tokens for all CTAs of the cluster. The weights of the first stages are on their way before the tokens are waited for.
     #[inline(always)]
     fn load(
         &self,
@@ -87,6 +89,11 @@ impl Operands {
         missing: impl Fn() -> Timeout,
         tokens_ready: impl Fn() -> bool,
     ) {
+        let (width, cluster) = (token_tile(task.width), cluster_ctas());
+        let rows = loaded_rows(width, cluster);
+        let shared = rows < width;
+        let first_row = if shared { cluster_cta() * rows } else { 0 };
+        let everyone = (1 << cluster) - 1;
         let early = self.k_blocks.min(STAGES);
         let mut weights_ring = *ring;
         for k_block in 0..early {
@@ -100,10 +107,16 @@ impl Operands {
             if k_block >= early {
                 self.load_weights(cta, task, *ring, k_block);
             }
-            let destination = cta.token_stage(ring.slot);
-            // SAFETY: the stage is free; its barrier expects these bytes.
+            let (destination, full) =
+                (cta.token_stage(ring.slot).offset(first_row * K_BLOCK * 2), cta.stage_full(ring.slot));
+            let coordinates = [k_block * K_BLOCK, task.pool_row + first_row];
+            // SAFETY: the stage is free in all CTAs of the cluster; their barriers expect these bytes.
             unsafe {
-                tensor_load_2d(destination, self.tokens, [k_block * K_BLOCK, task.pool_row], cta.stage_full(ring.slot))
+                if shared {
+                    tensor_load_2d_multicast(destination, self.tokens, coordinates, full, everyone);
+                } else {
+                    tensor_load_2d(destination, self.tokens, coordinates, full);
+                }
             };
             ring.advance();
         }

@@ -1,8 +1,9 @@
-//! The scheduler warp: waits for all ranks' counts, then claims tickets and hands tasks to the other roles.
+//! The scheduler warp: waits for all ranks' counts; then that of a cluster's first CTA claims tickets and hands tasks to the other roles.
 
 use crate::cta::{Cta, TaskWriter};
 use crate::device::atomic::atom_add_relaxed_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
+use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::global::{ld_acquire_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
 use crate::launch::{COUNTS_BARRIER, Launch};
@@ -23,7 +24,7 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     // Lanes wait for counts apart from each other, and `bar.sync` is for whole warps.
     bar_warp_sync();
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
-    if lane == 0 {
+    if lane == 0 && cluster_cta() == 0 {
         hand_out_tasks(launch, cta);
     }
 }
@@ -77,7 +78,7 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     }
 }
 
-/// Claims tickets and puts their tasks into the slots, in order, until the tasks end.
+/// Claims tickets and puts their tasks into the slots of the cluster's CTAs, in order, until the tasks end.
 #[inline(always)]
 fn hand_out_tasks(launch: &Launch, cta: Cta) {
     let params = launch.params();
@@ -88,6 +89,7 @@ fn hand_out_tasks(launch: &Launch, cta: Cta) {
         linear1_rows: 2 * shape.intermediate,
         linear2_rows: shape.hidden,
         combine_chunks: combine_chunks(launch.tokens(), ctas()),
+        cluster: cluster_ctas(),
     });
     let mut writer = TaskWriter::new(cta);
     let next = launch.counter(params.workspace.counter.task_ticket, 0);

@@ -143,7 +143,7 @@ exports! {
         let Some(Object::Module { gpu, module, entries }) = fake.objects.get(&module) else {
             return Err(code::INVALID_HANDLE);
         };
-        let (gpu, module, args) = (*gpu, module.clone(), *entries.get(&name).ok_or(code::NOT_FOUND)?);
+        let (gpu, module, args) = (*gpu, module.clone(), entries.get(&name).ok_or(code::NOT_FOUND)?.clone());
         let handle = fake.add(Object::Function { gpu, module, entry: name, args, shared_bytes: 48 << 10 });
         put(function, handle)
     }
@@ -314,9 +314,10 @@ exports! {
     fn cuLaunchKernelEx(
         config: *const LaunchConfig,
         function: Handle,
-        params: *const *const u64,
+        params: *const *const u8,
         extra: *const *const c_void,
     ) |fake| {
+        const CLUSTER_DIMENSION: c_uint = 4;
         // SAFETY: by the driver API's contract it points to a configuration.
         let config = unsafe { config.read() };
         let Some(Object::Function { gpu, module, entry, args, shared_bytes }) = fake.objects.get(&function) else {
@@ -327,16 +328,16 @@ exports! {
         if ctas == 0 || threads == 0 || threads > 1024 || config.shared_bytes > *shared_bytes || !extra.is_null() {
             return Err(code::INVALID_VALUE);
         }
-        let launch = Queued {
+        let mut launch = Queued {
             stream: config.stream,
             gpu: *gpu,
             module: module.clone(),
             entry: entry.clone(),
             grid: config.grid,
+            cluster: [1, 1, 1],
             block: config.block,
             shared_bytes: config.shared_bytes,
-            // SAFETY: by the driver API's contract every address is that of an argument, all of which are `.u64` here.
-            args: get(params, *args).into_iter().map(|arg| unsafe { arg.read() }).collect(),
+            args: get(params, args.len()).into_iter().zip(args).map(|(arg, &bytes)| get(arg, bytes).to_vec()).collect(),
         };
         if [fake.stream_gpu(config.stream)?, fake.current()?] != [launch.gpu; 2] {
             return Err(code::INVALID_HANDLE);
@@ -344,6 +345,10 @@ exports! {
         fake.note(&launch.describe());
         for attribute in get(config.attributes, config.attribute_count as usize) {
             fake.note(&format!("attribute {}={}", attribute.id, attribute.value[0]));
+            match attribute.id {
+                CLUSTER_DIMENSION => launch.cluster.copy_from_slice(&attribute.value[..3]),
+                _ => return Err(code::INVALID_VALUE),
+            }
         }
         fake.queue(launch);
         Ok(())
@@ -429,7 +434,7 @@ pub struct IpcMemHandle([u8; 64]);
 pub struct LaunchAttribute {
     id: c_uint,
     padding: c_uint,
-    value: [c_int; 16],
+    value: [c_uint; 16],
 }
 
 /// `CUlaunchConfig`.
@@ -443,14 +448,19 @@ pub struct LaunchConfig {
     attribute_count: c_uint,
 }
 
-/// Name and number of parameters of every entry of a PTX text.
-fn entries(ptx: &str) -> BTreeMap<String, usize> {
+/// Name and sizes of the parameters, in bytes, of every entry of a PTX text: arrays of bytes, and `.u64`.
+fn entries(ptx: &str) -> BTreeMap<String, Vec<usize>> {
     ptx.split(".entry ")
         .skip(1)
         .filter_map(|rest| {
             let (name, rest) = rest.split_once('(')?;
             let (params, _) = rest.split_once(')')?;
-            Some((name.trim().to_owned(), params.matches(".param").count()))
+            let bytes =
+                |param: &str| match param.split_once(".b8").and_then(|(_, array)| array.split(['[', ']']).nth(1)) {
+                    Some(bytes) => bytes.parse().unwrap_or(0),
+                    None => 8,
+                };
+            Some((name.trim().to_owned(), params.split(".param").skip(1).map(bytes).collect()))
         })
         .collect()
 }

@@ -30,8 +30,8 @@ const GPU_BYTES: usize = 1 << 30;
 
 /// Something that a handle names.
 pub(crate) enum Object {
-    Module { gpu: i32, module: Arc<Module>, entries: BTreeMap<String, usize> },
-    Function { gpu: i32, module: Arc<Module>, entry: String, args: usize, shared_bytes: u32 },
+    Module { gpu: i32, module: Arc<Module>, entries: BTreeMap<String, Vec<usize>> },
+    Function { gpu: i32, module: Arc<Module>, entry: String, args: Vec<usize>, shared_bytes: u32 },
     Stream { gpu: i32, capture: Option<Capture> },
     Event { gpu: i32, recorded: bool },
     Graph { launches: Vec<Queued> },
@@ -55,14 +55,19 @@ pub(crate) struct Queued {
     pub(crate) module: Arc<Module>,
     pub(crate) entry: String,
     pub(crate) grid: [u32; 3],
+    /// CTAs of a cluster.
+    pub(crate) cluster: [u32; 3],
     pub(crate) block: [u32; 3],
     pub(crate) shared_bytes: u32,
-    pub(crate) args: Vec<u64>,
+    /// The bytes of each argument.
+    pub(crate) args: Vec<Vec<u8>>,
 }
 
 impl Queued {
     pub(crate) fn describe(&self) -> String {
-        let Self { gpu, entry, grid, block, shared_bytes, args, .. } = self;
+        let Self { gpu, entry, grid, block, shared_bytes, .. } = self;
+        let args: Vec<_> =
+            self.args.iter().filter_map(|arg| Some(u64::from_le_bytes(arg[..].try_into().ok()?))).collect();
         format!("gpu={gpu} {entry} grid={grid:?} block={block:?} shared={shared_bytes} args={args:?}")
     }
 }
@@ -266,10 +271,10 @@ impl Fake {
                     module: &launch.module,
                     entry: &launch.entry,
                     grid: launch.grid,
-                    cluster: [1, 1, 1],
+                    cluster: launch.cluster,
                     block: launch.block,
                     shared_bytes: launch.shared_bytes,
-                    args: launch.args.iter().map(|&arg| Arg::U64(arg)).collect(),
+                    args: launch.args.iter().cloned().map(Arg::Bytes).collect(),
                 })
                 .collect();
             self.machine.run(&launches, &RunOptions::default()).map_err(report)?;
