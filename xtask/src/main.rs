@@ -54,7 +54,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
-    /// Check everything: the PTX's stamp, the lint, all tests. Installs what they need.
+    /// Check everything: the PTX's stamp, the lint, all tests, a minute of soak. Installs what they need.
     Test,
     /// Plant bugs in the kernel's PTX and count which are found, in how few runs; 0 if 95% are.
     Mutants {
@@ -64,7 +64,7 @@ enum Command {
     },
     /// Run the small matrix over many seeds, going on where the last soak was stopped.
     Soak {
-        /// Its arguments: `--seeds N`, `--seed S --case NAME`, `--restart`.
+        /// Its arguments: `--seeds N`, `--seconds S`, `--seed S --case NAME`, `--restart`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },

@@ -8,6 +8,9 @@ use xshell::{Shell, cmd};
 use crate::device_compiler::DeviceCompiler;
 use crate::{build, lint, workspace};
 
+/// How long the small matrix is run over fresh seeds.
+const SOAK_SECONDS: &str = "60";
+
 /// A step's name and what it does.
 type Step = (&'static str, fn() -> Result<()>);
 
@@ -16,11 +19,12 @@ type Step = (&'static str, fn() -> Result<()>);
 /// # Errors
 /// The steps that failed; the later ones run all the same.
 pub fn test() -> Result<()> {
-    let steps: [Step; 4] = [
+    let steps: [Step; 5] = [
         ("PTX stamp", build::check),
         ("device compiler", device_compiler),
         ("lint", lint::lint),
         ("cargo test", cargo_test),
+        ("soak", soak),
     ];
     let mut failures = Vec::new();
     let mut times = Vec::new();
@@ -50,5 +54,14 @@ fn cargo_test() -> Result<()> {
     shell.change_dir(workspace::root());
     let cargo = workspace::cargo();
     cmd!(shell, "{cargo} test --workspace --no-fail-fast").quiet().run()?;
+    Ok(())
+}
+
+/// What `cargo test` has built: the same profile, of the same packages.
+fn soak() -> Result<()> {
+    let shell = Shell::new()?;
+    shell.change_dir(workspace::root());
+    let cargo = workspace::cargo();
+    cmd!(shell, "{cargo} run --quiet --bin soak -- --seconds {SOAK_SECONDS}").quiet().run()?;
     Ok(())
 }

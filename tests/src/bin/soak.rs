@@ -1,11 +1,13 @@
-//! Runs the small matrix over many seeds; a stopped soak goes on where it was.
+//! Runs the small matrix over many seeds: a number of them, going on where the last soak was stopped, or fresh ones for a time.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -14,7 +16,7 @@ use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
 use ptx_sim::Module;
 use rayon::prelude::*;
 
-/// Runs the small matrix over many seeds, going on where the last soak was stopped.
+/// Runs the small matrix over many seeds: a number of them, going on where the last soak was stopped, or fresh ones for a time.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask soak")]
 struct Arguments {
@@ -27,6 +29,12 @@ struct Arguments {
     /// Only this case.
     #[arg(long, value_name = "NAME", requires = "seed")]
     case: Option<String>,
+    /// As many seeds as can be begun in so many seconds: fresh ones, which come from the time of day.
+    #[arg(long, value_name = "S", conflicts_with_all = ["seeds", "seed", "restart"])]
+    seconds: Option<u64>,
+    /// The first of the fresh seeds, to repeat those of another day.
+    #[arg(long, value_name = "S", requires = "seconds")]
+    base: Option<u64>,
     /// Forget the seeds that were run before.
     #[arg(long)]
     restart: bool,
@@ -57,6 +65,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         println!("seed {seed}: all right");
         return Ok(());
     }
+    if let Some(seconds) = arguments.seconds {
+        return run_fresh(&cases, &module, arguments.base, Duration::from_secs(seconds));
+    }
     let path = done_path()?;
     if arguments.restart && path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
@@ -76,6 +87,25 @@ fn run(arguments: &Arguments) -> Result<()> {
         writeln!(file, "{seed}").with_context(|| format!("cannot write {}", path.display()))
     })?;
     println!("{} cases, {} seeds: all right", cases.len(), arguments.seeds);
+    Ok(())
+}
+
+/// Runs seeds from `base` on until the time is up; the last ones begun are finished.
+fn run_fresh(cases: &[SmallCase], module: &Arc<Module>, base: Option<u64>, budget: Duration) -> Result<()> {
+    // Milliseconds: no two soaks have seeds in common.
+    let today = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let base = base.unwrap_or_else(today);
+    println!("fresh seeds from {base} on, for {} s; `--base {base}` repeats them", budget.as_secs());
+    let start = Instant::now();
+    let next = AtomicU64::new(base);
+    (0..rayon::current_num_threads()).into_par_iter().try_for_each(|_| {
+        while start.elapsed() < budget {
+            run_seed(cases, module, next.fetch_add(1, Ordering::Relaxed))?;
+        }
+        anyhow::Ok(())
+    })?;
+    let seeds = next.into_inner() - base;
+    println!("{} cases, {seeds} seeds from {base} on: all right ({:.0} s)", cases.len(), start.elapsed().as_secs_f64());
     Ok(())
 }
 
