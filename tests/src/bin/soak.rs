@@ -27,6 +27,9 @@ struct Arguments {
     /// Only this case.
     #[arg(long, value_name = "NAME", requires = "seed")]
     case: Option<String>,
+    /// Without the simulator's checks, in weak memory: only what goes wrong counts.
+    #[arg(long)]
+    unchecked: bool,
     /// Forget the seeds that were run before.
     #[arg(long)]
     restart: bool,
@@ -53,11 +56,11 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     if let Some(seed) = arguments.seed {
-        run_seed(&cases, &module, seed)?;
+        run_seed(&cases, &module, seed, !arguments.unchecked)?;
         println!("seed {seed}: all right");
         return Ok(());
     }
-    let path = done_path()?;
+    let path = done_path(!arguments.unchecked)?;
     if arguments.restart && path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
@@ -71,7 +74,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} seeds, {elapsed} ({eta} left)")?;
     let progress = ProgressBar::new(left.len() as u64).with_style(style);
     left.par_iter().progress_with(progress).try_for_each(|&seed| {
-        run_seed(&cases, &module, seed)?;
+        run_seed(&cases, &module, seed, !arguments.unchecked)?;
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         writeln!(file, "{seed}").with_context(|| format!("cannot write {}", path.display()))
     })?;
@@ -79,12 +82,13 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64) -> Result<()> {
+fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64, checks: bool) -> Result<()> {
     for case in cases {
         let name = case.name;
-        case.run(module, seed, &run_options(None)).with_context(|| {
+        case.run(module, seed, &run_options(None, checks)).with_context(|| {
             format!(
-                "case `{name}` failed with seed {seed}; repeat it with\n  cargo xtask soak --case '{name}' --seed {seed}\n"
+                "case `{name}` failed with seed {seed}; repeat it with\n  cargo xtask soak --case '{name}' --seed {seed}{}\n",
+                if checks { "" } else { " --unchecked" }
             )
         })?;
     }
@@ -92,11 +96,11 @@ fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64) -> Result<()> 
 }
 
 /// The seeds that this kernel has passed: a file beside cargo's build outputs, named by the digest of the kernel's sources.
-fn done_path() -> Result<PathBuf> {
+fn done_path(checks: bool) -> Result<PathBuf> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
     let target = binary.ancestors().nth(2).context("this program is not in cargo's target folder")?;
     let digest = ferromoe::PTX.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
-    Ok(target.join("soak").join(format!("{digest:.16}.seeds")))
+    Ok(target.join("soak").join(format!("{digest:.16}{}.seeds", if checks { "" } else { ".unchecked" })))
 }
 
 fn open_done(path: &PathBuf) -> Result<(BTreeSet<u64>, File)> {
