@@ -50,6 +50,8 @@ pub(crate) struct Transfer {
     pub issuer: Issuer,
     pub launch: usize,
     pub device: usize,
+    /// The cluster of the CTA that issued it.
+    pub cluster: u64,
     /// The CTA in whose shared memory the destination (if it is shared) and the mbarrier are: slot and identity.
     pub target: (usize, u64),
     /// Other CTAs of the cluster that are written at the same addresses, once the source was read, each as an operation

@@ -172,6 +172,13 @@ pub(crate) struct Cluster {
     pub arrived: bool,
 }
 
+impl Cluster {
+    /// Unique in the run.
+    pub fn id(&self) -> u64 {
+        self.members.first().map_or(0, |(_, id)| *id)
+    }
+}
+
 /// What is shared by the warps of a CTA.
 #[derive(Debug)]
 pub(crate) struct CtaState {

@@ -264,6 +264,7 @@ impl Context<'_> {
                 Ok(Flow::Next)
             }
             Op::Fence(scope) => {
+                self.release(*scope);
                 if let Some(checker) = &mut self.checker {
                     checker.fence(self.agent, active, *scope);
                 }

@@ -11,7 +11,7 @@ use crate::execute::{GROUP_WARPS, combine, shared_place, touch, update_mbarrier}
 use crate::memory::{Copied, GlobalMemory};
 use crate::program::{AtomicOperation, AtomicType, Op, Wgmma, WgmmaA};
 use crate::registers::{LANES, R32, Slot, lanes};
-use crate::schedule::Run;
+use crate::schedule::{Run, TIME_SHIFT};
 use crate::wgmma::descriptor::MatrixDescriptor;
 use crate::wgmma::{self, THREADS};
 
@@ -106,6 +106,8 @@ impl Run<'_, '_> {
                     }
                 }
                 Place::Global(address) => {
+                    let range = address..address.saturating_add(u64::from(*bytes));
+                    self.memory.perform(transfer.device, transfer.cluster, &range);
                     let (allocation, offset) = self.memory.find(address, u64::from(*bytes))?;
                     allocation.bytes.copy_out(offset, length, &mut copied);
                     if GlobalMemory::device_of(address) == transfer.device {
@@ -133,6 +135,12 @@ impl Run<'_, '_> {
             checker.copy_access(number, Mode::Write, &ranges, transfer.reduction.is_some())?;
         }
         let mut start = 0;
+        // That it is done is known to its issuer; others learn of it by a release, as of a store.
+        let late = self.checker.is_none()
+            && transfer.reduction.is_none()
+            && copied.unwritten.is_empty()
+            && self.random.below(16) == 0;
+        let now = self.time >> TIME_SHIFT;
         for part in &transfer.parts {
             let length = part.bytes as usize;
             match part.to {
@@ -143,8 +151,13 @@ impl Run<'_, '_> {
                     }
                 }
                 Place::Global(address) => {
+                    if !late {
+                        let range = address..address.saturating_add(u64::from(part.bytes));
+                        self.memory.perform(transfer.device, transfer.cluster, &range);
+                    }
                     let (allocation, offset) = self.memory.find(address, u64::from(part.bytes))?;
                     match transfer.reduction {
+                        None if late => {}
                         None => allocation.bytes.copy_in(offset, copied, start, length),
                         Some(reduction) => {
                             if !allocation.bytes.is_written(offset, length) {
@@ -162,6 +175,17 @@ impl Run<'_, '_> {
                         touch(allocation, offset, length, Direction::Write, cost);
                     } else {
                         cost.nvlink_write += u64::from(part.bytes);
+                    }
+                    if late {
+                        let bytes = &copied.data[start..start + length];
+                        self.memory.store_late(
+                            transfer.device,
+                            transfer.cluster,
+                            address,
+                            bytes,
+                            now,
+                            &mut self.random,
+                        );
                     }
                 }
             }

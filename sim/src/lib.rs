@@ -25,6 +25,7 @@ mod program;
 mod random;
 mod registers;
 mod schedule;
+mod store_buffer;
 pub mod tensor_map;
 pub mod wgmma;
 

@@ -1,6 +1,11 @@
 //! Byte memories that know which bytes were written, and the global memory of all devices.
 
+use std::ops::Range;
+
+use crate::check::Scope;
 use crate::error::{Fault, SimError};
+use crate::random::Random;
+use crate::store_buffer::{DEVICE, StoreBuffer};
 
 /// Where an address points: the top byte of a generic address names its window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,13 +186,19 @@ struct DeviceMemory {
     /// In order of their addresses.
     allocations: Vec<Allocation>,
     next: u64,
+    /// What the device's CTAs have stored, to any device's memory, and is not performed.
+    stores: StoreBuffer,
 }
 
 impl GlobalMemory {
     pub fn new(devices: usize) -> Self {
         Self {
             devices: (0..devices as u64)
-                .map(|device| DeviceMemory { allocations: Vec::new(), next: (device + 1) << DEVICE_SHIFT })
+                .map(|device| DeviceMemory {
+                    allocations: Vec::new(),
+                    next: (device + 1) << DEVICE_SHIFT,
+                    stores: StoreBuffer::default(),
+                })
                 .collect(),
         }
     }
@@ -282,6 +293,101 @@ impl GlobalMemory {
                 )
             }
             None => format!("address {address:#x}, which is in no buffer"),
+        }
+    }
+
+    /// Whether all stores by a device's CTAs are performed.
+    #[inline]
+    pub fn is_settled(&self, device: usize) -> bool {
+        self.devices[device].stores.is_empty()
+    }
+
+    /// Whether a cluster has stored to a range of addresses, or its device has for all its CTAs, and that is not performed.
+    pub fn is_pending(&self, device: usize, cluster: u64, range: &Range<u64>) -> bool {
+        let stores = &self.devices[device].stores;
+        stores.may_hold(range) && (stores.holds(cluster, range) || stores.holds(DEVICE, range))
+    }
+
+    /// Changes a device's stores that are not performed, with a function that performs some.
+    fn with_stores<T>(
+        &mut self,
+        device: usize,
+        change: impl FnOnce(&mut StoreBuffer, &mut dyn FnMut(u64, &[u8])) -> T,
+    ) -> T {
+        let mut stores = std::mem::take(&mut self.devices[device].stores);
+        let result = change(&mut stores, &mut |address, bytes| {
+            // The range was found when it was stored to.
+            if let Ok((allocation, offset)) = self.find(address, bytes.len() as u64) {
+                allocation.bytes.write(offset, bytes);
+            }
+        });
+        self.devices[device].stores = stores;
+        result
+    }
+
+    /// A store by a CTA of a cluster that may be performed late; the caller has checked the range.
+    pub fn store_late(
+        &mut self,
+        device: usize,
+        cluster: u64,
+        address: u64,
+        bytes: &[u8],
+        now: u64,
+        random: &mut Random,
+    ) {
+        self.devices[device].stores.put(cluster, address, bytes, now, random);
+    }
+
+    /// Performs the stores that an access by a cluster comes after in the order of its bytes.
+    pub fn perform(&mut self, device: usize, cluster: u64, range: &Range<u64>) {
+        if !self.is_pending(device, cluster, range) {
+            return;
+        }
+        self.with_stores(device, |stores, perform| {
+            stores.take(DEVICE, range, &mut *perform);
+            stores.take(cluster, range, perform);
+        });
+    }
+
+    /// A release by a thread of a cluster: what the cluster has stored so far is visible in the scope.
+    pub fn release(&mut self, device: usize, cluster: u64, scope: Scope, now: u64, random: &mut Random) {
+        if self.is_settled(device) || scope < Scope::Gpu {
+            return;
+        }
+        let peers = self.devices.len() > 1;
+        self.with_stores(device, |stores, perform| {
+            if peers {
+                stores.pass_on_all(cluster, now, random);
+                if scope == Scope::Sys {
+                    stores.take(DEVICE, &(0..u64::MAX), perform);
+                }
+            } else {
+                stores.take(cluster, &(0..u64::MAX), perform);
+            }
+        });
+    }
+
+    /// Lets the stores go on whose time has come; whether there were any.
+    pub fn advance_stores(&mut self, now: u64, random: &mut Random) -> bool {
+        let peers = self.devices.len() > 1;
+        let mut any = false;
+        for device in 0..self.devices.len() {
+            if self.devices[device].stores.is_due(now) {
+                any |= self.with_stores(device, |stores, perform| stores.advance(now, peers, random, perform));
+            }
+        }
+        any
+    }
+
+    /// When a store is to go on next.
+    pub fn next_store(&mut self) -> Option<u64> {
+        self.devices.iter_mut().filter_map(|memory| memory.stores.next_due()).min()
+    }
+
+    /// Performs all stores.
+    pub fn settle(&mut self) {
+        for device in 0..self.devices.len() {
+            self.with_stores(device, |stores, perform| stores.take_all(perform));
         }
     }
 

@@ -21,7 +21,7 @@ use crate::random::Random;
 use crate::registers::{ALL, LANES, Registers, Slot};
 
 /// Simulated time is kept in units of 2^-16 ns.
-const TIME_SHIFT: u32 = 16;
+pub(crate) const TIME_SHIFT: u32 = 16;
 /// When nothing has changed for so long in simulated time, nothing ever will: one hour, in nanoseconds.
 const HOPELESS_NS: u64 = 3_600_000_000_000;
 
@@ -66,7 +66,7 @@ pub(crate) struct Run<'a, 'm> {
     ready: Vec<(usize, usize)>,
     /// Ends of timed waits: time, slot, identity of the CTA, warp.
     timers: BinaryHeap<Reverse<(u64, usize, u64, usize)>>,
-    time: u64,
+    pub time: u64,
     resident: Vec<u32>,
     next_cta_id: u64,
     /// The checks of accesses, if they are on.
@@ -110,6 +110,7 @@ pub(crate) fn run(
     if let (Some(profiler), Some(profile)) = (run.profiler.take(), &options.profile) {
         profiler.finish(profile);
     }
+    run.memory.settle();
     result?;
     Ok(run.launches.iter().map(|launch| launch.cost).collect())
 }
@@ -124,6 +125,10 @@ impl Run<'_, '_> {
                 if let (Some(profiler), Some(began)) = (&mut self.profiler, began) {
                     profiler.add(kind, 0, 0, began);
                 }
+            }
+            let now = self.now();
+            if self.memory.advance_stores(now, &mut self.random) {
+                self.progress += 1;
             }
             self.wake_timers();
             if self.ready.is_empty() {
@@ -164,9 +169,10 @@ impl Run<'_, '_> {
             self.idle = (now, self.progress);
         }
         let idle = now - self.idle.0;
-        match self.timers.peek() {
-            Some(Reverse((next, ..))) if idle < HOPELESS_NS => {
-                let target = (*next).max(now) + idle / 8;
+        let timer = self.timers.peek().map(|Reverse((next, ..))| *next);
+        match timer.into_iter().chain(self.memory.next_store()).min() {
+            Some(next) if idle < HOPELESS_NS => {
+                let target = next.max(now) + idle / 8;
                 self.time = target << TIME_SHIFT;
                 Ok(())
             }

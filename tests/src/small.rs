@@ -186,9 +186,9 @@ impl SmallCase {
     }
 }
 
-/// How the small matrix is run: with every check of the simulator.
-pub fn run_options(step_limit: Option<u64>) -> RunOptions {
-    RunOptions { step_limit, checks: true, ..RunOptions::default() }
+/// How the small matrix is run: with every check of the simulator, or without any, in weak memory, where only what goes wrong counts.
+pub fn run_options(step_limit: Option<u64>, checks: bool) -> RunOptions {
+    RunOptions { step_limit, checks, ..RunOptions::default() }
 }
 
 /// The small matrix.

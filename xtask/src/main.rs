@@ -58,13 +58,13 @@ enum Command {
     Test,
     /// Plant bugs in the kernel's PTX and count which are found, in how few runs; 0 if 95% are.
     Mutants {
-        /// Its arguments: `--seeds N`, `--only TEXT`, `--write`.
+        /// Its arguments: `--seeds N`, `--only TEXT`, `--unchecked`, `--write`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
     /// Run the small matrix over many seeds, going on where the last soak was stopped.
     Soak {
-        /// Its arguments: `--seeds N`, `--seconds S`, `--seed S --case NAME`, `--restart`.
+        /// Its arguments: `--seeds N`, `--seconds S`, `--seed S --case NAME`, `--unchecked`, `--restart`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },

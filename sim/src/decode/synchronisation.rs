@@ -51,7 +51,7 @@ impl Decoder {
         }
     }
 
-    /// Fences change no value: memory is coherent at every instruction. The checks need them.
+    /// Fences of memory release what the CTA has stored; those of proxies are for the checks.
     fn decode_fence(&mut self, opcode: &mut Opcode<'_>) -> Decoded<()> {
         if opcode.take("proxy") {
             let proxy = opcode

@@ -2,7 +2,7 @@
 
 use super::cluster::state_at;
 use super::{Context, Executed, Flow};
-use crate::check::{self, Mode, Order, shared_key};
+use crate::check::{self, Mode, Order, Scope, shared_key};
 use crate::cost::Direction;
 use crate::decode::SHARED_START;
 use crate::error::Fault;
@@ -168,6 +168,27 @@ impl Context<'_> {
         Ok(())
     }
 
+    /// Performs those earlier stores that these lanes' accesses of global memory must come after.
+    pub(super) fn perform(&mut self, addresses: &[u64; LANES], active: u32, bytes: usize) {
+        let (device, cluster) = (self.state.device, self.state.cluster.id());
+        if self.memory.is_settled(device) {
+            return;
+        }
+        let range = |lane: usize| addresses[lane]..addresses[lane].saturating_add(bytes as u64);
+        let (first, last) = lanes(active)
+            .fold((u64::MAX, 0), |(first, last), lane| (first.min(addresses[lane]), last.max(range(lane).end)));
+        if self.memory.is_pending(device, cluster, &(first..last)) {
+            for lane in lanes(active) {
+                self.memory.perform(device, cluster, &range(lane));
+            }
+        }
+    }
+
+    /// What the CTA's cluster has stored so far becomes visible in a scope.
+    pub(super) fn release(&mut self, scope: Scope) {
+        self.memory.release(self.state.device, self.state.cluster.id(), scope, self.now, self.random);
+    }
+
     fn load_global(
         &mut self,
         access: &Access,
@@ -175,6 +196,7 @@ impl Context<'_> {
         active: u32,
         bytes: usize,
     ) -> Result<(), Fault> {
+        self.perform(addresses, active, bytes);
         let mut rest = active;
         while rest != 0 {
             let lane = rest.trailing_zeros() as usize;
@@ -232,6 +254,17 @@ impl Context<'_> {
     fn store_to(&mut self, space: Space, access: &Access, addresses: &[u64; LANES], active: u32) -> Result<(), Fault> {
         let bytes = access.element as usize * access.registers.len();
         let mut buffer = [0u8; 64];
+        let mut late = false;
+        if matches!(space, Space::Global | Space::Generic) {
+            if access.order.releases() {
+                self.release(access.scope);
+            }
+            // The checks find a missing release in any order of the stores; what they know of strong ones is of one order.
+            late = self.checker.is_none() && self.random.below(4) == 0;
+            if !late {
+                self.perform(addresses, active, bytes);
+            }
+        }
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             pack(&self.warp.registers, access, lane, &mut buffer);
@@ -248,11 +281,17 @@ impl Context<'_> {
                     check_aligned(self.memory, address, bytes)?;
                     let local = GlobalMemory::device_of(address) == self.state.device;
                     let (allocation, offset) = self.memory.find(address, bytes as u64)?;
-                    allocation.bytes.write(offset, data);
+                    if !late {
+                        allocation.bytes.write(offset, data);
+                    }
                     if local {
                         touch(allocation, offset, bytes, Direction::Write, self.cost);
                     } else {
                         self.cost.nvlink_write += bytes as u64;
+                    }
+                    if late {
+                        let (device, cluster) = (self.state.device, self.state.cluster.id());
+                        self.memory.store_late(device, cluster, address, data, self.now, self.random);
                     }
                 }
                 Space::Local => {

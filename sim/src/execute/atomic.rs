@@ -90,6 +90,9 @@ impl Context<'_> {
         let addresses = self.addresses(atomic.address);
         let whole = (atomic.element * atomic.packed) as usize * atomic.operand.len();
         let (mut changed, mut digest) = (false, u64::from(active));
+        if atomic.order.releases() {
+            self.release(atomic.scope);
+        }
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             let mut address = addresses[lane];
@@ -120,6 +123,11 @@ impl Context<'_> {
                 continue;
             }
             check_aligned(self.memory, address, whole)?;
+            self.memory.perform(
+                self.state.device,
+                self.state.cluster.id(),
+                &(address..address.saturating_add(whole as u64)),
+            );
             let local = GlobalMemory::device_of(address) == self.state.device;
             let (allocation, offset) = self.memory.find(address, whole as u64)?;
             if !allocation.bytes.is_written(offset, whole) {

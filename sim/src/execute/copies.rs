@@ -6,7 +6,7 @@ use crate::asynchronous::{Completion, CopyPart, Event, Place, Transfer};
 use crate::cta::Wait;
 use crate::error::Fault;
 use crate::program::{Address, AtomicOperation, AtomicType, BulkCopy, CopyKind, SmallCopy, Space, TensorCopy};
-use crate::registers::{Slot, lanes};
+use crate::registers::{LANES, Slot, lanes};
 use crate::tensor_map::{TensorMap, TensorMapDataType};
 
 impl Context<'_> {
@@ -29,6 +29,7 @@ impl Context<'_> {
                 issuer,
                 launch: self.state.launch,
                 device: self.state.device,
+                cluster: self.state.cluster.id(),
                 target,
                 multicast: multicast.clone(),
                 parts,
@@ -196,6 +197,7 @@ impl Context<'_> {
                 data.ok_or_else(|| Fault::OutOfBounds { place: format!("parameters + {at}"), bytes: 128 })?,
             );
         } else {
+            self.perform(&[address; LANES], 1, 128);
             let (allocation, offset) = self.memory.find(address, 128)?;
             if !allocation.bytes.is_written(offset, 128) {
                 return Err(Fault::Uninitialised { place: self.memory.place(address), bytes: 128 });

@@ -35,6 +35,9 @@ struct Arguments {
     /// The first of the fresh seeds, to repeat those of another day.
     #[arg(long, value_name = "S", requires = "seconds")]
     base: Option<u64>,
+    /// Without the simulator's checks, in weak memory: only what goes wrong counts.
+    #[arg(long)]
+    unchecked: bool,
     /// Forget the seeds that were run before.
     #[arg(long)]
     restart: bool,
@@ -61,14 +64,15 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     if let Some(seed) = arguments.seed {
-        run_seed(&cases, &module, seed)?;
+        run_seed(&cases, &module, seed, !arguments.unchecked)?;
         println!("seed {seed}: all right");
         return Ok(());
     }
+    let checks = !arguments.unchecked;
     if let Some(seconds) = arguments.seconds {
-        return run_fresh(&cases, &module, arguments.base, Duration::from_secs(seconds));
+        return run_fresh(&cases, &module, arguments.base, Duration::from_secs(seconds), checks);
     }
-    let path = done_path()?;
+    let path = done_path(checks)?;
     if arguments.restart && path.exists() {
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
@@ -82,7 +86,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} seeds, {elapsed} ({eta} left)")?;
     let progress = ProgressBar::new(left.len() as u64).with_style(style);
     left.par_iter().progress_with(progress).try_for_each(|&seed| {
-        run_seed(&cases, &module, seed)?;
+        run_seed(&cases, &module, seed, !arguments.unchecked)?;
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         writeln!(file, "{seed}").with_context(|| format!("cannot write {}", path.display()))
     })?;
@@ -91,7 +95,13 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// Runs seeds from `base` on until the time is up; the last ones begun are finished.
-fn run_fresh(cases: &[SmallCase], module: &Arc<Module>, base: Option<u64>, budget: Duration) -> Result<()> {
+fn run_fresh(
+    cases: &[SmallCase],
+    module: &Arc<Module>,
+    base: Option<u64>,
+    budget: Duration,
+    checks: bool,
+) -> Result<()> {
     // Milliseconds: no two soaks have seeds in common.
     let today = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     let base = base.unwrap_or_else(today);
@@ -100,7 +110,7 @@ fn run_fresh(cases: &[SmallCase], module: &Arc<Module>, base: Option<u64>, budge
     let next = AtomicU64::new(base);
     (0..rayon::current_num_threads()).into_par_iter().try_for_each(|_| {
         while start.elapsed() < budget {
-            run_seed(cases, module, next.fetch_add(1, Ordering::Relaxed))?;
+            run_seed(cases, module, next.fetch_add(1, Ordering::Relaxed), checks)?;
         }
         anyhow::Ok(())
     })?;
@@ -109,12 +119,13 @@ fn run_fresh(cases: &[SmallCase], module: &Arc<Module>, base: Option<u64>, budge
     Ok(())
 }
 
-fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64) -> Result<()> {
+fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64, checks: bool) -> Result<()> {
     for case in cases {
         let name = case.name;
-        case.run(module, seed, &run_options(None)).with_context(|| {
+        case.run(module, seed, &run_options(None, checks)).with_context(|| {
             format!(
-                "case `{name}` failed with seed {seed}; repeat it with\n  cargo xtask soak --case '{name}' --seed {seed}\n"
+                "case `{name}` failed with seed {seed}; repeat it with\n  cargo xtask soak --case '{name}' --seed {seed}{}\n",
+                if checks { "" } else { " --unchecked" }
             )
         })?;
     }
@@ -122,11 +133,11 @@ fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64) -> Result<()> 
 }
 
 /// The seeds that this kernel has passed: a file beside cargo's build outputs, named by the digest of the kernel's sources.
-fn done_path() -> Result<PathBuf> {
+fn done_path(checks: bool) -> Result<PathBuf> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
     let target = binary.ancestors().nth(2).context("this program is not in cargo's target folder")?;
     let digest = ferromoe::PTX.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
-    Ok(target.join("soak").join(format!("{digest:.16}.seeds")))
+    Ok(target.join("soak").join(format!("{digest:.16}{}.seeds", if checks { "" } else { ".unchecked" })))
 }
 
 fn open_done(path: &PathBuf) -> Result<(BTreeSet<u64>, File)> {
