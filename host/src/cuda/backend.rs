@@ -173,7 +173,7 @@ impl CudaBackend {
         let gpu = self.rank(launch.rank)?;
         let function = gpu.function(launch.entry, launch.shared_bytes)?;
         let mut args = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
-        let count = launch.args.len() + 1;
+        let count = launch.args.len() + usize::from(!launch.params.is_empty());
         if count > MAX_ARGS {
             return Err(CudaError::Invalid(format!("{} has {count} arguments, at most {MAX_ARGS}", launch.entry)));
         }
