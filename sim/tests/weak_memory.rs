@@ -102,8 +102,8 @@ fn bulk_stores_are_released_too() {
              ld.global.u32 %r4, [%rd2]; st.global.u32 [%rd2+256], %r4;"
         )
     };
-    let found = |release: &str| (0..40).map(|seed| run(&body(release), 0, &[0, 0], seed)[64]).collect::<Vec<_>>();
-    assert_eq!(found("fence.acq_rel.gpu;"), [41; 40]);
+    let found = |release: &str| (0..400).map(|seed| run(&body(release), 0, &[0, 0], seed)[64]).collect::<Vec<_>>();
+    assert_eq!(found("fence.acq_rel.gpu;"), [41; 400]);
     let late = found("");
     assert!(late.contains(&0) && late.contains(&41), "{late:?}");
 }

@@ -276,7 +276,7 @@ ptxas info    : Function properties for helper
             (
                 ".L_loop:\n",
                 &format!(".L_loop:\n{beside}"),
-                "moe: n64 loop at 0070: beside each wgmma is 7, must be <= 6",
+                "moe: n64 loop at 0070: beside each wgmma is 21, must be <= 20",
             ),
         ] {
             assert_eq!(faults(PTXAS, &clean_sass().replacen(found, instead, 1)), [fault], "{found} as {instead}");
@@ -287,7 +287,7 @@ ptxas info    : Function properties for helper
     fn narrow_tiles_may_issue_more() {
         let narrow = clean_sass()
             .replace("64x64x16", "64x32x16")
-            .replace(".L_loop:\n", &format!(".L_loop:\n{}", "        /*0070*/ NOP ;\n".repeat(20)));
+            .replace(".L_loop:\n", &format!(".L_loop:\n{}", "        /*0070*/ NOP ;\n".repeat(40)));
         assert_eq!(faults(PTXAS, &narrow), Vec::<String>::new());
     }
 
@@ -296,7 +296,7 @@ ptxas info    : Function properties for helper
         let straight = clean_sass().replace("@P0 BRA `(.L_loop)", "NOP");
         let expected = [
             "moe: n64 in no loop: wgmma is 0, must be >= 1",
-            "moe: n64 in no loop: beside each wgmma is -, must be <= 6",
+            "moe: n64 in no loop: beside each wgmma is -, must be <= 20",
             "moe: n64 in no loop: groups in flight is -, must be >= 1",
         ];
         assert_eq!(faults(PTXAS, &straight), expected);
