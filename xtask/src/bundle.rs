@@ -121,12 +121,14 @@ mod tests {
 
     #[test]
     fn cargos_messages_name_executables() {
-        let message = r#"{"reason":"compiler-artifact","target":{"name":"layer","kind":["test"]},"executable":"/t/layer-1f"}"#;
+        let message =
+            r#"{"reason":"compiler-artifact","target":{"name":"layer","kind":["test"]},"executable":"/t/layer-1f"}"#;
         assert_eq!(executable(message, "test"), Some(("layer".into(), "/t/layer-1f".into())));
         assert_eq!(executable(message, "bin"), None);
-        let library = r#"{"reason":"compiler-artifact","target":{"name":"ferromoe","kind":["test"]},"executable":null}"#;
+        let library =
+            r#"{"reason":"compiler-artifact","target":{"name":"ferromoe","kind":["test"]},"executable":null}"#;
         assert_eq!(executable(library, "test"), None);
-        assert_eq!(executable("warning: text"), None);
+        assert_eq!(executable("warning: text", "test"), None);
     }
 
     #[test]
