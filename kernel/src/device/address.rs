@@ -73,6 +73,16 @@ impl SharedAddress {
         unsafe { asm!("st.shared.u32 [{0}], {1};", in(reg32) self.0, in(reg32) value) };
     }
 
+    /// `red.relaxed.cta.shared.add.u32`.
+    ///
+    /// # Safety
+    /// As for [`Self::load_u32`], but others may add at the same time.
+    #[inline(always)]
+    pub unsafe fn red_add_relaxed_cta(self, value: u32) {
+        // SAFETY: the caller's.
+        unsafe { asm!("red.relaxed.cta.shared.add.u32 [{0}], {1};", in(reg32) self.0, in(reg32) value) };
+    }
+
     /// `st.shared.u64`.
     ///
     /// # Safety
