@@ -9,7 +9,7 @@ use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_gr
 use crate::device::fence::fence_proxy_async;
 use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u64, st_weak_u64};
 use crate::device::special::ctas;
-use crate::device::warp::{ballot, redux_add};
+use crate::device::warp::{ballot, redux_add, shfl_idx};
 use crate::launch::{COUNTS_BARRIER, Launch};
 use crate::layout::{MAX_RANKS, RowMeta};
 use crate::roles::route::claim;
@@ -24,20 +24,21 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let experts = params.shape.local_experts();
     let next = launch.counter(params.workspace.counter.pull_ticket, 0);
     // As the scheduler's first.
-    let mut ticket = claim(next, lane);
+    let claimed = claim(next, lane);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     // SAFETY: the scheduler warp wrote the counts before the barrier.
     let rows = |expert: u32| unsafe { cta.expert_rows(expert).load_u32() };
     let batch = pull_rows(count_rows(experts, lane, rows), ctas());
     let mut puller = Puller { launch, cta, warp, lane, piece: PULL_BYTES / batch, ring: Ring::new() };
     let mut cursor = RowCursor::new();
+    let mut ticket = shfl_idx(claimed, 0);
     loop {
         let row = if lane < batch { cursor.seek(ticket * batch + lane, experts, rows) } else { None };
         if ballot(row.is_some()) == 0 {
             return;
         }
         puller.copy(row);
-        ticket = claim(next, lane);
+        ticket = shfl_idx(claim(next, lane), 0);
     }
 }
 

@@ -141,8 +141,8 @@ fn fences() -> Vec<Mutant> {
         bug("no fences around the count of results", FENCE, "publish::announce_results", Drop),
         bug("no fence at the lists, and the count of routed chunks relaxed", FENCE, "route::route", Drop).and(bug(
             "",
-            ATOM,
-            "route::route atomic::atom_add_acq_rel_gpu",
+            "atom.acq_rel",
+            "route::route",
             Replace("acq_rel", "relaxed"),
         )),
         bug_at("no fence at the result rows, and their count relaxed", FENCE, "publish::announce_results", 0, Drop)
@@ -452,8 +452,8 @@ fn global_order() -> Vec<Mutant> {
         ),
         bug(
             "routed chunks are counted relaxed, with CTA scope",
-            ATOM,
-            "route::route atomic::atom_add_acq_rel_gpu",
+            "atom.acq_rel",
+            "route::route",
             Replace("acq_rel.gpu", "relaxed.cta"),
         ),
         bug(
@@ -486,7 +486,7 @@ fn global_counts() -> Vec<Mutant> {
         bug("every second task is skipped", ATOM, "schedule::claim_task", Add(-1, 1)),
         bug("every second row is skipped", ATOM, "route::claim pull::pull", Add(-1, 1)),
         bug("every second chunk of tokens is skipped", ATOM, "route::claim route::route", Add(-1, 1)),
-        bug("routed chunks count two", ATOM, "route::route atomic::atom_add_acq_rel_gpu", Add(-1, 1)),
+        bug("routed chunks count two", "atom.acq_rel", "route::route", Add(-1, 1)),
         bug("where the rows are is not told", "st.global.u64", "route::publish", Drop),
         bug("counters are not zeroed for the next launch", "st.global.u32", "schedule::zero_next_counters", Drop),
         bug("the epoch moves on with every CTA", ATOM, "entry::end_launch", Stay),
