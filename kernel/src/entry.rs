@@ -48,6 +48,7 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
 
     if warp < CONSUMER_WARP {
         setmaxnreg_dec::<HELPER_REGISTERS>();
+        let launch = launch.keep();
         if warp < DISPATCH_WARPS {
             route::route(&launch, lane);
             pull::pull(&launch, cta, warp, lane);
@@ -56,6 +57,8 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         } else if warp == SCHEDULER_WARP {
             schedule::schedule(&launch, cta, lane);
         } else {
+            // No task is there yet: this warp has the time.
+            schedule::zero_next_counters(&launch, lane);
             publish::publish(&launch, cta, lane);
         }
     } else {

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
     MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, combine_chunks, combine_tokens, pull_rows,
-    route_chunks,
+    route_chunks, route_step, route_tokens,
 };
 use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
 use proptest::prelude::*;
@@ -140,8 +140,12 @@ proptest! {
     }
 
     #[test]
-    fn chunks_cover_all_tokens(tokens in 0..5000u32, ctas in 1..200u32) {
-        prop_assert!(route_chunks(tokens) >= 1);
+    fn chunks_cover_all_tokens(tokens in 0..5000u32, top_k in 1..33u32, ctas in 1..200u32) {
+        let (per_ticket, tickets, step) = (route_tokens(tokens, top_k), route_chunks(tokens, top_k), route_step(top_k));
+        prop_assert!(tickets >= 1 && tickets * per_ticket >= tokens && tokens >= (tickets - 1) * per_ticket);
+        // A single ticket has few tokens, and of several each is one step.
+        let right = if tickets == 1 { per_ticket <= 4 * step } else { per_ticket == step };
+        prop_assert!(right, "{per_ticket} tokens a ticket, {step} a step");
         let per_chunk = combine_tokens(tokens, ctas);
         prop_assert!((1..=8).contains(&per_chunk));
         let chunks = combine_chunks(tokens, ctas);
