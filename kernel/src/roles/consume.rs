@@ -48,7 +48,9 @@ impl Consumer<'_> {
     /// Waits until the staging buffer is this warpgroup's.
     #[inline(always)]
     pub fn take_staging(&self, ring: &Ring<STAGING_BUFFERS>) {
+        mark!(self.launch, WaitForStaging);
         self.cta.staging_empty(self.warpgroup).wait(ring.parity ^ 1);
+        mark!(self.launch, Epilogue);
     }
 
     /// Hands the staging buffer, and all that the warpgroup has stored so far, to the publisher. Every warp calls this.
@@ -101,6 +103,7 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let mut combiner = Combiner::new(launch, cta, warp, lane);
     let mut combining = false;
     loop {
+        mark!(launch, WaitForTask);
         let task = tasks.take_warp(lane);
         if task.phase == Phase::End as u32 {
             return;
@@ -108,11 +111,13 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
         if task.phase == Phase::Combine as u32 {
             // The combine buffers are the stages: every warp must be done with its last product.
             if !combining {
+                mark!(launch, WaitForWarpgroup);
                 bar_sync::<CONSUMERS_BARRIER, { CONSUMER_WARPS * WARP }>();
                 combining = true;
             }
             combiner.combine(task.expert);
         } else {
+            mark!(launch, WaitForStage, &task);
             match task.width {
                 0 => run::<2>(consumer, &task, &mut ring, &mut staging),
                 1 => run::<4>(consumer, &task, &mut ring, &mut staging),
@@ -155,6 +160,7 @@ where
     Accumulators<QUADS>: MmaAsync,
 {
     let Consumer { cta, warpgroup, lane, .. } = consumer;
+    mark!(consumer.launch, Multiply);
     // SAFETY: zeros are valid f32. An array expression would be built in local memory, and stay there.
     let mut accumulators: Accumulators<QUADS> = unsafe { core::mem::zeroed() };
     let mut previous = ring.slot;
@@ -178,6 +184,7 @@ where
     }
     wgmma_wait_group::<0>();
     release(cta, previous, lane);
+    mark!(consumer.launch, Epilogue);
     accumulators
 }
 

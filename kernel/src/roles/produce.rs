@@ -27,6 +27,7 @@ pub fn produce(launch: &Launch, cta: Cta, lane: u32) {
     let mut tasks = TaskReader::new(cta);
     let mut ring = Ring::new();
     loop {
+        mark!(launch, WaitForTask);
         let task = tasks.take();
         if task.phase == Phase::Linear1 as u32 {
             load_linear1(launch, cta, &task, &mut ring);
@@ -96,11 +97,14 @@ impl Operands {
         let everyone = (1 << cluster) - 1;
         let early = self.k_blocks.min(STAGES);
         let mut weights_ring = *ring;
+        mark!(launch, LoadWeights, task);
         for k_block in 0..early {
             self.load_weights(cta, task, weights_ring, k_block);
             weights_ring.advance();
         }
+        mark!(launch, WaitForTokens);
         launch.wait_until(missing, tokens_ready);
+        mark!(launch, Load);
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
         fence_proxy_async();
         for k_block in 0..self.k_blocks {

@@ -24,7 +24,9 @@ pub fn publish(launch: &Launch, cta: Cta, lane: u32) {
     let mut tasks = TaskReader::new(cta);
     let mut publisher = Publisher { launch, cta, ring: Ring::new() };
     loop {
+        mark!(launch, WaitForTask);
         let task = tasks.take();
+        mark!(launch, WaitForStaged, &task);
         if task.phase == Phase::Linear1 as u32 {
             publisher.store_columns(&task);
         } else if task.phase == Phase::Linear2 as u32 {
@@ -53,6 +55,7 @@ impl Publisher<'_> {
         while token < width {
             for warpgroup in 0..CONSUMER_WARPGROUPS {
                 self.cta.staging_full(warpgroup).wait(self.ring.parity);
+                mark!(self.launch, Store);
                 let column = task.weight_row / 2 + warpgroup * COLUMNS;
                 // SAFETY: the box lies in the tile's padded rows, which are this expert's; the buffer is this warp's.
                 unsafe { tensor_store_2d(map, [column, task.pool_row + token], self.cta.staging(warpgroup)) };
@@ -62,6 +65,7 @@ impl Publisher<'_> {
             self.give_back();
             token += linear1_staging_tokens(width);
         }
+        mark!(self.launch, Announce);
         bulk_wait_group::<0>();
         // Written, and to be read, by bulk copies; the release is an ordinary one.
         fence_proxy_async();
@@ -78,6 +82,7 @@ impl Publisher<'_> {
         }
         self.give_back();
         let launch = self.launch;
+        mark!(launch, Announce);
         let params = launch.params();
         let shape = &params.shape;
         let done = launch.counter(params.workspace.counter.expert_done, task.expert);

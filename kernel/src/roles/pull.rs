@@ -22,6 +22,7 @@ use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
 pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let params = launch.params();
     let experts = params.shape.local_experts();
+    mark!(launch, WaitForCounts);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     // SAFETY: the scheduler warp wrote the counts before the barrier.
     let rows = |expert: u32| unsafe { cta.expert_rows(expert).load_u32() };
@@ -30,11 +31,13 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let next = launch.counter(params.workspace.counter.pull_ticket, 0);
     let mut cursor = RowCursor::new();
     loop {
+        mark!(launch, ClaimRows);
         let first = claim(next, lane) * batch;
         let row = if lane < batch { cursor.seek(first + lane, experts, rows) } else { None };
         if ballot(row.is_some()) == 0 {
             return;
         }
+        mark!(launch, Pull, first);
         puller.copy(row);
     }
 }

@@ -26,6 +26,7 @@ pub fn route(launch: &Launch, lane: u32) {
         if chunk >= chunks {
             return;
         }
+        mark!(launch, Route, chunk);
         route_chunk(launch, tokens, chunk, lane);
         // The lists of the whole warp, then of all warps, come before the counts that are published.
         bar_warp_sync();
@@ -36,6 +37,7 @@ pub fn route(launch: &Launch, lane: u32) {
             routed = unsafe { atom_add_acq_rel_gpu(launch.counter(counters.routed_chunks, 0), 1) } + 1;
         }
         if shfl_idx(routed, 0) == chunks {
+            mark!(launch, PublishCounts);
             publish(launch, lane);
         }
     }

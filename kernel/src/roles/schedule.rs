@@ -20,6 +20,7 @@ pub const COUNTS_THREADS: u32 = (1 + DISPATCH_WARPS) * WARP;
 pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     check_tokens(launch, lane);
     zero_next_counters(launch, lane);
+    mark!(launch, GatherCounts);
     gather_counts(launch, cta, lane);
     // Lanes wait for counts apart from each other, and `bar.sync` is for whole warps.
     bar_warp_sync();
@@ -94,10 +95,12 @@ fn hand_out_tasks(launch: &Launch, cta: Cta) {
     let mut writer = TaskWriter::new(cta);
     let next = launch.counter(params.workspace.counter.task_ticket, 0);
     loop {
+        mark!(launch, ClaimTask);
         // SAFETY: a counter of this launch.
         let ticket = unsafe { atom_add_relaxed_gpu(next, 1) };
         // SAFETY: this warp wrote the counts.
         let task = cursor.seek(ticket, |expert| unsafe { cta.expert_rows(expert).load_u32() });
+        mark!(launch, HandOut, &task);
         writer.put(task);
         if task.phase == Phase::End as u32 {
             return;
