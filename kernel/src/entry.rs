@@ -45,6 +45,7 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
     barrier_cluster();
     // SAFETY: the caller's.
     let launch = unsafe { Launch::new(params, Arguments { hidden_states, topk_ids, topk_weights, tokens, output }) };
+    mark!(&launch, Start);
 
     if warp < CONSUMER_WARP {
         setmaxnreg_dec::<HELPER_REGISTERS>();
@@ -66,6 +67,7 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         consume::consume(&launch, cta, warp - CONSUMER_WARP, lane);
     }
 
+    mark!(&launch, Done);
     // No CTA ends while another may still reach into its shared memory.
     bar_warp_sync();
     barrier_cluster();

@@ -12,6 +12,8 @@ pub mod schedule;
 pub mod shared;
 pub mod status;
 pub mod tile;
+#[macro_use]
+pub mod trace;
 
 #[cfg(target_arch = "nvptx64")]
 #[macro_use]

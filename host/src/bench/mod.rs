@@ -8,6 +8,7 @@ mod gpu;
 mod inputs;
 mod shape;
 mod simulated;
+mod traced;
 mod verify;
 mod work;
 
@@ -23,6 +24,7 @@ pub use draw::Choice;
 pub use gpu::{GpuMeasurement, on_gpus};
 pub use shape::{BenchShape, SHAPES};
 pub use simulated::{SimMeasurement, simulated};
+pub use traced::{Traced, traced};
 
 /// What to measure: one shape on one group.
 #[derive(Clone, Debug)]

@@ -18,6 +18,7 @@ pub struct Cli {
 pub enum Command {
     Run(RunArgs),
     Bench(BenchArgs),
+    Trace(TraceArgs),
 }
 
 /// Run one MoE layer of a checkpoint over several ranks, and check the result.
@@ -161,6 +162,59 @@ pub struct BenchArgs {
     /// Print each measurement as one line of JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Record what every role of every CTA does when, in one launch of a layer.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "\
+Record what every role of every CTA does when, in one launch of a Mixture-of-Experts layer with random weights and tokens.
+
+A build of the kernel that records runs, and takes a little longer than the one that does not. On GPUs, launches follow each other for a \
+while, so that caches and clocks are as under load, and the last is what is shown. The file opens in Perfetto (ui.perfetto.dev) or \
+chrome://tracing: a process is a rank, a thread a role of a CTA. The tables say where the time went: what each role did, the sums over a \
+launch, for the median CTA and for the one with the most.
+
+In the simulator the shapes are scaled down, and times are its steps: they show the order of events, not what they take.",
+    after_long_help = "\
+Examples:
+  ferromoe trace --shape v3 --tokens 8192 --output trace.json
+      one GPU with the experts of one rank of eight
+  ferromoe trace --shape flash --tokens 64 --ranks 2 --device sim --output trace.json
+      on simulated ranks"
+)]
+pub struct TraceArgs {
+    /// Write the trace here, as JSON for Perfetto
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    /// The layer; with fewer than 8 ranks, flash, pro and v3 have the experts of as many ranks of eight
+    #[arg(long, value_name = "SHAPE", value_parser = shape_parser())]
+    pub shape: BenchShape,
+
+    /// Tokens of every rank
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub tokens: usize,
+
+    /// Number of ranks, 1 to 8
+    #[arg(long, value_name = "R", default_value_t = 1)]
+    pub ranks: usize,
+
+    /// Routed experts of a rank [default: what the shape says]
+    #[arg(long, value_name = "N")]
+    pub experts_per_rank: Option<usize>,
+
+    /// How tokens choose experts
+    #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
+    pub routing: RoutingArg,
+
+    /// What to run on; `auto` takes GPUs if there are enough, else the simulator
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+
+    /// SMs of a simulated rank
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub sms: Option<u32>,
 }
 
 fn shape_parser() -> impl TypedValueParser<Value = BenchShape> {

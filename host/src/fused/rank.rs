@@ -6,6 +6,7 @@ use ferromoe_kernel::layout::{BF16_BYTES, MAX_RANKS, Shape, SymmetricLayout, Wor
 use ferromoe_kernel::params::Params;
 use ferromoe_kernel::status::Status;
 use ferromoe_kernel::tile::{K_BLOCK, MAX_CLUSTER};
+use ferromoe_kernel::trace::TraceBuffer;
 
 use super::{DEFAULT_DEADLINE, RankBatch, RankInputs};
 use crate::backend::Backend;
@@ -66,7 +67,8 @@ impl Rank {
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
             wave_experts: wave_experts(&shape, sms),
             cluster,
-            reserved: [0; 5],
+            reserved: 0,
+            trace: TraceBuffer::NONE,
         };
         Ok(Self {
             params,

@@ -47,6 +47,7 @@ impl<'a> Combiner<'a> {
     /// One chunk of tokens: the CTA's warps share its pieces.
     #[inline(always)]
     pub fn combine(&mut self, chunk: u32) {
+        mark!(self.launch, Combine, chunk);
         let hidden = self.launch.params().shape.hidden;
         let all = self.launch.tokens();
         let tokens = combine_tokens(all, ctas());
@@ -69,7 +70,9 @@ impl<'a> Combiner<'a> {
     /// Sums one piece over the token's results, at most [`COMBINE_BUFFERS`] of them on their way at once.
     #[inline(always)]
     fn sum(&mut self, piece: Piece) {
+        mark!(self.launch, WaitForResults);
         let mut pending = self.wait_for_results(piece.token);
+        mark!(self.launch, Combine);
         let mut to_load = pending;
         let mut loading = self.ring;
         for _ in 0..COMBINE_BUFFERS {

@@ -25,6 +25,7 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let next = launch.counter(params.workspace.counter.pull_ticket, 0);
     // As the scheduler's first.
     let claimed = claim(next, lane);
+    mark!(launch, WaitForCounts);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     // SAFETY: the scheduler warp wrote the counts before the barrier.
     let rows = |expert: u32| unsafe { cta.expert_rows(expert).load_u32() };
@@ -37,7 +38,9 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
         if ballot(row.is_some()) == 0 {
             return;
         }
+        mark!(launch, Pull, ticket * batch);
         puller.copy(row);
+        mark!(launch, ClaimRows);
         ticket = shfl_idx(claim(next, lane), 0);
     }
 }

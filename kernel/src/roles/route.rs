@@ -34,6 +34,7 @@ pub fn route(launch: &Launch, lane: u32) {
         if chunk >= chunks {
             return;
         }
+        mark!(launch, Route, chunk);
         let (mut token, end) = (chunk * per_chunk, tokens.min((chunk + 1) * per_chunk));
         if chunk > 0 {
             chosen = Chosen::load(launch, token, end, lane);
@@ -53,6 +54,7 @@ pub fn route(launch: &Launch, lane: u32) {
             routed += unsafe { atom_add_acq_rel_gpu(launch.counter(counters.routed_chunks, 0), 1) };
         }
         if shfl_idx(routed, 0) == chunks {
+            mark!(launch, PublishCounts);
             publish(launch, lane);
         }
         claimed = claim(ticket, lane);

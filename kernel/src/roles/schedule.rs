@@ -26,6 +26,7 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     let hands_out = lane == 0 && cluster_cta() == 0;
     // Claimed before the counts are there: the wait for them hides the way there and back.
     let first = if hands_out { claim_task(launch) } else { 0 };
+    mark!(launch, GatherCounts);
     gather_counts(launch, cta, lane);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     let most_rows = most_rows(launch, cta, lane);
@@ -146,10 +147,12 @@ fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32, mut ticket: u32) {
     loop {
         // SAFETY: this warp wrote the counts.
         let task = cursor.seek(ticket, |expert| unsafe { cta.expert_rows(expert).load_u32() });
+        mark!(launch, HandOut, &task);
         writer.put(task);
         if task.phase == Phase::End as u32 {
             return;
         }
+        mark!(launch, ClaimTask);
         ticket = claim_task(launch);
     }
 }
