@@ -3,7 +3,7 @@
 use crate::cta::{Cta, Pipeline, Ring, TaskReader};
 use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
-use crate::device::fence::fence_proxy_async;
+use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::ld_acquire_gpu_u32;
 use crate::launch::Launch;
 use crate::params::TensorMap;
@@ -111,7 +111,7 @@ impl Operands {
         }
         mark!(launch, Load);
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
-        fence_proxy_async();
+        fence_proxy_async_global();
         for k_block in 0..self.k_blocks {
             if k_block >= early {
                 self.load_weights(cta, pipeline, task, *ring, k_block);

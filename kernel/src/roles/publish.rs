@@ -5,7 +5,7 @@
 use crate::cta::{Cta, Ring, TaskReader};
 use crate::device::atomic::{atom_add_acq_rel_sys, red_add_release_gpu};
 use crate::device::bulk::{bulk_commit_group, bulk_wait_group, bulk_wait_group_read, tensor_store_2d};
-use crate::device::fence::{fence_acq_rel_sys, fence_proxy_async};
+use crate::device::fence::{fence_acq_rel_sys, fence_proxy_async_global};
 use crate::device::global::st_relaxed_sys_u32;
 use crate::launch::Launch;
 use crate::params::{ACTIVATION_MAPS, TensorMap};
@@ -145,7 +145,7 @@ impl<'a> Publisher<'a> {
         mark!(self.launch, Announce, &task);
         bulk_wait_group::<0>();
         // Written, and to be read, by bulk copies; the release is an ordinary one.
-        fence_proxy_async();
+        fence_proxy_async_global();
         let stored = self.launch.counter(self.launch.params().workspace.counter.columns_ready, task.tile);
         // SAFETY: a counter of this launch.
         unsafe { red_add_release_gpu(stored, 1) };

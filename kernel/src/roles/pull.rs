@@ -6,7 +6,7 @@ use crate::cta::{Cta, Ring};
 use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
-use crate::device::fence::fence_proxy_async;
+use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u64, st_weak_u64};
 use crate::device::special::ctas;
 use crate::device::warp::{ballot, redux_add, shfl_idx};
@@ -132,7 +132,7 @@ impl Puller<'_> {
         if let Some(row) = row {
             bulk_wait_group::<0>();
             // The row was written, and will be read, by bulk copies; the release is an ordinary one.
-            fence_proxy_async();
+            fence_proxy_async_global();
             // SAFETY: the row and its tile lie in the pools, and this lane alone has the row.
             unsafe {
                 st_weak_u64(launch.workspace(workspace.row_meta, row.pool_row as u64), meta.pack());
