@@ -173,11 +173,6 @@ impl Clock {
         self.completed.join(&other.completed);
     }
 
-    /// Learns of warps only.
-    pub fn join_warps(&mut self, other: &Self) {
-        self.warps.join(&other.warps);
-    }
-
     /// Learns what lanes of a warp did up to a tick.
     pub fn learn(&mut self, warp: u32, entry: Entry) {
         self.warps.learn(warp, entry);
@@ -218,9 +213,9 @@ impl Clock {
         self.read.get(warp).is_some_and(|entry| entry.covers(tick, lanes))
     }
 
-    /// Whether what some lane of a warp did at a tick, or later, is known.
-    pub fn reaches(&self, warp: u32, tick: u32) -> bool {
-        self.warps.get(warp).is_some_and(|entry| entry.reaches(tick))
+    /// Whether a read by some lane of a warp, at a tick or later, is known to be over, by what is known of reads only.
+    pub fn knows_read_of_any(&self, warp: u32, tick: u32) -> bool {
+        self.read.get(warp).is_some_and(|entry| entry.reaches(tick))
     }
 
     /// Up to which tick the operations of an agent are known to be complete.

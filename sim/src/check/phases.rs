@@ -41,7 +41,7 @@ pub(super) struct Phases {
     live: bool,
     arriving: Handed,
     complete: Handed,
-    /// What comes before the completion of the current phase, whatever is handed on.
+    /// What is over before the current phase is complete, whatever is handed on.
     before: Clock,
     /// Waits for the last phase that was completed.
     passed: Vec<Passed>,
@@ -94,9 +94,11 @@ impl Checker {
         let Some(&Site { cta: own, .. }) = self.scopes.get(warp as usize) else {
             return;
         };
-        let clock = self.released(warp, lanes, scope, relaxed);
+        let known = self.snapshot(warp, lanes);
+        let clock = if relaxed { self.released(warp, lanes, scope, true) } else { known.clone() };
         let tick = self.warps.get(warp as usize).map_or(0, |state| state.tick);
         if let Some(phases) = self.phases(place.0, place.1) {
+            phases.before.join_reads(&known);
             if own == place.0 {
                 phases.arrive(&clock, true);
             } else {
@@ -111,14 +113,14 @@ impl Checker {
                 }
             }
         }
-        self.precede_phase(warp, lanes, place);
+        self.advance(warp);
     }
 
-    /// What some lanes know comes before the completion of the current phase: an arrival, or a change of the bytes that it expects.
+    /// A change of the bytes that the current phase expects: it comes before the phase's completion, and hands nothing on.
     pub fn precede_phase(&mut self, warp: u32, lanes: u32, (cta, address): (u64, u32)) {
         let clock = self.snapshot(warp, lanes);
         if let Some(phases) = self.phases(cta, address) {
-            phases.before.join_warps(&clock);
+            phases.before.join_reads(&clock);
         }
         self.advance(warp);
     }
@@ -142,8 +144,8 @@ impl Checker {
         phases.complete = std::mem::take(&mut phases.arriving);
         phases.complete.near.learn_completed(phases.phase_agent, phases.completed);
         let late = passed.iter().find(|wait| {
-            let known = before.reaches(wait.record.issuer, wait.record.tick());
-            !known && !wait.product.is_some_and(|(agent, tick)| before.reaches(agent, tick))
+            let known = before.knows_read_of_any(wait.record.issuer, wait.record.tick());
+            !known && !wait.product.is_some_and(|(agent, tick)| before.knows_read_of_any(agent, tick))
         });
         let Some(late) = late else {
             return Ok(());
@@ -226,7 +228,7 @@ impl Checker {
         if let Some(phases) = mbarrier.and_then(|address| self.phases(cta, address)) {
             // It releases at cluster scope (PTX ISA 8.6, "cp.async.bulk"), and is known to be done to any wait.
             phases.arrive(&flight.clock, own);
-            phases.before.join_warps(&flight.clock);
+            phases.before.join_reads(&flight.clock);
             for (agent, tick) in [flight.reads, flight.writes] {
                 phases.arriving.near.learn_completed(agent, tick);
             }
@@ -241,7 +243,7 @@ impl Checker {
         };
         if let Some(phases) = self.phases(cta, address) {
             phases.arrive(&flight.clock, true);
-            phases.before.join_warps(&flight.clock);
+            phases.before.join_reads(&flight.clock);
         }
         flight.record(flight.writes, Some(Scope::Cta))
     }
