@@ -1,8 +1,8 @@
 //! The tensor maps of a rank's weights and pools.
 
 use ferromoe_kernel::layout::{BF16_BYTES, Shape, WorkspaceLayout};
-use ferromoe_kernel::params::{TensorMap, TensorMaps};
-use ferromoe_kernel::shared::linear1_staging_tokens;
+use ferromoe_kernel::params::{ACTIVATION_MAPS, TensorMap, TensorMaps};
+use ferromoe_kernel::shared::ACTIVATION_TOKENS;
 use ferromoe_kernel::tile::{K_BLOCK, TOKEN_TILES, WEIGHT_TILE, loaded_rows};
 
 use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType, TensorMapSpec};
@@ -29,25 +29,27 @@ pub(crate) fn tensor_maps(
         let dims = vec![columns, rows, shape.local_experts().into()];
         encode(backend, address, dims, vec![K_BLOCK, WEIGHT_TILE, 1], Swizzle::B128)
     };
-    let pool = |address,
-                columns,
-                tile_columns,
-                tile_rows: &dyn Fn(u32) -> u32,
-                swizzle|
-     -> Result<[TensorMap; TOKEN_TILES.len()]> {
+    let pool = |address, columns, tile: Vec<u32>, swizzle| {
+        encode(backend, address, vec![columns, shape.pool_rows().into()], tile, swizzle)
+    };
+    let loads = |address, columns| -> Result<_> {
         let mut maps = [TensorMap([0; 16]); TOKEN_TILES.len()];
-        for (map, rows) in maps.iter_mut().zip(TOKEN_TILES) {
-            let dims = vec![columns, shape.pool_rows().into()];
-            *map = encode(backend, address, dims, vec![tile_columns, tile_rows(rows)], swizzle)?;
+        for (map, width) in maps.iter_mut().zip(TOKEN_TILES) {
+            *map = pool(address, columns, vec![K_BLOCK, loaded_rows(width, cluster)], Swizzle::B128)?;
         }
         Ok(maps)
     };
+    let mut activation = [TensorMap([0; 16]); ACTIVATION_MAPS];
+    for (map, width) in activation.iter_mut().zip(TOKEN_TILES) {
+        let tile = vec![ACTIVATION_COLUMNS, width.min(ACTIVATION_TOKENS)];
+        *map = pool(activations, intermediate, tile, Swizzle::B64)?;
+    }
     Ok(TensorMaps {
         linear1: weights(linear1, hidden, 2 * intermediate)?,
         linear2: weights(linear2, intermediate, hidden)?,
-        tokens: pool(tokens, hidden, K_BLOCK, &|width| loaded_rows(width, cluster), Swizzle::B128)?,
-        intermediate: pool(activations, intermediate, K_BLOCK, &|width| loaded_rows(width, cluster), Swizzle::B128)?,
-        activation: pool(activations, intermediate, ACTIVATION_COLUMNS, &linear1_staging_tokens, Swizzle::B64)?,
+        tokens: loads(tokens, hidden)?,
+        intermediate: loads(activations, intermediate)?,
+        activation,
     })
 }
 

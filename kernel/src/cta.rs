@@ -4,9 +4,9 @@ use crate::device::address::SharedAddress;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas, mapa};
 use crate::device::mbarrier::Mbarrier;
-use crate::schedule::Task;
+use crate::schedule::{TASK_BYTES, Task};
 use crate::shared::*;
-use crate::tile::MAX_TOKEN_TILE;
+use crate::tile::{MAX_TOKEN_TILE, token_tile};
 
 /// The CTA's dynamic shared memory.
 #[derive(Clone, Copy)]
@@ -40,32 +40,35 @@ impl Cta {
         task_full at TASK_FULL_OFFSET;
         /// In the first CTA of the cluster: a task slot was read by every role of all its CTAs.
         task_empty at TASK_EMPTY_OFFSET;
-        /// A consumer warpgroup's results are the publisher's to store or to announce.
-        staging_full at STAGING_FULL_OFFSET;
-        /// A staging buffer is its consumer warpgroup's again.
-        staging_empty at STAGING_EMPTY_OFFSET;
         /// A pull buffer holds its piece.
         pull_full at PULL_FULL_OFFSET;
         /// A combine buffer holds its piece.
         combine_full at COMBINE_FULL_OFFSET;
     }
 
-    /// The weight tile of a stage: `[128][64]` bf16, 128-byte swizzle.
+    /// A consumer warpgroup's results are the publisher's to store or to announce.
     #[inline(always)]
-    pub fn weight_stage(self, stage: u32) -> SharedAddress {
-        self.0.offset(STAGES_OFFSET + stage * STAGE_BYTES)
+    pub fn staging_full(self, warpgroup: u32, buffer: u32) -> Mbarrier {
+        Mbarrier(self.0.offset(STAGING_FULL_OFFSET + (warpgroup * STAGING_BUFFERS + buffer) * 8))
     }
 
-    /// The token tile of a stage: `[width][64]` bf16, 128-byte swizzle.
+    /// A staging buffer is its consumer warpgroup's again.
     #[inline(always)]
-    pub fn token_stage(self, stage: u32) -> SharedAddress {
-        self.weight_stage(stage).offset(WEIGHT_STAGE_BYTES)
+    pub fn staging_empty(self, warpgroup: u32, buffer: u32) -> Mbarrier {
+        Mbarrier(self.0.offset(STAGING_EMPTY_OFFSET + (warpgroup * STAGING_BUFFERS + buffer) * 8))
     }
 
-    /// The staging buffer of a consumer warpgroup.
+    /// The stages of the launch that a task is of.
     #[inline(always)]
-    pub fn staging(self, warpgroup: u32) -> SharedAddress {
-        self.0.offset(STAGING_OFFSET + warpgroup * STAGING_BYTES)
+    pub fn pipeline(self, task: &Task) -> Pipeline {
+        let bytes = stage_bytes(token_tile(task.widest));
+        Pipeline { first: self.0.offset(STAGES_OFFSET), bytes, stages: stages(task.widest) }
+    }
+
+    /// A staging buffer of a consumer warpgroup.
+    #[inline(always)]
+    pub fn staging(self, warpgroup: u32, buffer: u32) -> SharedAddress {
+        self.0.offset(STAGING_OFFSET + (warpgroup * STAGING_BUFFERS + buffer) * STAGING_BYTES)
     }
 
     /// A pull buffer.
@@ -95,31 +98,54 @@ impl Cta {
     /// A task slot.
     #[inline(always)]
     fn task_slot(self, slot: u32) -> SharedAddress {
-        self.0.offset(TASKS_OFFSET + slot * size_of::<Task>() as u32)
+        self.0.offset(TASKS_OFFSET + slot * TASK_BYTES)
     }
 }
 
-/// A position in a ring of `N` slots, and the parity of the phase that its next use completes.
+/// The stages of a launch: a weight tile and a token tile each.
 #[derive(Clone, Copy)]
-pub struct Ring<const N: u32> {
+pub struct Pipeline {
+    first: SharedAddress,
+    bytes: u32,
+    /// How many there are.
+    pub stages: u32,
+}
+
+impl Pipeline {
+    /// The weight tile of a stage: `[128][64]` bf16, 128-byte swizzle.
+    #[inline(always)]
+    pub fn weights(self, stage: u32) -> SharedAddress {
+        self.first.offset(stage * self.bytes)
+    }
+
+    /// The token tile of a stage: `[width][64]` bf16, 128-byte swizzle.
+    #[inline(always)]
+    pub fn tokens(self, stage: u32) -> SharedAddress {
+        self.weights(stage).offset(WEIGHT_STAGE_BYTES)
+    }
+}
+
+/// A position in a ring of slots, and the parity of the phase that its next use completes.
+#[derive(Clone, Copy)]
+pub struct Ring {
     /// The slot.
     pub slot: u32,
     /// 0 in the first round, then 1, and so on.
     pub parity: u32,
 }
 
-impl<const N: u32> Ring<N> {
+impl Ring {
     /// The first slot.
     #[inline(always)]
     pub const fn new() -> Self {
         Self { slot: 0, parity: 0 }
     }
 
-    /// Steps to the next slot.
+    /// Steps to the next of `slots` slots.
     #[inline(always)]
-    pub fn advance(&mut self) {
+    pub fn advance(&mut self, slots: u32) {
         self.slot += 1;
-        if self.slot == N {
+        if self.slot == slots {
             self.slot = 0;
             self.parity ^= 1;
         }
@@ -129,7 +155,7 @@ impl<const N: u32> Ring<N> {
 /// The end of the task slots that the scheduler of a cluster's first CTA has.
 pub struct TaskWriter {
     cta: Cta,
-    ring: Ring<TASK_SLOTS>,
+    ring: Ring,
 }
 
 impl TaskWriter {
@@ -162,14 +188,14 @@ impl TaskWriter {
             }
             self.cta.task_full(slot).of(cta).arrive_release();
         }
-        self.ring.advance();
+        self.ring.advance(TASK_SLOTS);
     }
 }
 
 /// A role's end of the task slots.
 pub struct TaskReader {
     cta: Cta,
-    ring: Ring<TASK_SLOTS>,
+    ring: Ring,
 }
 
 impl TaskReader {
@@ -182,34 +208,41 @@ impl TaskReader {
     /// The next task, read by a single thread.
     #[inline(always)]
     pub fn take(&mut self) -> Task {
+        while !self.is_ready() {}
         let task = self.read();
         self.cta.task_empty(self.ring.slot).of(0).arrive();
-        self.ring.advance();
+        self.ring.advance(TASK_SLOTS);
         task
     }
 
     /// The next task, read by all lanes of a warp.
     #[inline(always)]
     pub fn take_warp(&mut self, lane: u32) -> Task {
+        while !self.is_ready() {}
         let task = self.read();
         bar_warp_sync();
         if lane == 0 {
             self.cta.task_empty(self.ring.slot).of(0).arrive();
         }
-        self.ring.advance();
+        self.ring.advance(TASK_SLOTS);
         task
+    }
+
+    /// Whether the next task is there.
+    #[inline(always)]
+    pub fn is_ready(&self) -> bool {
+        let Ring { slot, parity } = self.ring;
+        // The first CTA's own scheduler has written the slot there.
+        if cluster_cta() == 0 {
+            self.cta.task_full(slot).try_wait(parity)
+        } else {
+            self.cta.task_full(slot).try_wait_cluster(parity)
+        }
     }
 
     #[inline(always)]
     fn read(&self) -> Task {
-        let Ring { slot, parity } = self.ring;
-        // The first CTA's own scheduler has written the slot there.
-        if cluster_cta() == 0 {
-            self.cta.task_full(slot).wait(parity);
-        } else {
-            self.cta.task_full(slot).wait_cluster(parity);
-        }
-        let address = self.cta.task_slot(slot);
+        let address = self.cta.task_slot(self.ring.slot);
         // SAFETY: the slot is full, and stays so until this role arrives on `task_empty`.
         Task::from_words(unsafe { [address.load_v4(), address.offset(16).load_v4()] })
     }

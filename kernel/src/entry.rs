@@ -12,7 +12,7 @@ use crate::params::{Arguments, Params};
 use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
     CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPGROUPS, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS,
-    PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGES, TASK_SLOTS, WARP, WARPGROUP,
+    MAX_STAGES, PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGING_BUFFERS, TASK_SLOTS, WARP, WARPGROUP,
 };
 use crate::{cta::Cta, shared::COMBINE_BUFFERS};
 
@@ -77,18 +77,20 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
 unsafe fn init_mbarriers(cta: Cta) {
     // SAFETY: the caller's, and the offsets are those of barriers.
     unsafe {
-        for stage in 0..STAGES {
+        for stage in 0..MAX_STAGES {
             cta.stage_full(stage).init(1);
             cta.stage_empty(stage).init(CONSUMER_WARPS * cluster_ctas());
         }
         for slot in 0..TASK_SLOTS {
             cta.task_full(slot).init(1);
-            // The producer, the publisher, and every consumer warp, of every CTA.
-            cta.task_empty(slot).init((2 + CONSUMER_WARPS) * cluster_ctas());
+            // The producer, the publisher for either warpgroup, and every consumer warp, of every CTA.
+            cta.task_empty(slot).init((1 + CONSUMER_WARPGROUPS + CONSUMER_WARPS) * cluster_ctas());
         }
         for warpgroup in 0..CONSUMER_WARPGROUPS {
-            cta.staging_full(warpgroup).init(WARPGROUP / WARP);
-            cta.staging_empty(warpgroup).init(1);
+            for buffer in 0..STAGING_BUFFERS {
+                cta.staging_full(warpgroup, buffer).init(WARPGROUP / WARP);
+                cta.staging_empty(warpgroup, buffer).init(1);
+            }
         }
         for buffer in 0..DISPATCH_WARPS * PULL_BUFFERS {
             cta.pull_full(buffer).init(1);

@@ -61,8 +61,10 @@ pub enum Phase {
     End = 3,
 }
 
+/// Bytes of a task as it lies in a task slot.
+pub const TASK_BYTES: u32 = 32;
+
 /// One unit of work of a CTA.
-#[repr(C, align(16))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Task {
     /// What to do. As a word, for it goes through shared memory.
@@ -81,9 +83,9 @@ pub struct Task {
     pub width: u32,
     /// GEMM tasks of this expert in this phase, those behind its last weight row included.
     pub expert_tasks: u32,
+    /// Index of the widest tile of the launch, for which the pipeline's stages are cut.
+    pub widest: u32,
 }
-
-const _: () = assert!(size_of::<Task>() == 32);
 
 impl Task {
     /// A task that is not a matrix product.
@@ -97,21 +99,23 @@ impl Task {
             tile: 0,
             width: 0,
             expert_tasks: 0,
+            widest: 0,
         }
     }
 
     /// As it lies in a task slot.
     #[inline(always)]
     pub const fn words(self) -> [[u32; 4]; 2] {
-        let Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks } = self;
-        [[phase, expert, weight_row, pool_row], [rows, tile, width, expert_tasks]]
+        let Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest } = self;
+        [[phase, expert, weight_row, pool_row], [rows, tile, width | widest << 16, expert_tasks]]
     }
 
     /// Reads what [`Self::words`] gave.
     #[inline(always)]
     pub const fn from_words(words: [[u32; 4]; 2]) -> Self {
-        let [[phase, expert, weight_row, pool_row], [rows, tile, width, expert_tasks]] = words;
-        Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks }
+        let [[phase, expert, weight_row, pool_row], [rows, tile, widths, expert_tasks]] = words;
+        let (width, widest) = (widths & 0xffff, widths >> 16);
+        Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest }
     }
 
     /// The task of CTA `cta` of the cluster, if this is the first one's. The last may lie behind the last weight row or token: then there
@@ -224,6 +228,8 @@ pub struct ScheduleShape {
     pub combine_chunks: u32,
     /// CTAs of a cluster, 1 to [`crate::tile::MAX_CLUSTER`].
     pub cluster: u32,
+    /// Rows of the expert that has the most.
+    pub most_rows: u32,
 }
 
 /// Walks the tasks in ticket order.
@@ -278,6 +284,7 @@ impl TaskCursor {
             tile: self.current.tile + tile,
             width: tile_index(rows),
             expert_tasks: self.tickets * self.shape.cluster,
+            widest: tile_index(self.shape.most_rows),
         }
     }
 

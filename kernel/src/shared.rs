@@ -1,8 +1,8 @@
 //! The layout of a CTA's dynamic shared memory, and the shape of a CTA.
 
 use crate::layout::MAX_LOCAL_EXPERTS;
-use crate::schedule::{MAX_PULL_ROWS, Task};
-use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, WEIGHT_TILE};
+use crate::schedule::{MAX_PULL_ROWS, TASK_BYTES};
+use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE};
 
 /// Threads of a warp.
 pub const WARP: u32 = 32;
@@ -30,21 +30,38 @@ pub const HELPER_REGISTERS: u32 = 88;
 /// Registers of a consumer thread, after `setmaxnreg`.
 pub const CONSUMER_REGISTERS: u32 = 208;
 
-/// Stages of the TMA pipeline.
-pub const STAGES: u32 = 4;
+/// Bytes of the TMA pipeline: four stages of the widest token tile.
+pub const PIPELINE_BYTES: u32 = 4 * stage_bytes(MAX_TOKEN_TILE);
+/// The most stages of the pipeline: as many as the narrowest token tile lets it have.
+pub const MAX_STAGES: u32 = PIPELINE_BYTES / stage_bytes(TOKEN_TILES[0]);
 /// Bytes of one stage's weight tile.
 pub const WEIGHT_STAGE_BYTES: u32 = WEIGHT_TILE * K_BLOCK * 2;
-/// Bytes of one stage: the weight tile, then room for the widest token tile.
-pub const STAGE_BYTES: u32 = WEIGHT_STAGE_BYTES + MAX_TOKEN_TILE * K_BLOCK * 2;
-/// Bytes in which one consumer warpgroup transposes its results, some tokens at a time.
-pub const STAGING_BYTES: u32 = 8192;
-/// Staging buffers of one consumer warpgroup.
-pub const STAGING_BUFFERS: u32 = 1;
-/// Tokens that are staged at once in linear 1, 32 bf16 each, of a tile of `width` tokens: an even share of it.
-pub const fn linear1_staging_tokens(width: u32) -> u32 {
-    width / width.div_ceil(STAGING_BYTES / 64)
+/// Bytes of one stage for token tiles of up to `width` tokens: the weight tile, then the token tile.
+pub const fn stage_bytes(width: u32) -> u32 {
+    WEIGHT_STAGE_BYTES + width * K_BLOCK * 2
 }
-/// Tokens that fit the staging buffer in linear 2: 64 bf16 each.
+/// Stages of a launch whose widest token tile has this index: as many as the pipeline's bytes hold.
+pub const fn stages(widest: u32) -> u32 {
+    // A table would lie in memory, and a division takes its time.
+    const STAGES: u64 = {
+        let (mut packed, mut index) = (0, 0);
+        while index < TOKEN_TILES.len() {
+            packed |= ((PIPELINE_BYTES / stage_bytes(TOKEN_TILES[index])) as u64) << (4 * index);
+            index += 1;
+        }
+        packed
+    };
+    (STAGES >> (4 * widest)) as u32 & 0xf
+}
+/// Bytes in which one consumer warpgroup transposes its results, some tokens at a time.
+pub const STAGING_BYTES: u32 = 4096;
+/// Staging buffers of one consumer warpgroup, which take turns.
+pub const STAGING_BUFFERS: u32 = 2;
+/// Tokens that fit a staging buffer in linear 1: 32 bf16 each.
+pub const LINEAR1_STAGING_TOKENS: u32 = STAGING_BYTES / 64;
+/// The most tokens of one store of activations; a staging buffer takes several.
+pub const ACTIVATION_TOKENS: u32 = 32;
+/// Tokens that fit a staging buffer in linear 2: 64 bf16 each.
 pub const LINEAR2_STAGING_TOKENS: u32 = STAGING_BYTES / 128;
 /// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row of a ticket.
 pub const PULL_BYTES: u32 = 6144;
@@ -64,10 +81,10 @@ const MBARRIER_BYTES: u32 = 8;
 pub const STAGES_OFFSET: u32 = 0;
 /// Byte offset of the consumer warps' combine buffers: the stages' memory, which is free once a CTA combines.
 pub const COMBINE_OFFSET: u32 = STAGES_OFFSET;
-/// Byte offset of the staging buffers, one a consumer warpgroup.
-pub const STAGING_OFFSET: u32 = STAGES_OFFSET + STAGES * STAGE_BYTES;
+/// Byte offset of the staging buffers, [`STAGING_BUFFERS`] a consumer warpgroup.
+pub const STAGING_OFFSET: u32 = STAGES_OFFSET + PIPELINE_BYTES;
 /// Byte offset of the pull buffers, [`PULL_BUFFERS`] a dispatch warp.
-pub const PULL_OFFSET: u32 = STAGING_OFFSET + CONSUMER_WARPGROUPS * STAGING_BYTES;
+pub const PULL_OFFSET: u32 = STAGING_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFFERS * STAGING_BYTES;
 /// Byte offset of the row metas of the current tile (u64), one array a consumer warpgroup.
 pub const ROW_META_OFFSET: u32 = PULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * PULL_BYTES;
 /// Byte offset of the row counts (u32) of the local experts.
@@ -75,19 +92,19 @@ pub const EXPERT_ROWS_OFFSET: u32 = ROW_META_OFFSET + CONSUMER_WARPGROUPS * MAX_
 /// Byte offset of the task slots.
 pub const TASKS_OFFSET: u32 = EXPERT_ROWS_OFFSET + MAX_LOCAL_EXPERTS * 4;
 /// Byte offset of the mbarriers that say a stage is full.
-pub const STAGE_FULL_OFFSET: u32 = TASKS_OFFSET + TASK_SLOTS * size_of::<Task>() as u32;
+pub const STAGE_FULL_OFFSET: u32 = TASKS_OFFSET + TASK_SLOTS * TASK_BYTES;
 /// Byte offset of the mbarriers that say a stage is free.
-pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + STAGES * MBARRIER_BYTES;
+pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + MAX_STAGES * MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say a task slot is full.
-pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + STAGES * MBARRIER_BYTES;
+pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + MAX_STAGES * MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say a task slot is free.
 pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say a consumer warpgroup's staging buffer is the publisher's.
 pub const STAGING_FULL_OFFSET: u32 = TASK_EMPTY_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say a staging buffer is its consumer warpgroup's again.
-pub const STAGING_EMPTY_OFFSET: u32 = STAGING_FULL_OFFSET + CONSUMER_WARPGROUPS * MBARRIER_BYTES;
+pub const STAGING_EMPTY_OFFSET: u32 = STAGING_FULL_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFFERS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the pull buffers.
-pub const PULL_FULL_OFFSET: u32 = STAGING_EMPTY_OFFSET + CONSUMER_WARPGROUPS * MBARRIER_BYTES;
+pub const PULL_FULL_OFFSET: u32 = STAGING_EMPTY_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFFERS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the combine buffers.
 pub const COMBINE_FULL_OFFSET: u32 = PULL_FULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * MBARRIER_BYTES;
 /// Bytes of dynamic shared memory of a CTA.
@@ -97,11 +114,13 @@ pub const SHARED_BYTES: u32 = COMBINE_FULL_OFFSET + CONSUMER_WARPS * COMBINE_BUF
 const SHARED_LIMIT: u32 = 227 * 1024;
 
 const _: () = assert!(SHARED_BYTES <= SHARED_LIMIT);
-const _: () = assert!(STAGE_BYTES.is_multiple_of(1024) && WEIGHT_STAGE_BYTES.is_multiple_of(1024));
+const _: () = assert!(stage_bytes(TOKEN_TILES[0]).is_multiple_of(1024) && WEIGHT_STAGE_BYTES.is_multiple_of(1024));
 const _: () = assert!(STAGING_OFFSET.is_multiple_of(1024) && STAGING_BYTES.is_multiple_of(1024));
+const _: () = assert!(LINEAR1_STAGING_TOKENS.is_multiple_of(ACTIVATION_TOKENS));
+const _: () = assert!(MAX_STAGES < 16 && stages(0) == MAX_STAGES);
 const _: () = assert!(TASKS_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
 const _: () = assert!(PULL_BYTES.is_multiple_of(16 * MAX_PULL_ROWS));
-const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= STAGES * STAGE_BYTES);
+const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= PIPELINE_BYTES);
 // The register file holds 64 Ki registers, and setmaxnreg takes multiples of 8 (PTX ISA 8.6, setmaxnreg).
 const _: () = assert!(WARP * (CONSUMER_WARP * HELPER_REGISTERS + CONSUMER_WARPS * CONSUMER_REGISTERS) <= 65536);
 const _: () = assert!(HELPER_REGISTERS.is_multiple_of(8) && CONSUMER_REGISTERS.is_multiple_of(8));

@@ -16,7 +16,7 @@ pub const K_BLOCK: u32 = 64;
 pub const K_STEP: u32 = 16;
 
 /// Widths of the token tiles, ascending; a width is the N of wgmma.
-pub const TOKEN_TILES: [u32; 6] = [16, 32, 64, 128, 192, 256];
+pub const TOKEN_TILES: [u32; 10] = [8, 16, 32, 64, 96, 128, 160, 192, 224, 256];
 
 /// The widest token tile.
 pub const MAX_TOKEN_TILE: u32 = TOKEN_TILES[TOKEN_TILES.len() - 1];
@@ -29,22 +29,25 @@ const _: () = {
     let mut index = 0;
     while index < TOKEN_TILES.len() {
         assert!(token_tile(index as u32) == TOKEN_TILES[index]);
+        assert!(tile_index(TOKEN_TILES[index]) == index as u32);
+        assert!(index == 0 || tile_index(TOKEN_TILES[index - 1] + 1) == index as u32);
         index += 1;
     }
 };
 
 /// The width of the tile with this index: [`TOKEN_TILES`] without a table, which would lie in memory.
 pub const fn token_tile(index: u32) -> u32 {
-    if index < 4 { 16 << index } else { 64 * (index - 1) }
+    if index < 4 { 8 << index } else { 32 * (index - 1) }
 }
 
 /// Index into [`TOKEN_TILES`] of the tile for `rows` tokens (1 to [`MAX_TOKEN_TILE`]; more counts as the widest).
 pub const fn tile_index(rows: u32) -> u32 {
-    let mut index = 0;
-    while index + 1 < TOKEN_TILES.len() && TOKEN_TILES[index] < rows {
-        index += 1;
+    match rows {
+        0..=8 => 0,
+        9..=16 => 1,
+        17..=MAX_TOKEN_TILE => rows.div_ceil(32) + 1,
+        _ => TOKEN_TILES.len() as u32 - 1,
     }
-    index as u32
 }
 
 /// The most CTAs of a cluster: they work on neighbouring weight tiles of one token tile.
@@ -90,16 +93,17 @@ mod tests {
     fn the_rest_of_an_expert_gets_the_smallest_tile_that_holds_it() {
         for (rows, tiles, padded) in [
             (0, 0, 0),
-            (1, 1, 16),
-            (16, 1, 16),
+            (1, 1, 8),
+            (8, 1, 8),
+            (9, 1, 16),
             (17, 1, 32),
             (64, 1, 64),
-            (65, 1, 128),
-            (129, 1, 192),
-            (193, 1, 256),
+            (65, 1, 96),
+            (129, 1, 160),
+            (225, 1, 256),
             (256, 1, 256),
-            (257, 2, 272),
-            (600, 3, 640),
+            (257, 2, 264),
+            (600, 3, 608),
         ] {
             assert_eq!((token_tiles(rows), padded_rows(rows)), (tiles, padded), "{rows} rows");
         }

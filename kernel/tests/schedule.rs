@@ -32,6 +32,7 @@ fn schedule() -> impl Strategy<Value = (ScheduleShape, Vec<u32>)> {
             linear2_rows: 64 * hidden,
             combine_chunks,
             cluster: 1,
+            most_rows: rows.iter().copied().max().unwrap_or(0),
         };
         (shape, rows)
     })

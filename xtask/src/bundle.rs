@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 use xshell::{Shell, cmd};
 
 use crate::build::{self, Freshness};
@@ -34,10 +34,10 @@ pub fn bundle() -> Result<()> {
     shell.create_dir(bundle.join("tests"))?;
 
     let programs = progress::step("building the programs", || {
-        executables(&shell, &["build", "-p", "ferromoe", "--bin", "ferromoe"])
+        executables(&shell, "bin", &["build", "-p", "ferromoe", "--bin", "ferromoe"])
     })?;
     let tests = progress::step("building the tests", || {
-        executables(&shell, &["test", "--no-run", "-p", "ferromoe-tests", "--test", "*"])
+        executables(&shell, "test", &["test", "--no-run", "-p", "ferromoe-tests", "--test", "*"])
     })?;
     for (name, file) in &programs {
         strip(&shell, file, &bundle.join(name))?;
@@ -64,21 +64,25 @@ pub fn bundle() -> Result<()> {
     Ok(())
 }
 
-/// Runs a cargo command in release mode; gives the executables that came of it, by name.
-fn executables(shell: &Shell, command: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+/// Runs a cargo command in release mode; gives the executables of one kind of target that came of it, by name. (Tests bring the
+/// programs of their package along.)
+fn executables(shell: &Shell, kind: &str, command: &[&str]) -> Result<Vec<(String, PathBuf)>> {
     let cargo = workspace::cargo();
     let format = "--message-format=json-render-diagnostics";
     let messages = cmd!(shell, "{cargo} {command...} --release {format}").quiet().read()?;
-    let found: Vec<_> = messages.lines().filter_map(executable).collect();
+    let found: Vec<_> = messages.lines().filter_map(|message| executable(message, kind)).collect();
     if found.is_empty() {
         bail!("`cargo {}` built no executable", command.join(" "));
     }
     Ok(found)
 }
 
-/// The target's name and executable of one of cargo's messages, if it is about one.
-fn executable(message: &str) -> Option<(String, PathBuf)> {
+/// The target's name and executable of one of cargo's messages, if it is about one of this kind.
+fn executable(message: &str, kind: &str) -> Option<(String, PathBuf)> {
     let message: Value = serde_json::from_str(message).ok()?;
+    if message["target"]["kind"] != json!([kind]) {
+        return None;
+    }
     let file = message["executable"].as_str()?;
     Some((message["target"]["name"].as_str()?.to_owned(), file.into()))
 }
@@ -117,11 +121,14 @@ mod tests {
 
     #[test]
     fn cargos_messages_name_executables() {
-        let message = r#"{"reason":"compiler-artifact","target":{"name":"layer"},"executable":"/t/layer-1f"}"#;
-        assert_eq!(executable(message), Some(("layer".into(), "/t/layer-1f".into())));
-        let library = r#"{"reason":"compiler-artifact","target":{"name":"ferromoe"},"executable":null}"#;
-        assert_eq!(executable(library), None);
-        assert_eq!(executable("warning: text"), None);
+        let message =
+            r#"{"reason":"compiler-artifact","target":{"name":"layer","kind":["test"]},"executable":"/t/layer-1f"}"#;
+        assert_eq!(executable(message, "test"), Some(("layer".into(), "/t/layer-1f".into())));
+        assert_eq!(executable(message, "bin"), None);
+        let library =
+            r#"{"reason":"compiler-artifact","target":{"name":"ferromoe","kind":["test"]},"executable":null}"#;
+        assert_eq!(executable(library, "test"), None);
+        assert_eq!(executable("warning: text", "test"), None);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use ferromoe_kernel::shared::{CONSUMER_REGISTERS, HELPER_REGISTERS, SHARED_BYTES, STAGES, THREADS};
+use ferromoe_kernel::shared::{CONSUMER_REGISTERS, HELPER_REGISTERS, SHARED_BYTES, THREADS, stages};
+
+use ferromoe_kernel::tile::TOKEN_TILES;
 
 use crate::ptxas::{Function, Report};
 use crate::sass::{Kernel, Loop};
@@ -135,7 +137,11 @@ pub fn entries(report: &Report, kernels: &[Kernel]) -> Table {
             registers("helpers", "USETMAXREG.DEALLOC", HELPER_REGISTERS),
             registers("consumers", "USETMAXREG.TRY_ALLOC", CONSUMER_REGISTERS),
             Figure::new("shared (B)", function.shared_bytes + dynamic, Limit::AtMost(SHARED)),
-            Figure::new("stages", fused.then_some(STAGES), if_so(fused, Limit::AtLeast(LEAST_STAGES))),
+            Figure::new(
+                "stages",
+                fused.then_some(stages(TOKEN_TILES.len() as u32 - 1)),
+                if_so(fused, Limit::AtLeast(LEAST_STAGES)),
+            ),
             Figure::new("stack (B)", function.stack_bytes, Limit::Exactly(0)),
             Figure::new("spilled (B)", function.spilled_bytes(), Limit::Exactly(0)),
             Figure::new("LDL, STL", kernel.map(Kernel::local_accesses), if_so(entry, Limit::Exactly(0))),

@@ -30,3 +30,21 @@ pub fn bf16x2(low: f32, high: f32) -> u32 {
     };
     packed
 }
+
+/// `min.NaN.f32`: NaN if either is.
+#[inline(always)]
+pub fn min_nan(a: f32, b: f32) -> f32 {
+    let least: f32;
+    // SAFETY: arithmetic.
+    unsafe { asm!("min.NaN.f32 {0}, {1}, {2};", out(reg32) least, in(reg32) a, in(reg32) b, options(pure, nomem)) };
+    least
+}
+
+/// `max.NaN.f32`: NaN if either is.
+#[inline(always)]
+pub fn max_nan(a: f32, b: f32) -> f32 {
+    let greatest: f32;
+    // SAFETY: arithmetic.
+    unsafe { asm!("max.NaN.f32 {0}, {1}, {2};", out(reg32) greatest, in(reg32) a, in(reg32) b, options(pure, nomem)) };
+    greatest
+}

@@ -44,7 +44,7 @@ impl Mbarrier {
 
     /// `mbarrier.try_wait.parity`, acquire at cluster scope: whether the phase of this parity is complete.
     #[inline(always)]
-    fn try_wait_parity_cluster(self, parity: u32) -> bool {
+    pub fn try_wait_cluster(self, parity: u32) -> bool {
         let complete: u32;
         // SAFETY: an `Mbarrier` names an initialised object.
         unsafe {
@@ -60,7 +60,7 @@ impl Mbarrier {
 
     /// `mbarrier.try_wait.parity`, acquire at CTA scope: whether the phase of this parity is complete.
     #[inline(always)]
-    fn try_wait_parity(self, parity: u32) -> bool {
+    pub fn try_wait(self, parity: u32) -> bool {
         let complete: u32;
         // SAFETY: an `Mbarrier` names an initialised object.
         unsafe {
@@ -77,13 +77,7 @@ impl Mbarrier {
     /// Waits for the phase of this parity. Only for what this cluster itself brings about: there is no deadline.
     #[inline(always)]
     pub fn wait(self, parity: u32) {
-        while !self.try_wait_parity(parity) {}
-    }
-
-    /// As [`Self::wait`], and sees what other CTAs of the cluster have released.
-    #[inline(always)]
-    pub fn wait_cluster(self, parity: u32) {
-        while !self.try_wait_parity_cluster(parity) {}
+        while !self.try_wait(parity) {}
     }
 }
 

@@ -46,3 +46,12 @@ pub fn redux_add(value: u32) -> u32 {
     unsafe { asm!("redux.sync.add.u32 {0}, {1}, 0xffffffff;", out(reg32) sum, in(reg32) value) };
     sum
 }
+
+/// `redux.sync.max.u32`: the greatest over all lanes.
+#[inline(always)]
+pub fn redux_max(value: u32) -> u32 {
+    let greatest: u32;
+    // SAFETY: exchanges registers.
+    unsafe { asm!("redux.sync.max.u32 {0}, {1}, 0xffffffff;", out(reg32) greatest, in(reg32) value) };
+    greatest
+}

@@ -4,27 +4,27 @@ use core::arch::asm;
 
 use super::address::SharedAddress;
 
-/// A shared-memory matrix descriptor: K-major rows of 128 bytes with the 128-byte swizzle, groups of eight rows 1024 bytes apart
-/// (PTX ISA 8.6, "wgmma matrix descriptor").
+/// The lower half of a shared-memory matrix descriptor: K-major rows of 128 bytes with the 128-byte swizzle, groups of eight rows 1024 bytes
+/// apart (PTX ISA 8.6, "wgmma matrix descriptor"). The upper half is the same for all.
 #[derive(Clone, Copy)]
-pub struct MatrixDescriptor(u64);
+pub struct MatrixDescriptor(u32);
 
 impl MatrixDescriptor {
-    const SWIZZLE_128: u64 = 1 << 62;
-    const STRIDE: u64 = (1024 >> 4) << 32;
+    /// The upper half: 128-byte swizzle, and the stride of 1024 bytes.
+    const UPPER: u32 = 1 << 30 | 1024 >> 4;
     // The leading dimension's offset is not used for swizzled K-major operands; 1 is its documented value.
-    const LEADING: u64 = 1 << 16;
+    const LEADING: u32 = 1 << 16;
 
     /// The matrix at `address`, which is 1024-byte aligned.
     #[inline(always)]
     pub fn new(address: SharedAddress) -> Self {
-        Self(Self::SWIZZLE_128 | Self::STRIDE | Self::LEADING | ((address.0 & 0x3_ffff) >> 4) as u64)
+        Self(Self::LEADING | (address.0 & 0x3_ffff) >> 4)
     }
 
-    /// The matrix `bytes` further on, within a swizzle row.
+    /// The matrix `bytes` further on: another one, or within a swizzle row.
     #[inline(always)]
     pub const fn offset(self, bytes: u32) -> Self {
-        Self(self.0 + (bytes >> 4) as u64)
+        Self(self.0 + (bytes >> 4))
     }
 }
 
@@ -55,33 +55,34 @@ pub type Accumulators<const QUADS: usize> = [[f32; 4]; QUADS];
 
 /// A width of the product.
 pub trait MmaAsync {
-    /// `wgmma.mma_async.sync.aligned.m64nNk16.f32.bf16.bf16`: adds (or, unless `accumulate`, sets) the product of two K-major matrices.
+    /// `wgmma.mma_async.sync.aligned.m64nNk16.f32.bf16.bf16`: adds the product of two K-major matrices.
     ///
     /// # Safety
     /// The matrices lie in shared memory, visible to the asynchronous proxy, and stay until the group was waited for; until then nobody touches the accumulators.
-    unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor, accumulate: bool);
+    unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor);
 }
 
 macro_rules! mma_async {
-    ($quads:literal, $shape:literal, $a:literal, $b:literal, $scale:literal, [$($i:literal)*]) => {
+    ($quads:literal, $shape:literal, $a:literal, $b:literal, $upper:literal, [$($i:literal)*]) => {
         impl MmaAsync for Accumulators<$quads> {
             #[inline(always)]
-            unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor, accumulate: bool) {
+            unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor) {
                 // SAFETY: the caller's.
                 unsafe {
                     asm!(
                         "{{",
-                        ".reg .pred accumulate;",
-                        concat!("setp.ne.u32 accumulate, {", $scale, "}, 0;"),
+                        ".reg .b64 a, b;",
+                        concat!("mov.b64 a, {{{", $a, "}, {", $upper, "}}};"),
+                        concat!("mov.b64 b, {{{", $b, "}, {", $upper, "}}};"),
                         concat!(
-                            "wgmma.mma_async.sync.aligned.", $shape, ".f32.bf16.bf16 {{", mma_async!(@list $($i)*), "}}, {", $a, "}, {", $b,
-                            "}, accumulate, 1, 1, 0, 0;"
+                            "wgmma.mma_async.sync.aligned.", $shape, ".f32.bf16.bf16 {{", mma_async!(@list $($i)*),
+                            "}}, a, b, 1, 1, 1, 0, 0;"
                         ),
                         "}}",
                         $(inout(reg32) self[$i / 4][$i % 4],)*
-                        in(reg64) a.0,
-                        in(reg64) b.0,
-                        in(reg32) accumulate as u32,
+                        in(reg32) a.0,
+                        in(reg32) b.0,
+                        in(reg32) MatrixDescriptor::UPPER,
                     )
                 };
             }
@@ -90,6 +91,9 @@ macro_rules! mma_async {
     (@list $first:literal $($i:literal)*) => { concat!("{", $first, "}" $(, ", {", $i, "}")*) };
 }
 
+mma_async!(1, "m64n8k16", 4, 5, 6, [
+    0 1 2 3
+]);
 mma_async!(2, "m64n16k16", 8, 9, 10, [
     0 1 2 3 4 5 6 7
 ]);
@@ -99,14 +103,29 @@ mma_async!(4, "m64n32k16", 16, 17, 18, [
 mma_async!(8, "m64n64k16", 32, 33, 34, [
     0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
 ]);
+mma_async!(12, "m64n96k16", 48, 49, 50, [
+    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+    32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47
+]);
 mma_async!(16, "m64n128k16", 64, 65, 66, [
     0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
     32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
+]);
+mma_async!(20, "m64n160k16", 80, 81, 82, [
+    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+    32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
+    64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79
 ]);
 mma_async!(24, "m64n192k16", 96, 97, 98, [
     0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
     32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
     64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79 80 81 82 83 84 85 86 87 88 89 90 91 92 93 94 95
+]);
+mma_async!(28, "m64n224k16", 112, 113, 114, [
+    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+    32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
+    64 65 66 67 68 69 70 71 72 73 74 75 76 77 78 79 80 81 82 83 84 85 86 87 88 89 90 91 92 93 94 95
+    96 97 98 99 100 101 102 103 104 105 106 107 108 109 110 111
 ]);
 mma_async!(32, "m64n256k16", 128, 129, 130, [
     0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31

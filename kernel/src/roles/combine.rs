@@ -27,7 +27,7 @@ pub struct Combiner<'a> {
     cta: Cta,
     warp: u32,
     lane: u32,
-    ring: Ring<COMBINE_BUFFERS>,
+    ring: Ring,
 }
 
 /// A piece of one token's result rows.
@@ -92,7 +92,7 @@ impl<'a> Combiner<'a> {
                 }
             });
             bar_warp_sync();
-            self.ring.advance();
+            self.ring.advance(COMBINE_BUFFERS);
             self.load_next(&piece, &mut to_load, &mut loading);
             pending &= pending - 1;
         }
@@ -147,7 +147,7 @@ impl<'a> Combiner<'a> {
 
     /// Starts to load the next slot's piece, if one is left.
     #[inline(always)]
-    fn load_next(&self, piece: &Piece, to_load: &mut u64, ring: &mut Ring<COMBINE_BUFFERS>) {
+    fn load_next(&self, piece: &Piece, to_load: &mut u64, ring: &mut Ring) {
         if *to_load == 0 {
             return;
         }
@@ -165,6 +165,6 @@ impl<'a> Combiner<'a> {
             }
         }
         *to_load &= *to_load - 1;
-        ring.advance();
+        ring.advance(COMBINE_BUFFERS);
     }
 }

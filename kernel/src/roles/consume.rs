@@ -2,7 +2,7 @@
 //!
 //! A warpgroup has 64 of a task's 128 weight rows. The two meet only through the stages and the staging buffers.
 
-use crate::cta::{Cta, Ring, TaskReader};
+use crate::cta::{Cta, Pipeline, Ring, TaskReader};
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::cluster_ctas;
 use crate::device::global::ld_weak_u64;
@@ -14,10 +14,11 @@ use crate::layout::RowMeta;
 use crate::roles::combine::Combiner;
 use crate::roles::{linear1, linear2};
 use crate::schedule::{Phase, Task};
-use crate::shared::{CONSUMER_WARPS, STAGES, STAGING_BUFFERS, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
-use crate::tile::{K_BLOCK, K_STEP, MAX_TOKEN_TILE, token_tile};
+use crate::shared::{CONSUMER_WARPS, STAGING_BUFFERS, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
+use crate::tile::{K_BLOCK, K_STEP, MAX_TOKEN_TILE};
 
-const _: () = assert!(token_tile(0) == 8 * 2 && MAX_TOKEN_TILE == 8 * 32);
+/// Metas that a thread loads of the widest tile.
+const METAS_PER_THREAD: usize = (MAX_TOKEN_TILE / WARPGROUP) as usize;
 
 /// One consumer warp.
 #[derive(Clone, Copy)]
@@ -45,20 +46,20 @@ impl Consumer<'_> {
         }
     }
 
-    /// Waits until the staging buffer is this warpgroup's.
+    /// Waits until a staging buffer is this warpgroup's.
     #[inline(always)]
-    pub fn take_staging(&self, ring: &Ring<STAGING_BUFFERS>) {
-        self.cta.staging_empty(self.warpgroup).wait(ring.parity ^ 1);
+    pub fn take_staging(&self, ring: Ring) {
+        self.cta.staging_empty(self.warpgroup, ring.slot).wait(ring.parity ^ 1);
     }
 
     /// Hands the staging buffer, and all that the warpgroup has stored so far, to the publisher. Every warp calls this.
     #[inline(always)]
-    pub fn hand_over(&self, ring: &mut Ring<STAGING_BUFFERS>) {
+    pub fn hand_over(&self, ring: &mut Ring) {
         bar_warp_sync();
         if self.lane == 0 {
-            self.cta.staging_full(self.warpgroup).arrive();
+            self.cta.staging_full(self.warpgroup, ring.slot).arrive();
         }
-        ring.advance();
+        ring.advance(STAGING_BUFFERS);
     }
 
     /// Thread of the warpgroup.
@@ -70,23 +71,44 @@ impl Consumer<'_> {
     /// The meta of a row of the current tile.
     #[inline(always)]
     pub fn row_meta(&self, row: u32) -> RowMeta {
-        // SAFETY: `fetch_row_meta` wrote it, before the last `sync`.
+        // SAFETY: `keep_row_metas` wrote it, before the last `sync`.
         RowMeta::unpack(unsafe { self.cta.row_meta(self.warpgroup, row).load_u64() })
     }
 
-    /// Copies the metas of the tile's rows into shared memory, zeros behind the last.
+    /// The routing weights of a row of the current tile, an even one, and of the next.
     #[inline(always)]
-    fn fetch_row_meta<const QUADS: usize>(&self, task: &Task) {
+    pub fn row_weights(&self, row: u32) -> [f32; 2] {
+        // SAFETY: as above.
+        let [first, weight0, second, weight1] = unsafe { self.cta.row_meta(self.warpgroup, row).load_v4() };
+        [(first, weight0), (second, weight1)]
+            .map(|(lower, upper)| RowMeta::unpack((upper as u64) << 32 | lower as u64).weight)
+    }
+
+    /// Starts to load the metas of the tile's rows: zeros behind the last.
+    #[inline(always)]
+    fn load_row_metas<const QUADS: usize>(&self, task: &Task) -> [u64; METAS_PER_THREAD] {
         let metas = self.launch.params().workspace.row_meta;
-        let mut row = self.thread();
-        while row < 8 * QUADS as u32 {
-            let pool_row = (task.pool_row + row) as u64;
-            // SAFETY: the row lies in the pool; its meta was written before it was counted into the tile, which the producer has seen.
-            let meta = if row < task.rows { unsafe { ld_weak_u64(self.launch.workspace(metas, pool_row)) } } else { 0 };
-            // SAFETY: the array has a place for every row of the widest tile, and the last tile's readers have passed a `sync`.
-            unsafe { self.cta.row_meta(self.warpgroup, row).store_u64(meta) };
-            row += WARPGROUP;
-        }
+        let mut loaded = [0; METAS_PER_THREAD];
+        unroll!(INDEX < METAS_PER_THREAD, {
+            let row = INDEX as u32 * WARPGROUP + self.thread();
+            if INDEX * (WARPGROUP as usize) < 8 * QUADS && row < task.rows {
+                // SAFETY: the row lies in the pool; its meta was written before it was counted into the tile, which the producer has seen.
+                loaded[INDEX] = unsafe { ld_weak_u64(self.launch.workspace(metas, (task.pool_row + row) as u64)) };
+            }
+        });
+        loaded
+    }
+
+    /// Puts the metas where the whole warpgroup finds them. All staging buffers are taken: all warps are done with the last tile's.
+    #[inline(always)]
+    fn keep_row_metas<const QUADS: usize>(&self, metas: [u64; METAS_PER_THREAD]) {
+        unroll!(INDEX < METAS_PER_THREAD, {
+            let row = INDEX as u32 * WARPGROUP + self.thread();
+            if INDEX * (WARPGROUP as usize) < 8 * QUADS && row < 8 * QUADS as u32 {
+                // SAFETY: the array has a place for every row of the widest tile.
+                unsafe { self.cta.row_meta(self.warpgroup, row).store_u64(metas[INDEX]) };
+            }
+        });
     }
 }
 
@@ -114,11 +136,15 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
             combiner.combine(task.expert);
         } else {
             match task.width {
-                0 => run::<2>(consumer, &task, &mut ring, &mut staging),
-                1 => run::<4>(consumer, &task, &mut ring, &mut staging),
-                2 => run::<8>(consumer, &task, &mut ring, &mut staging),
-                3 => run::<16>(consumer, &task, &mut ring, &mut staging),
-                4 => run::<24>(consumer, &task, &mut ring, &mut staging),
+                0 => run::<1>(consumer, &task, &mut ring, &mut staging),
+                1 => run::<2>(consumer, &task, &mut ring, &mut staging),
+                2 => run::<4>(consumer, &task, &mut ring, &mut staging),
+                3 => run::<8>(consumer, &task, &mut ring, &mut staging),
+                4 => run::<12>(consumer, &task, &mut ring, &mut staging),
+                5 => run::<16>(consumer, &task, &mut ring, &mut staging),
+                6 => run::<20>(consumer, &task, &mut ring, &mut staging),
+                7 => run::<24>(consumer, &task, &mut ring, &mut staging),
+                8 => run::<28>(consumer, &task, &mut ring, &mut staging),
                 _ => run::<32>(consumer, &task, &mut ring, &mut staging),
             }
         }
@@ -127,30 +153,39 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
 
 /// One task with a token tile of `8 * QUADS` tokens.
 #[inline(always)]
-fn run<const QUADS: usize>(
-    consumer: Consumer<'_>,
-    task: &Task,
-    ring: &mut Ring<STAGES>,
-    staging: &mut Ring<STAGING_BUFFERS>,
-) where
+fn run<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, ring: &mut Ring, staging: &mut Ring)
+where
     Accumulators<QUADS>: MmaAsync,
 {
+    let shape = &consumer.launch.params().shape;
+    let linear1 = task.phase == Phase::Linear1 as u32;
     // A full stage means that the tile's rows, and so their metas, are there.
     consumer.cta.stage_full(ring.slot).wait(ring.parity);
-    consumer.fetch_row_meta::<QUADS>(task);
-    let shape = &consumer.launch.params().shape;
-    if task.phase == Phase::Linear1 as u32 {
-        let accumulators = multiply::<QUADS>(consumer, shape.hidden / K_BLOCK, ring);
+    let metas = consumer.load_row_metas::<QUADS>(task);
+    let columns = if linear1 { shape.hidden } else { shape.intermediate };
+    let accumulators = multiply::<QUADS>(consumer, consumer.cta.pipeline(task), columns / K_BLOCK, ring);
+    let mut buffer = *staging;
+    for _ in 0..STAGING_BUFFERS {
+        consumer.take_staging(buffer);
+        buffer.advance(STAGING_BUFFERS);
+    }
+    consumer.keep_row_metas::<QUADS>(metas);
+    consumer.sync();
+    if linear1 {
         linear1::finish(consumer, staging, &accumulators);
     } else {
-        let accumulators = multiply::<QUADS>(consumer, shape.intermediate / K_BLOCK, ring);
         linear2::finish(consumer, task, staging, &accumulators);
     }
 }
 
 /// The product of this warpgroup's 64 weight rows with the tile's tokens. One stage's products stay in flight while the next are issued.
 #[inline(always)]
-fn multiply<const QUADS: usize>(consumer: Consumer<'_>, k_blocks: u32, ring: &mut Ring<STAGES>) -> Accumulators<QUADS>
+fn multiply<const QUADS: usize>(
+    consumer: Consumer<'_>,
+    pipeline: Pipeline,
+    k_blocks: u32,
+    ring: &mut Ring,
+) -> Accumulators<QUADS>
 where
     Accumulators<QUADS>: MmaAsync,
 {
@@ -160,13 +195,13 @@ where
     let mut previous = ring.slot;
     for k_block in 0..k_blocks {
         cta.stage_full(ring.slot).wait(ring.parity);
-        let weights = MatrixDescriptor::new(cta.weight_stage(ring.slot).offset(warpgroup * (WEIGHT_STAGE_BYTES / 2)));
-        let tokens = MatrixDescriptor::new(cta.token_stage(ring.slot));
+        let stage = MatrixDescriptor::new(pipeline.weights(ring.slot));
+        let (weights, tokens) = (stage.offset(warpgroup * (WEIGHT_STAGE_BYTES / 2)), stage.offset(WEIGHT_STAGE_BYTES));
         wgmma_fence();
         unroll!(STEP < (K_BLOCK / K_STEP) as usize, {
             let bytes = STEP as u32 * K_STEP * 2;
             // SAFETY: the stage is full, and released only after the group was waited for.
-            unsafe { accumulators.mma_async(weights.offset(bytes), tokens.offset(bytes), STEP > 0 || k_block > 0) };
+            unsafe { accumulators.mma_async(weights.offset(bytes), tokens.offset(bytes)) };
         });
         wgmma_commit_group();
         wgmma_wait_group::<1>();
@@ -174,7 +209,7 @@ where
             release(cta, previous, lane);
         }
         previous = ring.slot;
-        ring.advance();
+        ring.advance(pipeline.stages);
     }
     wgmma_wait_group::<0>();
     release(cta, previous, lane);

@@ -1,6 +1,6 @@
 //! The producer warp: keeps the stages full of weight and token tiles.
 
-use crate::cta::{Cta, Ring, TaskReader};
+use crate::cta::{Cta, Pipeline, Ring, TaskReader};
 use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::fence::fence_proxy_async;
@@ -8,7 +8,7 @@ use crate::device::global::ld_acquire_gpu_u32;
 use crate::launch::Launch;
 use crate::params::TensorMap;
 use crate::schedule::{Phase, Task, weight_tasks};
-use crate::shared::{STAGES, WEIGHT_STAGE_BYTES};
+use crate::shared::{CONSUMER_WARPGROUPS, WEIGHT_STAGE_BYTES};
 use crate::status::{Stage, Timeout};
 use crate::tile::{K_BLOCK, loaded_rows, token_tile};
 
@@ -40,7 +40,7 @@ pub fn produce(launch: &Launch, cta: Cta, lane: u32) {
 
 /// Linear 1 multiplies pulled rows: waits until all of the tile's rows are in the pool.
 #[inline(always)]
-fn load_linear1(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>) {
+fn load_linear1(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring) {
     let params = launch.params();
     let pulled = launch.counter(params.workspace.counter.rows_ready, task.tile);
     let operands = Operands {
@@ -55,7 +55,7 @@ fn load_linear1(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>)
 
 /// Linear 2 multiplies intermediate rows: waits until all of the tile's columns are in the pool.
 #[inline(always)]
-fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>) {
+fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring) {
     let params = launch.params();
     let stored = launch.counter(params.workspace.counter.columns_ready, task.tile);
     let k_blocks = params.shape.intermediate / K_BLOCK;
@@ -65,9 +65,9 @@ fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring<STAGES>)
         k_blocks,
     };
     let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
-    let tasks = weight_tasks(2 * params.shape.intermediate, cluster_ctas());
+    let halves = weight_tasks(2 * params.shape.intermediate, cluster_ctas()) * CONSUMER_WARPGROUPS;
     // SAFETY: a counter of this launch.
-    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= tasks);
+    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= halves);
 }
 
 /// The two operands of a task.
@@ -78,14 +78,15 @@ struct Operands {
 }
 
 impl Operands {
-    /// Loads all k-blocks: this CTA's weights, and its share of the tokens for all CTAs of the cluster. The weights of the first stages are on their way before the tokens are waited for.
+    /// Loads all k-blocks: this CTA's weights, and its share of the tokens for all CTAs of the cluster. If the tokens are not there yet, the
+    /// weights of the first stages are on their way before they are waited for.
     #[inline(always)]
     fn load(
         &self,
         launch: &Launch,
         cta: Cta,
         task: &Task,
-        ring: &mut Ring<STAGES>,
+        ring: &mut Ring,
         missing: impl Fn() -> Timeout,
         tokens_ready: impl Fn() -> bool,
     ) {
@@ -94,21 +95,25 @@ impl Operands {
         let shared = rows < width;
         let first_row = if shared { cluster_cta() * rows } else { 0 };
         let everyone = (1 << cluster) - 1;
-        let early = self.k_blocks.min(STAGES);
-        let mut weights_ring = *ring;
-        for k_block in 0..early {
-            self.load_weights(cta, task, weights_ring, k_block);
-            weights_ring.advance();
+        let pipeline = cta.pipeline(task);
+        let mut early = 0;
+        if !tokens_ready() {
+            let mut weights_ring = *ring;
+            early = self.k_blocks.min(pipeline.stages);
+            for k_block in 0..early {
+                self.load_weights(cta, pipeline, task, weights_ring, k_block);
+                weights_ring.advance(pipeline.stages);
+            }
+            launch.wait_until(missing, tokens_ready);
         }
-        launch.wait_until(missing, tokens_ready);
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
         fence_proxy_async();
         for k_block in 0..self.k_blocks {
             if k_block >= early {
-                self.load_weights(cta, task, *ring, k_block);
+                self.load_weights(cta, pipeline, task, *ring, k_block);
             }
             let (destination, full) =
-                (cta.token_stage(ring.slot).offset(first_row * K_BLOCK * 2), cta.stage_full(ring.slot));
+                (pipeline.tokens(ring.slot).offset(first_row * K_BLOCK * 2), cta.stage_full(ring.slot));
             let coordinates = [k_block * K_BLOCK, task.pool_row + first_row];
             // SAFETY: the stage is free in all CTAs of the cluster; their barriers expect these bytes.
             unsafe {
@@ -118,18 +123,18 @@ impl Operands {
                     tensor_load_2d(destination, self.tokens, coordinates, full);
                 }
             };
-            ring.advance();
+            ring.advance(pipeline.stages);
         }
     }
 
     /// Waits until a stage is free, announces both tiles, and loads the weight tile.
     #[inline(always)]
-    fn load_weights(&self, cta: Cta, task: &Task, ring: Ring<STAGES>, k_block: u32) {
+    fn load_weights(&self, cta: Cta, pipeline: Pipeline, task: &Task, ring: Ring, k_block: u32) {
         cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
         let full = cta.stage_full(ring.slot);
         full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
         let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
         // SAFETY: the stage is free; its barrier expects these bytes.
-        unsafe { tensor_load_3d(cta.weight_stage(ring.slot), self.weights, coordinates, full) };
+        unsafe { tensor_load_3d(pipeline.weights(ring.slot), self.weights, coordinates, full) };
     }
 }

@@ -1,4 +1,6 @@
 //! The publisher warp: waits for the consumers' stores to be complete, and says so, while the consumers go on.
+//!
+//! The two consumer warpgroups are served apart from each other, so that one multiplies while the other finishes its tile.
 
 use crate::cta::{Cta, Ring, TaskReader};
 use crate::device::atomic::{atom_add_acq_rel_sys, red_add_release_gpu};
@@ -6,10 +8,10 @@ use crate::device::bulk::{bulk_commit_group, bulk_wait_group, bulk_wait_group_re
 use crate::device::fence::{fence_acq_rel_sys, fence_proxy_async};
 use crate::device::global::st_relaxed_sys_u32;
 use crate::launch::Launch;
-use crate::params::TensorMap;
+use crate::params::{ACTIVATION_MAPS, TensorMap};
 use crate::roles::pull::count_from;
 use crate::schedule::{Phase, Task};
-use crate::shared::{CONSUMER_WARPGROUPS, STAGING_BUFFERS, linear1_staging_tokens};
+use crate::shared::{ACTIVATION_TOKENS, CONSUMER_WARPGROUPS, LINEAR1_STAGING_TOKENS, STAGING_BUFFERS};
 use crate::tile::token_tile;
 
 /// Intermediate columns that one warpgroup makes: half of its 64 rows are gates.
@@ -21,70 +23,142 @@ pub fn publish(launch: &Launch, cta: Cta, lane: u32) {
     if lane != 0 {
         return;
     }
-    let mut tasks = TaskReader::new(cta);
-    let mut publisher = Publisher { launch, cta, ring: Ring::new() };
+    let mut first = Publisher::new(launch, cta, 0);
+    let mut second = Publisher::new(launch, cta, 1);
+    const _: () = assert!(CONSUMER_WARPGROUPS == 2);
     loop {
-        let task = tasks.take();
-        if task.phase == Phase::Linear1 as u32 {
-            publisher.store_columns(&task);
-        } else if task.phase == Phase::Linear2 as u32 {
-            publisher.announce_results(&task);
-        } else if task.phase == Phase::End as u32 {
-            return;
+        let progress = first.poll() | second.poll();
+        if !progress {
+            first.announce_columns();
+            second.announce_columns();
+            if first.ended && second.ended {
+                return;
+            }
         }
     }
 }
 
+/// Publishes the results of one consumer warpgroup.
 struct Publisher<'a> {
     launch: &'a Launch,
     cta: Cta,
-    /// The hand-over that comes next, of both consumer warpgroups.
-    ring: Ring<STAGING_BUFFERS>,
+    warpgroup: u32,
+    tasks: TaskReader,
+    /// The task whose results come next, if it was read.
+    task: Option<Task>,
+    /// The hand-over that comes next.
+    ring: Ring,
+    /// Tokens of the linear 1 task that were stored.
+    stored: u32,
+    /// Tile of a linear 1 task whose columns are under way, and not counted yet.
+    unannounced: Option<u32>,
+    ended: bool,
 }
 
-impl Publisher<'_> {
-    /// Linear 1: stores the staged columns in the intermediate pool, chunk by chunk, and counts them for their tile.
+impl<'a> Publisher<'a> {
+    #[inline(always)]
+    fn new(launch: &'a Launch, cta: Cta, warpgroup: u32) -> Self {
+        let tasks = TaskReader::new(cta);
+        Self {
+            launch,
+            cta,
+            warpgroup,
+            tasks,
+            task: None,
+            ring: Ring::new(),
+            stored: 0,
+            unannounced: None,
+            ended: false,
+        }
+    }
+
+    /// Does what can be done without a wait for others; false if there is nothing.
+    #[inline(always)]
+    fn poll(&mut self) -> bool {
+        let Some(task) = self.task else { return self.next_task() };
+        if !self.cta.staging_full(self.warpgroup, self.ring.slot).try_wait(self.ring.parity) {
+            return false;
+        }
+        if task.phase == Phase::Linear1 as u32 {
+            self.store_columns(&task);
+        } else {
+            self.announce_results(&task);
+            self.task = None;
+        }
+        self.cta.staging_empty(self.warpgroup, self.ring.slot).arrive();
+        self.ring.advance(STAGING_BUFFERS);
+        true
+    }
+
+    /// Reads the next task, if there is one.
+    #[inline(always)]
+    fn next_task(&mut self) -> bool {
+        if self.ended || !self.tasks.is_ready() {
+            return false;
+        }
+        let task = self.tasks.take();
+        self.ended = task.phase == Phase::End as u32;
+        if task.phase == Phase::Linear1 as u32 || task.phase == Phase::Linear2 as u32 {
+            self.task = Some(task);
+        }
+        true
+    }
+
+    /// Linear 1: stores a chunk of staged columns in the intermediate pool.
     #[inline(always)]
     fn store_columns(&mut self, task: &Task) {
-        let params = self.launch.params();
-        let map = (&raw const params.maps.activation).cast::<TensorMap>().wrapping_add(task.width as usize);
-        let width = token_tile(task.width);
-        let mut token = 0;
-        while token < width {
-            for warpgroup in 0..CONSUMER_WARPGROUPS {
-                self.cta.staging_full(warpgroup).wait(self.ring.parity);
-                let column = task.weight_row / 2 + warpgroup * COLUMNS;
-                // SAFETY: the box lies in the tile's padded rows, which are this expert's; the buffer is this warp's.
-                unsafe { tensor_store_2d(map, [column, task.pool_row + token], self.cta.staging(warpgroup)) };
-                bulk_commit_group();
-            }
-            bulk_wait_group_read::<0>();
-            self.give_back();
-            token += linear1_staging_tokens(width);
+        if self.stored == 0 {
+            self.announce_columns();
         }
+        let map = (task.width as usize).min(ACTIVATION_MAPS - 1);
+        let map = (&raw const self.launch.params().maps.activation).cast::<TensorMap>().wrapping_add(map);
+        let column = task.weight_row / 2 + self.warpgroup * COLUMNS;
+        let staging = self.cta.staging(self.warpgroup, self.ring.slot);
+        let width = token_tile(task.width);
+        let end = width.min(self.stored + LINEAR1_STAGING_TOKENS);
+        let mut token = self.stored;
+        while token < end {
+            // SAFETY: the box lies in the tile's padded rows, which are this expert's; the buffer is this warp's.
+            unsafe {
+                let source = staging.offset((token - self.stored) * COLUMNS * 2);
+                tensor_store_2d(map, [column, task.pool_row + token], source);
+            }
+            token += ACTIVATION_TOKENS;
+        }
+        bulk_commit_group();
+        bulk_wait_group_read::<0>();
+        self.stored = end;
+        if end == width {
+            self.stored = 0;
+            self.unannounced = Some(task.tile);
+            self.task = None;
+        }
+    }
+
+    /// Counts the columns of the last linear 1 task for their tile, when they are stored.
+    #[inline(always)]
+    fn announce_columns(&mut self) {
+        let Some(tile) = self.unannounced else { return };
         bulk_wait_group::<0>();
         // Written, and to be read, by bulk copies; the release is an ordinary one.
         fence_proxy_async();
-        let stored = self.launch.counter(params.workspace.counter.columns_ready, task.tile);
+        let stored = self.launch.counter(self.launch.params().workspace.counter.columns_ready, tile);
         // SAFETY: a counter of this launch.
         unsafe { red_add_release_gpu(stored, 1) };
+        self.unannounced = None;
     }
 
     /// Linear 2: counts a task's stores; the last of an expert raises its flag on every rank that sent it tokens.
     #[inline(always)]
-    fn announce_results(&mut self, task: &Task) {
-        for warpgroup in 0..CONSUMER_WARPGROUPS {
-            self.cta.staging_full(warpgroup).wait(self.ring.parity);
-        }
-        self.give_back();
+    fn announce_results(&self, task: &Task) {
         let launch = self.launch;
         let params = launch.params();
         let shape = &params.shape;
         let done = launch.counter(params.workspace.counter.expert_done, task.expert);
-        // The warpgroups' stores to all ranks come before the count, and all counted stores before the flag.
+        // The warpgroup's stores to all ranks come before the count, and all counted stores before the flag.
         fence_acq_rel_sys();
         // SAFETY: a counter of this launch.
-        if unsafe { atom_add_acq_rel_sys(done, 1) } + 1 < task.expert_tasks {
+        if unsafe { atom_add_acq_rel_sys(done, 1) } + 1 < task.expert_tasks * CONSUMER_WARPGROUPS {
             return;
         }
         fence_acq_rel_sys();
@@ -103,14 +177,5 @@ impl Publisher<'_> {
                 raise(rank, params.rank * routed + task.expert);
             }
         }
-    }
-
-    /// Gives the staging buffers back to the consumers.
-    #[inline(always)]
-    fn give_back(&mut self) {
-        for warpgroup in 0..CONSUMER_WARPGROUPS {
-            self.cta.staging_empty(warpgroup).arrive();
-        }
-        self.ring.advance();
     }
 }

@@ -103,7 +103,7 @@ struct Puller<'a> {
     lane: u32,
     /// Bytes of a row that are under way at once.
     piece: u32,
-    ring: Ring<PULL_BUFFERS>,
+    ring: Ring,
 }
 
 impl Puller<'_> {
@@ -143,8 +143,8 @@ impl Puller<'_> {
         let Self { launch, cta, warp, lane, piece, .. } = *self;
         let bytes = launch.row_bytes();
         let rows = ballot(active).count_ones();
-        let buffer = |ring: Ring<PULL_BUFFERS>| warp * PULL_BUFFERS + ring.slot;
-        let load = |ring: Ring<PULL_BUFFERS>, at: u32| {
+        let buffer = |ring: Ring| warp * PULL_BUFFERS + ring.slot;
+        let load = |ring: Ring, at: u32| {
             let length = piece.min(bytes - at);
             let full = cta.pull_full(buffer(ring));
             if lane == 0 {
@@ -159,13 +159,13 @@ impl Puller<'_> {
         };
         let mut loading = self.ring;
         load(loading, 0);
-        loading.advance();
+        loading.advance(PULL_BUFFERS);
         let mut at = 0;
         while at < bytes {
             if at + piece < bytes {
                 bulk_wait_group_read::<0>();
                 load(loading, at + piece);
-                loading.advance();
+                loading.advance(PULL_BUFFERS);
             }
             cta.pull_full(buffer(self.ring)).wait(self.ring.parity);
             if active {
@@ -174,7 +174,7 @@ impl Puller<'_> {
                 unsafe { bulk_store(destination.wrapping_add(at as usize), part, piece.min(bytes - at)) };
                 bulk_commit_group();
             }
-            self.ring.advance();
+            self.ring.advance(PULL_BUFFERS);
             at += piece;
         }
     }

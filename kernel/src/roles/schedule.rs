@@ -6,6 +6,7 @@ use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::global::{ld_acquire_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
+use crate::device::warp::redux_max;
 use crate::launch::{COUNTS_BARRIER, Launch};
 use crate::roles::pull::count_from;
 use crate::schedule::{Phase, ScheduleShape, TaskCursor, combine_chunks};
@@ -24,8 +25,9 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     // Lanes wait for counts apart from each other, and `bar.sync` is for whole warps.
     bar_warp_sync();
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
+    let most_rows = most_rows(launch, cta, lane);
     if lane == 0 && cluster_cta() == 0 {
-        hand_out_tasks(launch, cta);
+        hand_out_tasks(launch, cta, most_rows);
     }
 }
 
@@ -78,9 +80,22 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     }
 }
 
+/// Rows of the local expert that has the most.
+#[inline(always)]
+fn most_rows(launch: &Launch, cta: Cta, lane: u32) -> u32 {
+    let mut most = 0;
+    let mut expert = lane;
+    while expert < launch.params().shape.local_experts() {
+        // SAFETY: this warp wrote the counts.
+        most = most.max(unsafe { cta.expert_rows(expert).load_u32() });
+        expert += WARP;
+    }
+    redux_max(most)
+}
+
 /// Claims tickets and puts their tasks into the slots of the cluster's CTAs, in order, until the tasks end.
 #[inline(always)]
-fn hand_out_tasks(launch: &Launch, cta: Cta) {
+fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32) {
     let params = launch.params();
     let shape = &params.shape;
     let mut cursor = TaskCursor::new(ScheduleShape {
@@ -90,6 +105,7 @@ fn hand_out_tasks(launch: &Launch, cta: Cta) {
         linear2_rows: shape.hidden,
         combine_chunks: combine_chunks(launch.tokens(), ctas()),
         cluster: cluster_ctas(),
+        most_rows,
     });
     let mut writer = TaskWriter::new(cta);
     let next = launch.counter(params.workspace.counter.task_ticket, 0);

@@ -1,6 +1,7 @@
 //! The planted bugs.
 
-use ferromoe_kernel::shared::STAGE_BYTES;
+use ferromoe_kernel::shared::stage_bytes;
+use ferromoe_kernel::tile::MAX_TOKEN_TILE;
 
 use crate::edit::Edit::{Add, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Twice};
 use crate::edit::{Edit, Plant};
@@ -41,7 +42,7 @@ const ARRIVE: &str = "mbarrier.arrive.shared";
 const EXPECT: &str = "mbarrier.arrive.expect_tx";
 const INIT: &str = "mbarrier.init";
 const ATOM: &str = "atom.";
-const STAGE: i64 = STAGE_BYTES as i64;
+const STAGE: i64 = stage_bytes(MAX_TOKEN_TILE) as i64;
 
 /// Why one fence less is no bug where barriers are initialised.
 const INITIALISED: &str =
