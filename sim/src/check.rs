@@ -7,6 +7,7 @@
 //! is reported too, if nothing would have kept it from happening.
 
 mod clock;
+mod phases;
 mod shadow;
 
 use std::collections::VecDeque;
@@ -15,8 +16,9 @@ use std::ops::Range;
 use crate::error::Fault;
 use crate::program::{CopyKind, WgmmaUse};
 use clock::{Clock, Entry};
+use phases::Phases;
 use shadow::{Actor, Agent, FastMap, Shadow, Site};
-pub(crate) use shadow::{Clash, Mode, Record, Scope, shared_key, shared_owner};
+pub(crate) use shadow::{Clash, ClashKind, Mode, Record, Scope, shared_key, shared_owner};
 
 /// Lanes with the same clock.
 #[derive(Debug, Clone)]
@@ -98,24 +100,6 @@ pub(crate) struct Home {
     pub warp: u32,
 }
 
-/// What arrivals hand on.
-#[derive(Debug, Clone, Default)]
-struct Handed {
-    /// To any wait: from the mbarrier's own CTA.
-    near: Clock,
-    /// To waits of cluster scope: from other CTAs.
-    far: Clock,
-}
-
-/// What an mbarrier hands on.
-#[derive(Debug, Default)]
-struct Phases {
-    agent: u32,
-    issued: u32,
-    arriving: Handed,
-    complete: Handed,
-}
-
 /// What the barrier of a cluster hands on.
 #[derive(Debug, Default)]
 struct ClusterPhases {
@@ -166,6 +150,13 @@ struct Flight {
     reads: (u32, u32),
     writes: (u32, u32),
     async_proxy: bool,
+}
+
+impl Flight {
+    /// Its reads or its writes, as an access.
+    fn record(&self, (agent, tick): (u32, u32), strong: Option<Scope>) -> Record {
+        Record::new(Agent::Async(agent), tick, self.lanes, self.pc, strong, self.async_proxy, self.issuer)
+    }
 }
 
 /// An ordinary access of some lanes of a warp.
@@ -392,22 +383,6 @@ impl Checker {
         }
     }
 
-    fn phases(&mut self, cta: u64, address: u32) -> Option<&mut Phases> {
-        let checks = self.ctas.get_mut(&cta)?;
-        let agents = &mut self.agents;
-        Some(checks.mbarriers.entry(address).or_insert_with(|| {
-            *agents += 1;
-            Phases { agent: *agents - 1, ..Phases::default() }
-        }))
-    }
-
-    /// `mbarrier.init`: nothing was handed on yet.
-    pub fn init_mbarrier(&mut self, cta: u64, address: u32) {
-        if let Some(phases) = self.phases(cta, address) {
-            (phases.arriving, phases.complete) = (Handed::default(), Handed::default());
-        }
-    }
-
     /// What an arrival of some lanes hands on: all they know, or as a relaxed one what their fences have set aside.
     fn released(&self, warp: u32, lanes: u32, scope: Scope, relaxed: bool) -> Clock {
         if !relaxed {
@@ -420,46 +395,6 @@ impl Checker {
             clock.learn(warp, Entry::new(aside.tick, aside.lanes & lanes));
         }
         clock
-    }
-
-    /// An arrival, before the phase it belongs to is completed.
-    pub fn arrive_mbarrier(&mut self, warp: u32, lanes: u32, (cta, address): (u64, u32), scope: Scope, relaxed: bool) {
-        let Some(&Site { cta: own, .. }) = self.scopes.get(warp as usize) else {
-            return;
-        };
-        let clock = self.released(warp, lanes, scope, relaxed);
-        let tick = self.warps.get(warp as usize).map_or(0, |state| state.tick);
-        if let Some(phases) = self.phases(cta, address) {
-            // An arrival at another CTA's barrier without a wider scope is taken at its word: pipelines (CUTLASS's among them) say so that
-            // they are done with reading, which needs no fence on hardware.
-            if own == cta || scope == Scope::Cta {
-                phases.arriving.near.join(&clock);
-            } else {
-                // That the arrival itself came before is known to whoever saw the phase complete.
-                phases.arriving.near.see(warp, tick, lanes);
-                phases.arriving.far.join(&clock);
-            }
-        }
-        self.advance(warp);
-    }
-
-    /// The current phase of an mbarrier is complete.
-    pub fn complete_phase(&mut self, cta: u64, address: u32) {
-        if let Some(phases) = self.phases(cta, address) {
-            phases.complete = std::mem::take(&mut phases.arriving);
-        }
-    }
-
-    /// A wait with acquire semantics has seen its phase complete.
-    pub fn wait_mbarrier(&mut self, warp: u32, lanes: u32, cta: u64, address: u32, scope: Scope) {
-        if let Some(complete) = self.phases(cta, address).map(|phases| phases.complete.clone()) {
-            self.learn(warp, lanes, |clock| {
-                clock.join(&complete.near);
-                if scope >= Scope::Cluster {
-                    clock.join(&complete.far);
-                }
-            });
-        }
     }
 
     /// `barrier.cluster.arrive`.
@@ -708,10 +643,8 @@ impl Checker {
         let Some(flight) = self.flights.get(&number) else {
             return Ok(());
         };
-        let (agent, tick) = if mode == Mode::Read { flight.reads } else { flight.writes };
-        let strong = atomic.then_some(Scope::Gpu);
-        let record =
-            Record::new(Agent::Async(agent), tick, flight.lanes, flight.pc, strong, flight.async_proxy, flight.issuer);
+        let part = if mode == Mode::Read { flight.reads } else { flight.writes };
+        let record = flight.record(part, atomic.then_some(Scope::Gpu));
         let actor = Actor { record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
         for range in ranges {
             let bytes = range.end - range.start;
@@ -725,28 +658,10 @@ impl Checker {
         let Some(flight) = self.flights.get(&number) else {
             return Ok(());
         };
-        let (agent, tick) = flight.writes;
-        let strong = Some(Scope::Cluster);
-        let record =
-            Record::new(Agent::Async(agent), tick, flight.lanes, flight.pc, strong, flight.async_proxy, flight.issuer);
+        let record = flight.record(flight.writes, Some(Scope::Cluster));
         let actor = Actor { record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
         let key = shared_key(cta, u64::from(address));
         self.shadow.access(key, 8, &actor).map_err(|clash| note(&mut self.clash, clash))
-    }
-
-    /// A copy is done; where it completes on an mbarrier, the current phase hands on what it did.
-    pub fn land_copy(&mut self, number: u64, cta: u64, mbarrier: Option<u32>) {
-        let Some(flight) = self.flights.remove(&number) else {
-            return;
-        };
-        let own = self.scopes.get(flight.issuer as usize).is_some_and(|site| site.cta == cta);
-        if let Some(phases) = mbarrier.and_then(|address| self.phases(cta, address)) {
-            // It releases at cluster scope (PTX ISA 8.6, "cp.async.bulk"), and is known to be done to any wait.
-            if own { &mut phases.arriving.near } else { &mut phases.arriving.far }.join(&flight.clock);
-            for (agent, tick) in [flight.reads, flight.writes] {
-                phases.arriving.near.learn_completed(agent, tick);
-            }
-        }
     }
 
     pub fn commit_group(&mut self, warp: u32, lane: usize, kind: CopyKind) {
@@ -799,18 +714,13 @@ impl Checker {
         }
     }
 
-    pub fn land_arrive(&mut self, number: u64, cta: u64, address: u32) {
-        if let Some(flight) = self.flights.remove(&number)
-            && let Some(phases) = self.phases(cta, address)
-        {
-            phases.arriving.near.join(&flight.clock);
-        }
-    }
-
     fn group_agent(&self, warp: u32) -> Option<(u64, usize, u32, u32)> {
         let home = self.homes.get(warp as usize)?;
         let checks = self.ctas.get(&home.cta)?;
         let group = home.warp / 4;
+        if group as usize >= checks.products.len() {
+            return None;
+        }
         Some((home.cta, group as usize, checks.first_group + group, 0xff << (8 * (home.warp % 4))))
     }
 

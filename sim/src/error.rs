@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::mbarrier::MbarrierError;
+
 /// PTX that cannot be read.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum ParseError {
@@ -167,6 +169,25 @@ pub enum Fault {
     /// A synchronising instruction used wrongly.
     #[error("{0}")]
     Synchronisation(String),
+    /// An mbarrier used wrongly.
+    #[error("mbarrier at {place}: {error}")]
+    Mbarrier {
+        /// Its address.
+        place: String,
+        /// What is wrong.
+        error: MbarrierError,
+    },
+    /// A phase of an mbarrier completes, and nothing orders that after a wait for the phase before it.
+    #[error(
+        "wrong phase: a phase of the mbarrier at {place} is completed, and nothing orders that after the wait for the phase before by \
+         [{earlier}]: had that come later, it would have been for another phase"
+    )]
+    PhaseOrder {
+        /// The mbarrier's address.
+        place: String,
+        /// Where the wait was.
+        earlier: Box<Position>,
+    },
     /// Two accesses to the same place, one of them a write, that nothing orders.
     #[error("data race: {now} at {place}, which nothing orders after the {before} by [{earlier}]")]
     Race {

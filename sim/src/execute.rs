@@ -12,7 +12,7 @@ mod tensor_core;
 
 pub(crate) use access::{shared_place, touch};
 pub(crate) use atomic::combine;
-pub(crate) use mbarriers::{is_complete, update as update_mbarrier};
+pub(crate) use mbarriers::{bytes_left, is_complete, update as update_mbarrier};
 pub(crate) use tensor_core::GROUP_WARPS;
 
 use std::time::Instant;

@@ -61,16 +61,18 @@ impl Run<'_, '_> {
                     }
                     return Ok(());
                 }
-                if let Some(checker) = &mut self.checker {
-                    checker.land_arrive(number, issuer.cta, address);
-                }
+                let checker = self.checker.as_mut();
+                let completion = checker.map(|checker| checker.land_arrive(number, issuer.cta, address));
                 let arrived = match self.cta(issuer) {
-                    Some(cta) => update_mbarrier(&mut cta.state, address, |barrier| barrier.arrive(1)),
+                    Some(cta) => {
+                        update_mbarrier(&mut cta.state, address, completion.is_some(), |barrier| barrier.arrive(1))
+                    }
                     None => Ok((0, false)),
                 };
                 let (_, completed) = arrived.map_err(|fault| self.failed(fault, issuer))?;
-                if completed && let Some(checker) = &mut self.checker {
-                    checker.complete_phase(issuer.cta, address);
+                if completed && let (Some(checker), Some(completion)) = (&mut self.checker, completion) {
+                    let ordered = checker.complete_phase(completion, issuer.cta, address);
+                    ordered.map_err(|fault| self.failed(fault, issuer))?;
                 }
                 self.settle(issuer.slot)
             }
@@ -195,13 +197,13 @@ impl Run<'_, '_> {
             Completion::Mbarrier { address, .. } => Some(address),
             Completion::Group(_) => None,
         };
-        if let Some(checker) = &mut self.checker {
-            checker.land_copy(number, target, mbarrier);
-        }
+        let completion = self.checker.as_mut().map(|checker| checker.land_copy(number, target, mbarrier));
         if let (Completion::Mbarrier { address, bytes }, Some(cta)) = (transfer.completion, cta) {
-            let (_, completed) = update_mbarrier(&mut cta.state, address, |barrier| barrier.complete_tx(bytes))?;
-            if completed && let Some(checker) = &mut self.checker {
-                checker.complete_phase(target, address);
+            let checked = completion.is_some();
+            let (_, completed) =
+                update_mbarrier(&mut cta.state, address, checked, |barrier| barrier.complete_tx(bytes))?;
+            if completed && let (Some(checker), Some(completion)) = (&mut self.checker, completion) {
+                checker.complete_phase(completion, target, address)?;
             }
         }
         Ok(())

@@ -42,11 +42,51 @@ pub enum MbarrierError {
         /// The operand.
         count: u32,
     },
-    /// The tx-count would leave its range.
-    #[error("the tx-count would become {tx_count}; it must stay within -{MAX_COUNT} to {MAX_COUNT}")]
-    TxCountOutOfRange {
+    /// More bytes expected than the tx-count can hold.
+    #[error("tx-count overflow: it would become {tx_count}; the most is {MAX_COUNT}")]
+    TxCountOverflow {
         /// What the tx-count would have become.
         tx_count: i64,
+    },
+    /// More bytes have come, and were not expected yet, than the tx-count can hold.
+    #[error("tx-count underflow: it would become {tx_count}; the least is -{MAX_COUNT}")]
+    TxCountUnderflow {
+        /// What the tx-count would have become.
+        tx_count: i64,
+    },
+    /// More bytes than were expected, in a phase whose arrivals are all in: none is left to announce them.
+    #[error("{bytes} bytes more than were expected, and all arrivals of the phase, which could announce them, are in")]
+    Unannounced {
+        /// Bytes too many.
+        bytes: u32,
+    },
+    /// A CTA exits, and bytes that were expected never came, or some came that never were.
+    #[error("the CTA exits with a tx-count of {tx_count}: {}", if *tx_count > 0 { "bytes that were expected never came" } else { "bytes came that were never expected" })]
+    BytesLeft {
+        /// The tx-count.
+        tx_count: i32,
+    },
+    /// `mbarrier.init` of what is an mbarrier.
+    #[error("mbarrier.init of an mbarrier in use: mbarrier.inval must come first")]
+    InUse,
+    /// A wait for a phase that can be neither the current one nor the one before.
+    #[error(
+        "wrong phase: a wait for parity {parity} by a warp that knows {known} phases to be complete, where {completed} are: \
+         it can be for neither the current phase nor the one before"
+    )]
+    WrongPhase {
+        /// The operand.
+        parity: u32,
+        /// Phases that are complete.
+        completed: u32,
+        /// Phases that the warp has waited for, or knows from others to be complete.
+        known: u32,
+    },
+    /// A phase parity other than 0 or 1.
+    #[error("phase parity {parity}; it must be 0 or 1")]
+    Parity {
+        /// The operand.
+        parity: u32,
     },
 }
 
@@ -101,6 +141,18 @@ impl Mbarrier {
         self.tx_count
     }
 
+    /// An error if more bytes have come than were expected, and no arrival is pending that could announce them. An `expect_tx` without an
+    /// arrival still could, though not in time for a phase whose bytes happen to add up before.
+    ///
+    /// # Errors
+    /// [`MbarrierError::Unannounced`].
+    pub fn check_announced(self) -> Result<(), MbarrierError> {
+        if self.pending == 0 && self.tx_count < 0 {
+            return Err(MbarrierError::Unannounced { bytes: self.tx_count.unsigned_abs() });
+        }
+        Ok(())
+    }
+
     /// Parity of the current, incomplete phase: 0 after `init`.
     pub fn parity(self) -> u32 {
         self.parity as u32
@@ -148,7 +200,7 @@ impl Mbarrier {
     /// `mbarrier.expect_tx`: announces `bytes` of asynchronous transactions in the current phase.
     ///
     /// # Errors
-    /// [`MbarrierError::TxCountOutOfRange`].
+    /// [`MbarrierError::TxCountOverflow`].
     pub fn expect_tx(self, bytes: u32) -> Result<Self, MbarrierError> {
         Ok(self.with_tx_count(self.tx_count as i64 + bytes as i64)?.completed())
     }
@@ -157,7 +209,7 @@ impl Mbarrier {
     /// `expect_tx`.
     ///
     /// # Errors
-    /// [`MbarrierError::TxCountOutOfRange`].
+    /// [`MbarrierError::TxCountUnderflow`].
     pub fn complete_tx(self, bytes: u32) -> Result<Self, MbarrierError> {
         Ok(self.with_tx_count(self.tx_count as i64 - bytes as i64)?.completed())
     }
@@ -177,8 +229,11 @@ impl Mbarrier {
     }
 
     fn with_tx_count(self, tx_count: i64) -> Result<Self, MbarrierError> {
-        if tx_count.unsigned_abs() > MAX_COUNT as u64 {
-            return Err(MbarrierError::TxCountOutOfRange { tx_count });
+        if tx_count > i64::from(MAX_COUNT) {
+            return Err(MbarrierError::TxCountOverflow { tx_count });
+        }
+        if tx_count < -i64::from(MAX_COUNT) {
+            return Err(MbarrierError::TxCountUnderflow { tx_count });
         }
         Ok(Mbarrier { tx_count: tx_count as i32, ..self })
     }
@@ -255,10 +310,10 @@ mod tests {
         assert_eq!(one.arrive_no_complete(1), Err(MbarrierError::WouldComplete { count: 1 }));
         let waiting = one.arrive_expect_tx(MAX_COUNT).unwrap();
         assert_eq!(waiting.arrive(1), Err(MbarrierError::OverArrival { count: 1, pending: 0 }));
-        assert_eq!(waiting.expect_tx(1), Err(MbarrierError::TxCountOutOfRange { tx_count: 1 << 20 }));
+        assert_eq!(waiting.expect_tx(1), Err(MbarrierError::TxCountOverflow { tx_count: 1 << 20 }));
         let ahead = one.complete_tx(MAX_COUNT).unwrap();
-        assert_eq!(ahead.complete_tx(1), Err(MbarrierError::TxCountOutOfRange { tx_count: -(1 << 20) }));
-        assert_eq!(one.complete_tx(u32::MAX), Err(MbarrierError::TxCountOutOfRange { tx_count: -(u32::MAX as i64) }));
+        assert_eq!(ahead.complete_tx(1), Err(MbarrierError::TxCountUnderflow { tx_count: -(1 << 20) }));
+        assert_eq!(one.complete_tx(u32::MAX), Err(MbarrierError::TxCountUnderflow { tx_count: -(u32::MAX as i64) }));
         for word in [Mbarrier::INVALID, 1, u64::MAX, 0x3F80_0000_3F80_0000, 0x0101_0101_0101_0101] {
             assert_eq!(Mbarrier::decode(word), Err(MbarrierError::NotInitialised { word }));
         }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::asynchronous::{AsyncQueue, Event, Issuer};
-use crate::check::{Checker, Clash, Home, Mode, Record, shared_owner};
+use crate::check::{Checker, Clash, ClashKind, Home, Mode, Record, shared_owner};
 use crate::cost::Cost;
 use crate::cta::{
     BARRIERS, Cluster, Cta, CtaState, Fragment, NamedBarrier, Polls, Wait, Warp, Warpgroup, initial_registers,
 };
 use crate::error::{Fault, Position, SimError, Stuck};
-use crate::execute::{Context, Failure, GROUP_WARPS, LaunchInfo, NEVER, is_complete};
+use crate::execute::{Context, Failure, GROUP_WARPS, LaunchInfo, NEVER, bytes_left, is_complete};
 use crate::machine::RunOptions;
 use crate::memory::{GlobalMemory, TrackedBytes};
 use crate::profile::{Kind, Profiler};
@@ -356,6 +356,12 @@ impl Run<'_, '_> {
             );
             return Err(self.failed(fault, issuer));
         }
+        if let Some(checker) = &self.checker
+            && let Some(fault) = bytes_left(&cta.state, &checker.mbarriers(cta.state.id))
+        {
+            let (warp, pc) = cta.state.exited_at;
+            return Err(self.failed(fault, Issuer { slot, cta: cta.state.id, warp, lanes: ALL, pc }));
+        }
         for (index, group) in cta.warps.chunks_exact(GROUP_WARPS).enumerate() {
             let Some(other) = group.iter().position(|warp| warp.max_registers != group[0].max_registers) else {
                 continue;
@@ -503,9 +509,10 @@ impl Run<'_, '_> {
         let (before, earlier) = self.side(checker, clash.before, clash.before_mode);
         let (now, position) = self.side(checker, clash.now, clash.now_mode);
         let earlier = Box::new(earlier);
-        let fault = match clash.only_proxy {
-            true => Fault::ProxyFence { place, now, before, earlier },
-            false => Fault::Race { place, now, before, earlier },
+        let fault = match clash.kind {
+            ClashKind::Race => Fault::Race { place, now, before, earlier },
+            ClashKind::Proxy => Fault::ProxyFence { place, now, before, earlier },
+            ClashKind::Phase => Fault::PhaseOrder { place, earlier },
         };
         SimError::Fault { fault, position: Box::new(position) }
     }

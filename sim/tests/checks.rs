@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Setup, kernel, run};
+use ptx_sim::mbarrier::MbarrierError;
 use ptx_sim::{Arg, Fault, Launch, Machine, Module, RunOptions, SimError};
 
 fn setup(threads: u32, ctas: u32, seed: u64) -> Setup {
@@ -311,18 +312,277 @@ fn setmaxnreg_is_executed_by_whole_warpgroups() {
     }
 }
 
+/// What is wrong with the mbarrier, in every seed.
+fn mbarrier_errors(errors: Vec<SimError>) -> Vec<MbarrierError> {
+    let misuse = |error: SimError| match error {
+        SimError::Fault { fault: Fault::Mbarrier { error, .. }, .. } => error,
+        other => panic!("{other}"),
+    };
+    errors.into_iter().map(misuse).collect()
+}
+
 #[test]
 fn an_mbarrier_in_use_is_not_initialised_again() {
     let body =
         "mov.u32 %r3, bar; setp.ne.u32 %p1, %r1, 0; setp.ge.u32 %p2, %r1, 32; @!%p1 mbarrier.init.shared.b64 [%r3], 1;
         bar.sync 0; @!%p1 mbarrier.arrive.shared.b64 _, [%r3];
         WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; @!%p3 bra WAIT;
-        bar.sync 1; @!%p1 mbarrier.init.shared.b64 [%r3], 2;";
-    // Where the other warp has not come yet, it finds a barrier whose phase is not complete.
+        bar.sync 1; @!%p1 mbarrier.inval.shared.b64 [%r3]; @!%p1 mbarrier.init.shared.b64 [%r3], 2;";
+    let again = breaks(TILE, body, ("@!%p1 mbarrier.inval.shared.b64 [%r3];", ""), 64, 1);
+    assert_eq!(mbarrier_errors(again), [MbarrierError::InUse; 10]);
+    // Where the other warp has not come yet, it finds another barrier, or none.
     for error in breaks(TILE, body, ("bar.sync 1;", ""), 64, 1) {
         let stuck = matches!(error, SimError::Deadlock(_));
-        assert!(stuck || error.to_string().contains("data race"), "{error}");
+        assert!(
+            stuck || error.to_string().contains("data race") || error.to_string().contains("no mbarrier"),
+            "{error}"
+        );
     }
+}
+
+#[test]
+fn an_mbarrier_takes_as_many_arrivals_as_it_waits_for() {
+    let twice = "[%r3], 64; mbarrier.arrive.shared.b64 _, [%r3];";
+    let errors = breaks(TILE, COPY, ("[%r3], 64;", twice), 32, 1);
+    assert_eq!(mbarrier_errors(errors), [MbarrierError::OverArrival { count: 1, pending: 0 }; 10]);
+    let errors = breaks(TILE, COPY, ("init.shared.b64 [%r3], 1;", "init.shared.b64 [%r3], 0;"), 32, 1);
+    assert_eq!(mbarrier_errors(errors), [MbarrierError::CountOutOfRange { count: 0 }; 10]);
+    // Drops what it has not to drop.
+    let dropping = "mov.u32 %r3, bar; setp.ne.u32 %p1, %r1, 0; @%p1 exit; mbarrier.init.shared.b64 [%r3], 2;
+        mbarrier.arrive_drop.shared.b64 _, [%r3]; mbarrier.arrive.shared.b64 _, [%r3]; mbarrier.arrive.shared.b64 _, [%r3];";
+    let errors =
+        breaks(TILE, dropping, ("arrive_drop.shared.b64 _, [%r3];", "arrive_drop.shared.b64 _, [%r3], 3;"), 32, 1);
+    assert_eq!(mbarrier_errors(errors), [MbarrierError::OverArrival { count: 3, pending: 2 }; 10]);
+}
+
+#[test]
+fn an_mbarrier_counts_its_bytes() {
+    // The range: 2^20 - 1 bytes expected, or come too early.
+    let body = "mov.u32 %r3, bar; setp.ne.u32 %p1, %r1, 0; @%p1 exit; mbarrier.init.shared.b64 [%r3], 1;
+        mbarrier.expect_tx.relaxed.cta.shared.b64 [%r3], 1048575; mbarrier.complete_tx.relaxed.cta.shared.b64 [%r3], 1048575;
+        mbarrier.complete_tx.relaxed.cta.shared.b64 [%r3], 1048575; mbarrier.arrive.expect_tx.shared.b64 _, [%r3], 1048575;";
+    let over = ("expect_tx.relaxed.cta.shared.b64 [%r3], 1048575;", "expect_tx.relaxed.cta.shared.b64 [%r3], 1048576;");
+    let overflow = MbarrierError::TxCountOverflow { tx_count: 1 << 20 };
+    assert_eq!(mbarrier_errors(breaks(TILE, body, over, 32, 1)), vec![overflow; 10]);
+    let under = ("mbarrier.expect_tx.relaxed.cta.shared.b64 [%r3], 1048575;", "");
+    let underflow = MbarrierError::TxCountUnderflow { tx_count: -2 * 1048575 };
+    assert_eq!(mbarrier_errors(breaks(TILE, body, under, 32, 1)), vec![underflow; 10]);
+    // More comes than was announced; less comes.
+    let errors = breaks(TILE, COPY, ("[%r3], 64;", "[%r3], 48;"), 32, 1);
+    assert_eq!(mbarrier_errors(errors), [MbarrierError::Unannounced { bytes: 16 }; 10]);
+    for error in breaks(TILE, COPY, ("[%r3], 64;", "[%r3], 80;"), 32, 1) {
+        assert!(matches!(error, SimError::Deadlock(_)) && error.to_string().contains("16 bytes pending"), "{error}");
+    }
+    // Nobody waits for it.
+    let errors = breaks(TILE, body, ("_, [%r3], 1048575;", "_, [%r3], 1048574;"), 32, 1);
+    assert_eq!(mbarrier_errors(errors), [MbarrierError::Unannounced { bytes: 1 }; 10]);
+    let errors = breaks(TILE, body, ("mbarrier.complete_tx.relaxed.cta.shared.b64 [%r3], 1048575;\n", ""), 32, 1);
+    assert_eq!(mbarrier_errors(errors), [MbarrierError::BytesLeft { tx_count: 1048575 }; 10]);
+}
+
+/// Warp 0 fills what warp 1 empties, four times: `bar` is full, `bar+8` empty.
+const RING: &str = "mov.u32 %r3, bar; setp.eq.u32 %p1, %r1, 0;
+    @%p1 mbarrier.init.shared.b64 [%r3], 1; @%p1 mbarrier.init.shared.b64 [%r3+8], 1; bar.sync 0;
+    mov.u32 %r5, 0; setp.ge.u32 %p2, %r1, 32; @%p2 bra READER; @!%p1 exit;
+    FILL: and.b32 %r6, %r5, 1; xor.b32 %r6, %r6, 1;
+    EMPTY: mbarrier.try_wait.parity.shared.b64 %p3, [%r3+8], %r6; @!%p3 bra EMPTY;
+    mbarrier.arrive.shared.b64 _, [%r3]; add.u32 %r5, %r5, 1; setp.lt.u32 %p4, %r5, 4; @%p4 bra FILL; exit;
+    READER: setp.eq.u32 %p5, %r1, 32;
+    FULL: and.b32 %r6, %r5, 1; mov.u32 %r7, %r6;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], %r7; @!%p3 bra WAIT;
+    bar.warp.sync -1; @%p5 mbarrier.arrive.shared.b64 _, [%r3+8]; add.u32 %r5, %r5, 1; setp.lt.u32 %p4, %r5, 4; @%p4 bra FULL;";
+
+fn wrong_phases(errors: Vec<SimError>) {
+    for error in errors {
+        let SimError::Fault { fault, .. } = &error else { panic!("{error}") };
+        let wrong =
+            matches!(fault, Fault::PhaseOrder { .. } | Fault::Mbarrier { error: MbarrierError::WrongPhase { .. }, .. });
+        assert!(wrong, "{error}");
+    }
+}
+
+#[test]
+fn a_wait_is_for_the_phase_that_it_means() {
+    // The other parity: the first wait passes at once, each later one a round too early.
+    wrong_phases(breaks(TILE, RING, ("mov.u32 %r7, %r6;", "xor.b32 %r7, %r6, 1;"), 64, 1));
+    // The same parity in every round: every second wait is for the phase before.
+    wrong_phases(breaks(TILE, RING, ("mov.u32 %r7, %r6;", "mov.u32 %r7, 0;"), 64, 1));
+    // Who fills does not wait, and who empties comes too late.
+    let hasty = ("EMPTY: mbarrier.try_wait.parity.shared.b64 %p3, [%r3+8], %r6; @!%p3 bra EMPTY;", "");
+    wrong_phases(breaks(TILE, RING, hasty, 64, 1));
+    for error in breaks(TILE, RING, ("mov.u32 %r7, %r6;", "mov.u32 %r7, 2;"), 64, 1) {
+        assert!(error.to_string().contains("phase parity 2"), "{error}");
+    }
+}
+
+#[test]
+fn waits_that_mean_what_they_say_are_right() {
+    // Twice for one phase, by polling, and by the state that an arrival has returned.
+    let twice = RING.replace(
+        "bar.warp.sync -1;",
+        "AGAIN: mbarrier.test_wait.parity.shared.b64 %p3, [%r3], %r7; @!%p3 bra AGAIN; bar.warp.sync -1;",
+    );
+    passes(TILE, &twice, 64, 1);
+    passes(TILE, &RING.replace("mbarrier.try_wait", "mbarrier.test_wait"), 64, 1);
+    let state = "mov.u32 %r3, bar; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [%r3], 64; bar.sync 0; mov.u32 %r5, 0;
+        NEXT: mbarrier.arrive.shared.b64 %rd5, [%r3];
+        WAIT: mbarrier.try_wait.shared.b64 %p3, [%r3], %rd5; @!%p3 bra WAIT;
+        add.u32 %r5, %r5, 1; setp.lt.u32 %p4, %r5, 5; @%p4 bra NEXT;";
+    passes(TILE, state, 64, 1);
+    // A warp that has learned by a barrier of the CTA that phases are over need not have waited for them.
+    let skips = RING.replace("@!%p1 exit;", "setp.ge.u32 %p6, %r1, 16; @%p6 bra LATER; @!%p1 bra LATER;");
+    let skips = skips.replace("@%p4 bra FILL; exit;", "@%p4 bra FILL; bra LATER;").replace(
+        "@%p4 bra FULL;",
+        "@%p4 bra FULL;
+        LATER: bar.sync 1; LAST: mbarrier.try_wait.parity.shared.b64 %p3, [%r3+8], 1; @!%p3 bra LAST;",
+    );
+    passes(TILE, &skips, 64, 1);
+}
+
+#[test]
+fn barriers_are_for_the_threads_that_come() {
+    let body = "mov.u32 %r2, 64; setp.ge.u32 %p1, %r1, 32; @%p1 mov.u32 %r2, 64; bar.sync 1, %r2; bar.sync 1, 64; bar.arrive 2, 64; bar.sync 3;";
+    for (what, by, expected) in [
+        ("@%p1 mov.u32 %r2, 64;", "@%p1 mov.u32 %r2, 96;", "it must be a multiple of 32 up to the CTA's 64"),
+        (
+            "@%p1 mov.u32 %r2, 64;",
+            "@%p1 mov.u32 %r2, 32;",
+            "32 of 64 threads have arrived|warps that arrived before said",
+        ),
+        ("mov.u32 %r2, 64;", "mov.u32 %r2, 40;", "multiple of 32"),
+        ("bar.sync 1, 64;", "@%p1 bar.sync 1, 64;", "barrier 1, at which 32 of 64 threads have arrived"),
+    ] {
+        for error in breaks("", body, (what, by), 64, 1) {
+            // Where the warp that is enough alone comes first, the other is left.
+            let text = error.to_string();
+            assert!(expected.split('|').any(|expected| text.contains(expected)), "{by}: {error}");
+        }
+    }
+}
+
+#[test]
+fn sync_masks_name_lanes_that_come() {
+    let body =
+        "setp.ge.u32 %p1, %r1, 16; @%p1 bra END; shfl.sync.idx.b32 %r2, %r1, 3, 0x1f, 0xffff; bar.warp.sync 0xffff;
+        vote.sync.ballot.b32 %r3, %p1, 0xffff; bra.uni LAST; END: exit; LAST: st.global.u32 [%rd1], %r3;";
+    for (what, by, expected) in [
+        ("0x1f, 0xffff;", "0x1f, -1;", "lanes 0xffff0000"),
+        ("bar.warp.sync 0xffff;", "bar.warp.sync -1;", "lanes 0xffff0000"),
+        ("0x1f, 0xffff;", "0x1f, 0xff;", "lanes 0x0000ff00 are not in their own member mask"),
+    ] {
+        for error in breaks("", body, (what, by), 32, 1) {
+            assert!(error.to_string().contains(expected), "{by}: {error}");
+        }
+    }
+    // Lanes that are elsewhere for good: they wait for each other.
+    let apart = body.replace("END: exit;", "END: bar.warp.sync 0xffff0000;");
+    passes("", &apart, 32, 1);
+    let wrong = apart.replace("sync 0xffff0000;", "sync -1;").replace("0x1f, 0xffff;", "0x1f, -1;");
+    for outcome in outcomes("", &wrong, 32, 1) {
+        let error = outcome.expect_err("lanes apart");
+        assert!(matches!(error, SimError::Deadlock(_)) && error.to_string().contains("bar.warp.sync"), "{error}");
+    }
+}
+
+#[test]
+fn setmaxnreg_takes_registers_that_others_gave_back() {
+    let body = "setp.lt.u32 %p1, %r1, 128; @%p1 bra GIVE; setmaxnreg.inc.sync.aligned.u32 240; bra END;
+        GIVE: setmaxnreg.dec.sync.aligned.u32 24; END: st.global.u32 [%rd1], 1;";
+    for error in breaks("", body, ("setmaxnreg.dec.sync.aligned.u32 24;", ""), 384, 1) {
+        assert!(
+            matches!(error, SimError::Deadlock(_)) && error.to_string().contains("240 registers a thread"),
+            "{error}"
+        );
+    }
+    for error in breaks("", body, ("dec.sync.aligned.u32 24;", "inc.sync.aligned.u32 24;"), 384, 1) {
+        assert!(error.to_string().contains("setmaxnreg.inc to 24 registers"), "{error}");
+    }
+}
+
+#[test]
+fn a_product_reads_its_own_stage_and_is_waited_for_before_a_refill() {
+    // Thread 0 fills the second stage while the first is multiplied, and the first after that.
+    let fill = |stage: &str, bar: &str| {
+        format!(
+            "@!%p2 bra {stage}; mbarrier.arrive.expect_tx.shared.b64 _, [%r9+{bar}], 64;
+             cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2+{stage}], [%rd3], 64, [%r9+{bar}];
+             WAIT{stage}: mbarrier.try_wait.parity.shared.b64 %p3, [%r9+{bar}], 0; @!%p3 bra WAIT{stage}; S{stage}:"
+        )
+        .replace(&format!("bra {stage};"), &format!("bra S{stage};"))
+    };
+    let both = PRODUCT
+        .replace("st.shared.v4.u32 [%r4], {", "st.shared.v4.u32 [%r4+8192], {%r5, %r5, %r5, %r5}; st.shared.v4.u32 [%r4+8208], {%r5, %r5, %r5, %r5}; st.shared.v4.u32 [%r4], {")
+        .replace("fence.proxy.async; bar.sync 0;", "mov.u32 %r9, bar; setp.eq.u32 %p2, %r1, 0; @%p2 mbarrier.init.shared.b64 [%r9], 1;
+            @%p2 mbarrier.init.shared.b64 [%r9+8], 1; fence.proxy.async; bar.sync 0;")
+        .replace("wgmma.commit_group.sync.aligned;", &format!("wgmma.commit_group.sync.aligned; {} bar.warp.sync -1;", fill("8192", "0")))
+        .replace("add.u32 %r6, %r20, %r21; bar.sync 0; st.shared.u32 [%r4], %r6;", &format!("bar.sync 0; {} bar.warp.sync -1; add.u32 %r6, %r20, %r21;", fill("0", "8")))
+        .replace("or.b64 %rd10, %rd10, 0x1000080000;", "or.b64 %rd10, %rd10, 0x1000080000; add.u64 %rd10, %rd10, 0;");
+    let globals = ".shared .align 1024 .b8 tile[16384]; .shared .align 8 .b64 bar[2];";
+    let text = races(breaks(globals, &both, ("add.u64 %rd10, %rd10, 0;", "add.u64 %rd10, %rd10, 512;"), 128, 1));
+    assert!(text.contains("wgmma.mma_async") && text.contains("cp.async.bulk"), "{text}");
+    let early = ("wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;");
+    let text = races(breaks(
+        globals,
+        &both.replace("add.u32 %r6, %r20, %r21;", "wgmma.wait_group.sync.aligned 0;"),
+        early,
+        128,
+        1,
+    ));
+    assert!(text.contains("wgmma.mma_async") && text.contains("cp.async.bulk"), "{text}");
+}
+
+/// Runs the kernel that stores a word and the one that loads it: one after the other, or together.
+fn two_launches(together: bool) -> Result<(), SimError> {
+    let text = kernel(
+        "",
+        "setp.eq.u64 %p1, %rd3, 0; @%p1 bra LOAD; st.global.u32 [%rd1], 1; exit; LOAD: ld.global.u32 %r2, [%rd1];",
+    );
+    let module = Module::parse(&text).unwrap_or_else(|error| panic!("{error}"));
+    let mut machine = Machine::new(1);
+    let out = machine.alloc(0, 128, "out")?;
+    machine.fill(out, 128, 0)?;
+    let launches = [1, 0].map(|role| Launch {
+        device: 0,
+        module: &module,
+        entry: "k",
+        grid: [1, 1, 1],
+        cluster: [1, 1, 1],
+        block: [32, 1, 1],
+        shared_bytes: 0,
+        args: vec![Arg::U64(out), Arg::U64(role)],
+    });
+    let options = RunOptions { checks: true, ..RunOptions::default() };
+    match together {
+        true => machine.run(&launches, &options).map(|_| ()),
+        false => launches.iter().try_for_each(|launch| machine.run(std::slice::from_ref(launch), &options).map(|_| ())),
+    }
+}
+
+#[test]
+fn launches_are_ordered_by_the_one_before() {
+    two_launches(false).unwrap_or_else(|error| panic!("{error}"));
+    let error = two_launches(true).expect_err("a race");
+    assert!(matches!(error, SimError::Fault { fault: Fault::Race { .. }, .. }), "{error}");
+}
+
+#[test]
+fn progress_is_made_under_any_residency() {
+    // Every CTA waits for the one before it; the wrong kernel for the one after it.
+    let body = "setp.ne.u32 %p1, %r1, 0; @%p1 exit; mov.u32 %r2, %ctaid.x; mul.wide.u32 %rd5, %r2, 4; add.u64 %rd5, %rd5, %rd2;
+        setp.eq.u32 %p2, %r2, 0; @%p2 bra GO; SPIN: ld.acquire.gpu.global.u32 %r4, [%rd5+-4]; setp.eq.u32 %p3, %r4, 0; @%p3 bra SPIN;
+        GO: st.release.gpu.global.u32 [%rd5], 1;";
+    let wrong = body.replace("setp.eq.u32 %p2, %r2, 0;", "setp.eq.u32 %p2, %r2, 3;").replace("[%rd5+-4]", "[%rd5+4]");
+    let with = |body: &str, residency| {
+        let mut setup = setup(32, 4, 1);
+        setup.options.residency = residency;
+        run(&kernel("", body), &setup).map(|_| ())
+    };
+    for residency in [None, Some(1), Some(2)] {
+        with(body, residency).unwrap_or_else(|error| panic!("{error}"));
+    }
+    with(&wrong, Some(4)).unwrap_or_else(|error| panic!("{error}"));
+    let error = with(&wrong, Some(1)).expect_err("CTA 1 never starts");
+    assert!(matches!(error, SimError::Livelock(_)), "{error}");
 }
 
 #[test]

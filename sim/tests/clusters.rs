@@ -90,6 +90,27 @@ fn a_multicast_waits_for_the_consumers_of_both_ctas() {
 }
 
 #[test]
+fn an_arrival_without_a_scope_says_that_reading_is_done() {
+    // Enough for a refill of what was read...
+    let unscoped = replaced(MULTICAST, "arrive.release.cluster.shared::cluster", "arrive.shared::cluster");
+    let unscoped =
+        replaced(&unscoped, "EMPTY: mbarrier.try_wait.parity.acquire.cluster", "EMPTY: mbarrier.try_wait.parity");
+    for body in [&unscoped, &replaced(&unscoped, "arrive.shared::cluster", "arrive.release.cta.shared::cluster")] {
+        for seed in 0..20 {
+            words(body, &setup(64, 2, seed));
+        }
+    }
+    // ...but not for what was written.
+    let store = "st.shared::cluster.u32 [%r5+4], 9; mbarrier.arrive.shared::cluster.b64 _, [%r6];";
+    let own = "st.shared::cluster.u32 [%r5+4], 9; fence.acq_rel.cta; mbarrier.arrive.release.cta.shared::cluster.b64 _, [%r6];";
+    for act in [store, own] {
+        for error in errors(&remote(act), 32) {
+            assert!(matches!(fault(&error), Fault::Race { .. }), "{error}");
+        }
+    }
+}
+
+#[test]
 fn a_cta_outlives_what_the_cluster_does_to_it() {
     let body = replaced(
         MULTICAST,

@@ -27,6 +27,11 @@ impl Entry {
         tick <= self.all || lanes & !if tick <= self.tick { self.lanes } else { 0 } == 0
     }
 
+    /// Whether what some lane did at `tick` or later is known.
+    pub fn reaches(self, tick: u32) -> bool {
+        tick <= self.all || tick <= self.tick && self.lanes != 0
+    }
+
     #[inline]
     fn joined(self, other: Self) -> Self {
         let mut all = self.all.max(other.all);
@@ -147,12 +152,23 @@ pub(super) struct Clock {
     seen: Known<Entry>,
     /// Of asynchronous operations, by the agent that stands for their completion.
     completed: Known<u32>,
+    /// Reads that are over, of warps whose writes are not known.
+    read: Known<Entry>,
 }
 
 impl Clock {
     pub fn join(&mut self, other: &Self) {
         self.warps.join(&other.warps);
         self.proxied.join(&other.proxied);
+        self.seen.join(&other.seen);
+        self.completed.join(&other.completed);
+        self.read.join(&other.read);
+    }
+
+    /// Learns what another clock knows to be over: reads, and asynchronous operations; of writes nothing.
+    pub fn join_reads(&mut self, other: &Self) {
+        self.read.join(&other.warps);
+        self.read.join(&other.read);
         self.seen.join(&other.seen);
         self.completed.join(&other.completed);
     }
@@ -189,6 +205,22 @@ impl Clock {
     #[inline]
     pub fn knows(&self, warp: u32, tick: u32, lanes: u32) -> bool {
         self.warps.get(warp).is_some_and(|entry| entry.covers(tick, lanes))
+    }
+
+    /// Whether reads by lanes of a warp are known to be over, by what is known of reads only.
+    #[inline]
+    pub fn knows_read(&self, warp: u32, tick: u32, lanes: u32) -> bool {
+        self.read.get(warp).is_some_and(|entry| entry.covers(tick, lanes))
+    }
+
+    /// Whether a read by some lane of a warp, at a tick or later, is known to be over, by what is known of reads only.
+    pub fn knows_read_of_any(&self, warp: u32, tick: u32) -> bool {
+        self.read.get(warp).is_some_and(|entry| entry.reaches(tick))
+    }
+
+    /// Up to which tick the operations of an agent are known to be complete.
+    pub fn completed(&self, agent: u32) -> u32 {
+        self.completed.get(agent).unwrap_or(0)
     }
 
     #[inline]

@@ -143,15 +143,25 @@ pub(crate) struct Actor<'a> {
     pub homes: &'a [Site],
 }
 
-/// Two accesses that nothing orders.
+/// What is wrong with two accesses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ClashKind {
+    /// Nothing orders them.
+    Race,
+    /// They are ordered, but no proxy fence lies between.
+    Proxy,
+    /// A wait for a phase of an mbarrier, and the completion of the next, which nothing orders.
+    Phase,
+}
+
+/// Two accesses that nothing orders as they must be.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Clash {
     pub before: Record,
     pub before_mode: Mode,
     pub now: Record,
     pub now_mode: Mode,
-    /// They are ordered, but no proxy fence lies between.
-    pub only_proxy: bool,
+    pub kind: ClashKind,
     /// Where: see [`Shadow::access`]; to 128 bytes.
     pub key: u64,
 }
@@ -184,6 +194,7 @@ impl Actor<'_> {
                     // Lanes of one instruction that write the same place: one of them wins.
                     || same && before.tick == me.tick && before.pc() == me.pc()
                     || self.clock.knows(warp, before.tick, lanes)
+                    || before_mode == Mode::Read && self.clock.knows_read(warp, before.tick, lanes)
                     || before.site & STRONG != 0 && self.clock.has_seen(warp, before.tick, before.lanes)
             }
         }
@@ -196,9 +207,9 @@ impl Actor<'_> {
             return Ok(false);
         }
         let me = &self.record;
-        let clash = |only_proxy| Err(Clash { before, before_mode, now: *me, now_mode: self.mode, only_proxy, key: 0 });
+        let clash = |kind| Err(Clash { before, before_mode, now: *me, now_mode: self.mode, kind, key: 0 });
         if !self.follows(before, before_mode) {
-            return if self.morally_strong(*me, before) { Ok(true) } else { clash(false) };
+            return if self.morally_strong(*me, before) { Ok(true) } else { clash(ClashKind::Race) };
         }
         if me.in_async_proxy()
             && !before.in_async_proxy()
@@ -206,7 +217,7 @@ impl Actor<'_> {
             && let Agent::Warp(warp) = Agent::unpack(before.agent)
             && !self.clock.knows_proxied(warp, before.tick, before.lanes)
         {
-            return clash(true);
+            return clash(ClashKind::Proxy);
         }
         Ok(false)
     }
@@ -347,7 +358,14 @@ impl Shadow {
                         reads.chain([(write, Mode::Write)]).find(|(record, mode)| unknown(*record, *mode))
                     {
                         let key = key + u64::from(cell) * LINE;
-                        return Some(Clash { before, before_mode, now, now_mode: Mode::Write, only_proxy: false, key });
+                        return Some(Clash {
+                            before,
+                            before_mode,
+                            now,
+                            now_mode: Mode::Write,
+                            kind: ClashKind::Race,
+                            key,
+                        });
                     }
                 }
             }

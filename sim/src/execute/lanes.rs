@@ -12,6 +12,15 @@ pub(super) enum Gathered {
     Missing { members: u32 },
 }
 
+/// Lanes must be in the member mask that they name.
+fn check_members(members: u32, lanes: u32) -> Result<(), Fault> {
+    let others = lanes & !members;
+    if others == 0 {
+        return Ok(());
+    }
+    Err(Fault::Synchronisation(format!("lanes {others:#010x} are not in their own member mask {members:#010x}")))
+}
+
 impl Context<'_> {
     /// The groups that a `.sync` instruction's lanes form by their member masks.
     pub(super) fn gather(&mut self, members: R32, active: u32) -> Result<Gathered, Fault> {
@@ -20,13 +29,8 @@ impl Context<'_> {
         while rest != 0 {
             let lane = rest.trailing_zeros() as usize;
             let wanted = masks[lane];
-            if wanted >> lane & 1 == 0 {
-                self.fault_lanes = 1 << lane;
-                return Err(Fault::Synchronisation(format!(
-                    "lane {lane} is not in its own member mask {wanted:#010x}"
-                )));
-            }
             let group = lanes(rest).filter(|lane| masks[*lane] == wanted).fold(0, |group, lane| group | 1 << lane);
+            check_members(wanted, group)?;
             let missing = wanted & !group;
             if missing & !self.warp.live != 0 {
                 return Err(Fault::Synchronisation(format!(
@@ -250,12 +254,7 @@ impl Context<'_> {
     }
 
     fn join_warp_barrier(&mut self, wanted: u32, index: usize, active: u32) -> Executed {
-        if wanted & active != active {
-            return Err(Fault::Synchronisation(format!(
-                "lanes {:#010x} are not in their own member mask {wanted:#010x}",
-                active & !wanted
-            )));
-        }
+        check_members(wanted, active)?;
         if wanted & !self.warp.live != 0 {
             return Err(Fault::Synchronisation(format!(
                 "the member mask {wanted:#010x} names lanes {:#010x}, which have exited or never existed",

@@ -15,21 +15,30 @@ use crate::registers::{LANES, Slot, lanes};
 /// limit is its own.
 const SUSPEND_NS: u64 = 1000;
 
-/// Applies a change to the mbarrier at a shared address; the word before it, and whether its phase was completed.
+fn misuse(state: &CtaState, address: u32, error: MbarrierError) -> Fault {
+    Fault::Mbarrier { place: shared_place(&state.shared, u64::from(address)), error }
+}
+
+/// Applies a change to the mbarrier at a shared address; the word before it, and whether its phase was completed. With `checked`, bytes
+/// that nothing can announce any more are an error.
 pub(crate) fn update(
     state: &mut CtaState,
     address: u32,
+    checked: bool,
     change: impl FnOnce(Mbarrier) -> Result<Mbarrier, MbarrierError>,
 ) -> Result<(u64, bool), Fault> {
     let word = read_word(state, address)?;
-    let fail = |error: MbarrierError| {
-        Fault::Synchronisation(format!("mbarrier at {}: {error}", shared_place(&state.shared, u64::from(address))))
+    let changed = |before: Mbarrier| {
+        let after = change(before)?;
+        if checked {
+            after.check_announced()?;
+        }
+        Ok((before, after))
     };
-    let before = Mbarrier::decode(word).map_err(fail)?;
-    let barrier = change(before).map_err(fail)?;
-    state.shared.write(address as usize, &barrier.encode().to_le_bytes());
+    let (before, after) = Mbarrier::decode(word).and_then(changed).map_err(|error| misuse(state, address, error))?;
+    state.shared.write(address as usize, &after.encode().to_le_bytes());
     state.changed = true;
-    Ok((word, barrier.parity() != before.parity()))
+    Ok((word, after.parity() != before.parity()))
 }
 
 fn read_word(state: &CtaState, address: u32) -> Result<u64, Fault> {
@@ -39,19 +48,27 @@ fn read_word(state: &CtaState, address: u32) -> Result<u64, Fault> {
     Ok(u64::from_le_bytes(word))
 }
 
+/// The mbarrier at a shared address, if there is one.
+fn mbarrier_at(state: &CtaState, address: u32) -> Option<Mbarrier> {
+    Mbarrier::decode(read_word(state, address).ok()?).ok()
+}
+
+/// The first of a CTA's mbarriers that has bytes pending, as the CTA exits.
+pub(crate) fn bytes_left(state: &CtaState, mbarriers: &[u32]) -> Option<Fault> {
+    mbarriers.iter().find_map(|&address| {
+        let tx_count = mbarrier_at(state, address)?.tx_count();
+        (tx_count != 0).then(|| misuse(state, address, MbarrierError::BytesLeft { tx_count }))
+    })
+}
+
 /// Whether the phase that a wait names is complete.
 pub(crate) fn is_complete(state: &CtaState, address: u32, phase: Phase) -> Result<bool, Fault> {
-    let fail = |error: MbarrierError| {
-        Fault::Synchronisation(format!("mbarrier at {}: {error}", shared_place(&state.shared, u64::from(address))))
-    };
-    let barrier = Mbarrier::decode(read_word(state, address)?).map_err(fail)?;
-    match phase {
-        Phase::Parity(parity) if parity > 1 => {
-            Err(Fault::Synchronisation(format!("phase parity {parity}; it must be 0 or 1")))
-        }
+    let complete = |barrier: Mbarrier| match phase {
+        Phase::Parity(parity) if parity > 1 => Err(MbarrierError::Parity { parity }),
         Phase::Parity(parity) => Ok(barrier.test_parity(parity)),
-        Phase::State(word) => barrier.test_state(word).map_err(fail),
-    }
+        Phase::State(word) => barrier.test_state(word),
+    };
+    Mbarrier::decode(read_word(state, address)?).and_then(complete).map_err(|error| misuse(state, address, error))
 }
 
 /// A wait's operands.
@@ -66,7 +83,7 @@ struct Waited {
 
 impl Context<'_> {
     /// Tells the checks of a wait by each lane.
-    fn check_waits(&mut self, addresses: &[u32; LANES], active: u32) -> Result<(), Fault> {
+    fn check_waits(&mut self, addresses: &[u32; LANES], phase: WaitPhase, active: u32) -> Result<(), Fault> {
         let Some(checker) = self.checker.as_deref_mut() else {
             return Ok(());
         };
@@ -83,6 +100,14 @@ impl Context<'_> {
                 strong: Some(Scope::Cta),
             };
             checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
+            if let (WaitPhase::Parity(parity), Some(barrier)) = (phase, mbarrier_at(self.state, address)) {
+                let parities = parity.get(&self.warp.registers);
+                for parity in [0, 1].into_iter().filter(|parity| lanes(same).any(|lane| parities[lane] == *parity)) {
+                    checker
+                        .check_parity(self.agent, (self.state.id, address), parity, barrier.parity())
+                        .map_err(|error| misuse(self.state, address, error))?;
+                }
+            }
             rest &= !same;
         }
         Ok(())
@@ -99,7 +124,8 @@ impl Context<'_> {
             self.fault_lanes = 1 << lane;
             let place = self.locate_mbarrier(operation, addresses[lane])?;
             let address = place.address as u32;
-            self.check_mbarrier(operation, (place.cta, address), lane)?;
+            self.check_mbarrier(operation, place, lane)?;
+            let checked = self.checker.is_some();
             let state = state_at(self.state, self.peers, place);
             let registers = &self.warp.registers;
             let mut completed = false;
@@ -107,29 +133,28 @@ impl Context<'_> {
                 MbarrierAction::Init { count } => {
                     let count = count.get(registers)[lane];
                     let at = shared_range(&state.shared, u64::from(address), 8)?;
-                    let barrier = Mbarrier::init(count)
-                        .map_err(|error| Fault::Synchronisation(format!("mbarrier.init: {error}")))?;
+                    let barrier = Mbarrier::init(count).map_err(|error| misuse(state, address, error))?;
                     state.shared.write(at, &barrier.encode().to_le_bytes());
                 }
                 MbarrierAction::Invalidate => {
-                    update(state, address, Ok)?;
+                    update(state, address, checked, Ok)?;
                     let word = Mbarrier::INVALID.to_le_bytes();
                     state.shared.write(address as usize, &word);
                     state.shared.unmark(address as usize, 8);
                 }
                 MbarrierAction::ExpectBytes { bytes } => {
                     let bytes = bytes.get(registers)[lane];
-                    (_, completed) = update(state, address, |barrier| barrier.expect_tx(bytes))?;
+                    (_, completed) = update(state, address, checked, |barrier| barrier.expect_tx(bytes))?;
                 }
                 MbarrierAction::CompleteBytes { bytes } => {
                     let bytes = bytes.get(registers)[lane];
-                    (_, completed) = update(state, address, |barrier| barrier.complete_tx(bytes))?;
+                    (_, completed) = update(state, address, checked, |barrier| barrier.complete_tx(bytes))?;
                 }
                 MbarrierAction::Arrive { state: before, count, expect_bytes, drop, no_complete } => {
                     let count = count.get(registers)[lane];
                     let bytes = expect_bytes.map(|bytes| bytes.get(registers)[lane]);
                     let word;
-                    (word, completed) = update(state, address, |barrier| match bytes {
+                    (word, completed) = update(state, address, checked, |barrier| match bytes {
                         Some(bytes) if *drop => barrier.expect_tx(bytes)?.arrive_drop(count),
                         Some(bytes) => barrier.arrive_expect_tx(bytes),
                         None if *drop => barrier.arrive_drop(count),
@@ -143,7 +168,8 @@ impl Context<'_> {
                 MbarrierAction::Wait { .. } => {}
             }
             if completed && let Some(checker) = &mut self.checker {
-                checker.complete_phase(place.cta, address);
+                let completion = checker.completion(self.agent, 1 << lane, self.pc);
+                checker.complete_phase(completion, place.cta, address)?;
             }
         }
         self.fault_lanes = 0;
@@ -153,22 +179,27 @@ impl Context<'_> {
     }
 
     /// Tells the checks: an mbarrier is used by many, but initialised before.
-    fn check_mbarrier(&mut self, operation: &MbarrierOp, (cta, address): (u64, u32), lane: usize) -> Result<(), Fault> {
+    fn check_mbarrier(&mut self, operation: &MbarrierOp, place: SharedAt, lane: usize) -> Result<(), Fault> {
         let Some(checker) = self.checker.as_deref_mut() else {
             return Ok(());
         };
-        let (warp, lanes) = (self.agent, 1 << lane);
-        let changes = matches!(operation.action, MbarrierAction::Init { .. } | MbarrierAction::Invalidate);
-        let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cluster)) };
-        checker.access(
-            Access { warp, lanes, pc: self.pc, reads: false, mode, strong },
-            shared_key(cta, u64::from(address)),
-            8,
-        )?;
+        let (warp, lanes, address) = (self.agent, 1 << lane, place.address as u32);
+        let at = (place.cta, address);
+        let live = matches!(operation.action, MbarrierAction::Init { .. });
+        let changes = live || matches!(operation.action, MbarrierAction::Invalidate);
         if changes {
-            checker.init_mbarrier(cta, address);
-        } else if matches!(operation.action, MbarrierAction::Arrive { .. }) {
-            checker.arrive_mbarrier(warp, lanes, (cta, address), operation.scope, operation.relaxed);
+            let in_use = mbarrier_at(self.state, address).is_some();
+            checker.init_mbarrier(at, live, in_use).map_err(|error| misuse(self.state, address, error))?;
+        }
+        let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cluster)) };
+        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong };
+        checker.access(access, shared_key(place.cta, place.address), 8)?;
+        match operation.action {
+            MbarrierAction::Arrive { .. } => {
+                checker.arrive_mbarrier(warp, lanes, at, operation.scope, operation.relaxed);
+            }
+            _ if !changes => checker.precede_phase(warp, lanes, at),
+            _ => {}
         }
         Ok(())
     }
@@ -191,7 +222,7 @@ impl Context<'_> {
 
     fn mbarrier_wait(&mut self, index: usize, addresses: &[u32; LANES], wait: Waited, active: u32) -> Executed {
         let Waited { done, phase, suspends, limit, relaxed, scope } = wait;
-        self.check_waits(addresses, active)?;
+        self.check_waits(addresses, phase, active)?;
         let (mut complete, mut blocking) = (0, None);
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
@@ -214,14 +245,13 @@ impl Context<'_> {
         }
         self.warp.registers.set_predicate(done, active, complete);
         if complete != 0
-            && !relaxed
             && let Some(checker) = self.checker.as_deref_mut()
         {
             let mut rest = complete;
             while rest != 0 {
                 let address = addresses[rest.trailing_zeros() as usize % LANES];
                 let same = lanes(rest).filter(|lane| addresses[*lane] == address).fold(0, |all, lane| all | 1 << lane);
-                checker.wait_mbarrier(self.agent, same, self.state.id, address, scope);
+                checker.wait_mbarrier((self.agent, same, self.pc), (self.state.id, address), scope, relaxed);
                 rest &= !same;
             }
         }

@@ -18,6 +18,10 @@ pub enum Edit {
     Add(i32, i64),
     /// The lowest bit of an operand is flipped.
     Flip(i32),
+    /// An operand becomes a value.
+    Become(i32, i64),
+    /// An operand becomes the rank of the executing CTA in its cluster.
+    BecomeRank(i32),
     /// A wait for an mbarrier finds it complete.
     Pass,
     /// The next conditional branch is always taken.
@@ -181,8 +185,18 @@ fn apply(lines: &mut [String], at: usize, edit: Edit) -> Result<()> {
     match edit {
         Edit::Drop => lines[at].clear(),
         Edit::Replace(from, to) => lines[at] = line.replacen(from, to, 1),
-        Edit::Add(operand, value) => lines[at] = with_operand(&line, operand, "add.s", value)?,
-        Edit::Flip(operand) => lines[at] = with_operand(&line, operand, "xor.b", 1)?,
+        Edit::Add(operand, value) => {
+            lines[at] = with_operand(&line, operand, |bits, old| format!("add.s{bits} mutant, {old}, {value};"))?
+        }
+        Edit::Flip(operand) => {
+            lines[at] = with_operand(&line, operand, |bits, old| format!("xor.b{bits} mutant, {old}, 1;"))?
+        }
+        Edit::Become(operand, value) => {
+            lines[at] = with_operand(&line, operand, |bits, _| format!("mov.b{bits} mutant, {value};"))?
+        }
+        Edit::BecomeRank(operand) => {
+            lines[at] = with_operand(&line, operand, |_, _| "mov.u32 mutant, %cluster_ctarank;".to_owned())?
+        }
         Edit::Pass => lines[at] = "setp.eq.u32 complete, 0, 0;".to_owned(),
         Edit::Branch => {
             let branch = next(lines, at, |line| line.starts_with('@') && line.contains("bra"))?;
@@ -214,8 +228,8 @@ fn next(lines: &[String], at: usize, wanted: impl Fn(&str) -> bool) -> Result<us
     found.context("no such line follows")
 }
 
-/// The instruction with `operation value` done to one operand, in a scope of its own.
-fn with_operand(line: &str, operand: i32, operation: &str, value: i64) -> Result<String> {
+/// The instruction with another operand, in a scope of its own: what `change` makes of the old one, of so many bits.
+fn with_operand(line: &str, operand: i32, change: impl Fn(u32, &str) -> String) -> Result<String> {
     let is_operand = |text: &str| text.starts_with("%r") || text.starts_with(|c: char| c.is_ascii_digit());
     let opcode = line.trim_start().find([' ', '\t']).unwrap_or(0) + line.len() - line.trim_start().len();
     let mut operands = Vec::new();
@@ -232,9 +246,11 @@ fn with_operand(line: &str, operand: i32, operation: &str, value: i64) -> Result
     let place = usize::try_from(index).ok().and_then(|index| operands.get(index));
     let place = place.with_context(|| format!("`{line}` has only {} operands", operands.len()))?.clone();
     let old = &line[place.clone()];
-    let bits = if old.starts_with("%rd") { 64 } else { 32 };
+    let kinds = [("%rd", 64), ("%rs", 16)];
+    let bits = kinds.iter().find(|(kind, _)| old.starts_with(kind)).map_or(32, |(_, bits)| *bits);
+    let change = change(bits, old);
     let new = format!("{}mutant{}", &line[..place.start], &line[place.end..]);
-    Ok(format!("{{\n.reg .b{bits} mutant;\n{operation}{bits} mutant, {old}, {value};\n{new}\n}}"))
+    Ok(format!("{{\n.reg .b{bits} mutant;\n{change}\n{new}\n}}"))
 }
 
 #[cfg(test)]
@@ -269,9 +285,10 @@ mod tests {
         ] {
             let expected =
                 format!("{{\n.reg .b{bits} mutant;\nadd.s{bits} mutant, {old}, -8;\nld.x.v2.u32 {new}, _;\n}}");
-            assert_eq!(with_operand(line, operand, "add.s", -8).expect("an operand"), expected);
+            let less = |bits, old: &str| format!("add.s{bits} mutant, {old}, -8;");
+            assert_eq!(with_operand(line, operand, less).expect("an operand"), expected);
         }
-        with_operand(line, 4, "add.s", 1).expect_err("four operands");
+        with_operand(line, 4, |_, _| String::new()).expect_err("four operands");
     }
 
     #[test]

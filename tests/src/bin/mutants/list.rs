@@ -1,9 +1,9 @@
 //! The planted bugs.
 
-use ferromoe_kernel::shared::stage_bytes;
+use ferromoe_kernel::shared::{CONSUMER_WARPGROUPS, CONSUMER_WARPS, stage_bytes};
 use ferromoe_kernel::tile::MAX_TOKEN_TILE;
 
-use crate::edit::Edit::{Add, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Twice};
+use crate::edit::Edit::{Add, Become, BecomeRank, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Twice};
 use crate::edit::{Edit, Plant};
 
 /// A bug, as one or more edits of the kernel's PTX.
@@ -39,6 +39,14 @@ const PROXY: &str = "fence.proxy.async";
 const FENCE: &str = "fence.acq_rel.sys";
 const WAIT: &str = "mbarrier.try_wait";
 const ARRIVE: &str = "mbarrier.arrive.shared";
+/// At a barrier of the own CTA.
+const OWN_ARRIVE: &str = "mbarrier.arrive.shared::cta";
+/// At a peer's, with what was written for it.
+const PEER_ARRIVE: &str = "mbarrier.arrive.release.cluster.shared::cluster";
+const MULTICAST: &str = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast";
+const CLUSTER: &str = "barrier.cluster";
+const CLUSTER_ARRIVE: &str = "barrier.cluster.arrive";
+const CLUSTER_WAIT: &str = "barrier.cluster.wait";
 const EXPECT: &str = "mbarrier.arrive.expect_tx";
 const INIT: &str = "mbarrier.init";
 const ATOM: &str = "atom.";
@@ -46,7 +54,7 @@ const STAGE: i64 = stage_bytes(MAX_TOKEN_TILE) as i64;
 
 /// Why one fence less is no bug where barriers are initialised.
 const INITIALISED: &str =
-    "the other of the two fences and the CTA barrier behind them do the same for a cluster of one CTA";
+    "the other of the two fences and the cluster's barrier behind them, whose arrival is a release, do the same";
 /// Why one fence less is no bug between two bulk copies.
 const COMPLETED: &str = "rows and columns are written and read by bulk copies, and the completion of one is followed by an \
     implicit proxy fence (PTX ISA, \"Async proxy\")";
@@ -60,6 +68,7 @@ pub fn mutants() -> Vec<Mutant> {
         bulk_copies(),
         products(),
         barriers(),
+        clusters(),
         global_order(),
         global_counts(),
         progress(),
@@ -154,40 +163,38 @@ fn fences() -> Vec<Mutant> {
 /// Each wait for an mbarrier, twice: passed, and for the other parity.
 fn mbarrier_waits() -> Vec<Mutant> {
     vec![
-        bug("a consumer does not wait for a task", WAIT, "cta::read cta::take_warp", Pass),
-        bug("the producer does not wait for a task", WAIT, "cta::read produce::produce", Pass),
-        bug("the publisher does not wait for a task", WAIT, "cta::read publish::publish", Pass),
+        bug("a consumer does not wait for a task", WAIT, "cta::is_ready cta::take_warp", Pass),
+        bug("the producer does not wait for a task", WAIT, "cta::is_ready produce::produce", Pass),
+        bug("the publisher does not wait for a task", WAIT, "cta::is_ready publish::next_task", Pass),
         bug("the scheduler does not wait for a free task slot", WAIT, "cta::put", Pass),
         bug("a consumer reads the row metas before the first stage is full", WAIT, "consume::run", Pass),
         bug("a consumer does not wait for full stages", WAIT, "consume::multiply", Pass),
         bug("the producer does not wait for free stages", WAIT, "produce::load_weights", Pass),
-        bug("linear 1 does not wait for its staging buffer", WAIT, "consume::take_staging linear1::finish", Pass),
-        bug("linear 2 does not wait for its staging buffer", WAIT, "consume::take_staging linear2::finish", Pass),
-        bug("the publisher does not wait for staged activations", WAIT, "publish::store_columns", Pass),
-        bug("the publisher does not wait for stored results", WAIT, "publish::announce_results", Pass),
+        bug("linear 1 does not wait for a staging buffer", WAIT, "consume::take_staging linear1::finish", Pass),
+        bug("a tile's end does not wait for the staging buffers", WAIT, "consume::run consume::take_staging", Pass),
+        bug_at("the publisher does not wait for staged results", WAIT, "publish::poll", 1, Pass),
         bug("a pulled piece is stored before it has landed", WAIT, "pull::pull", Pass),
         bug("a combined piece is read before it has landed", WAIT, "combine::sum", Pass),
-        bug("a consumer waits for a task with the other parity", WAIT, "cta::read cta::take_warp", Flip(1)),
-        bug("the producer waits for a task with the other parity", WAIT, "cta::read produce::produce", Flip(1)),
-        bug("the publisher waits for a task with the other parity", WAIT, "cta::read publish::publish", Flip(1)),
+        bug("a consumer waits for a task with the other parity", WAIT, "cta::is_ready cta::take_warp", Flip(1)),
+        bug("the producer waits for a task with the other parity", WAIT, "cta::is_ready produce::produce", Flip(1)),
+        bug("the publisher waits for a task with the other parity", WAIT, "cta::is_ready publish::next_task", Flip(1)),
         bug("the scheduler waits for a task slot with the other parity", WAIT, "cta::put", Flip(1)),
         bug("the row metas are read with the other parity", WAIT, "consume::run", Flip(1)),
         bug("a consumer waits for stages with the other parity", WAIT, "consume::multiply", Flip(1)),
         bug("the producer waits for stages with the other parity", WAIT, "produce::load_weights", Flip(1)),
         bug(
-            "linear 1 waits for its staging buffer with the other parity",
+            "linear 1 waits for a staging buffer with the other parity",
             WAIT,
             "consume::take_staging linear1::finish",
             Flip(1),
         ),
         bug(
-            "linear 2 waits for its staging buffer with the other parity",
+            "a tile's end waits for the staging buffers with the other parity",
             WAIT,
-            "consume::take_staging linear2::finish",
+            "consume::run consume::take_staging",
             Flip(1),
         ),
-        bug("the publisher waits for activations with the other parity", WAIT, "publish::store_columns", Flip(1)),
-        bug("the publisher waits for results with the other parity", WAIT, "publish::announce_results", Flip(1)),
+        bug_at("the publisher waits for staged results with the other parity", WAIT, "publish::poll", 1, Flip(1)),
         bug("a pulled piece is waited for with the other parity", WAIT, "pull::pull", Flip(1)),
         bug("a combined piece is waited for with the other parity", WAIT, "combine::sum", Flip(1)),
     ]
@@ -215,13 +222,14 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug("consumers do not give task slots back", ARRIVE, "cta::take_warp", Drop),
         bug("consumers do not give stages back", ARRIVE, "consume::release", Drop),
         bug("staging is not handed over", ARRIVE, "consume::hand_over", Drop),
-        bug("staging of linear 1 is not given back", ARRIVE, "publish::give_back publish::store_columns", Drop),
-        bug("staging of linear 2 is not given back", ARRIVE, "publish::give_back publish::announce_results", Drop),
+        bug("staging is not given back", OWN_ARRIVE, "publish::poll", Drop),
         bug("a task is announced twice", ARRIVE, "cta::put", Twice),
         bug("consumers give task slots back twice", ARRIVE, "cta::take_warp", Twice),
         bug("consumers give stages back twice", ARRIVE, "consume::release", Twice),
         bug("staging is handed over twice", ARRIVE, "consume::hand_over", Twice),
-        bug("staging is given back twice", ARRIVE, "publish::give_back publish::store_columns", Twice),
+        bug("staging is given back twice", OWN_ARRIVE, "publish::poll", Twice),
+        bug("the other staging buffer is given back", OWN_ARRIVE, "publish::poll", Add(0, 8)),
+        bug("the other staging buffer is handed over", OWN_ARRIVE, "consume::hand_over", Add(0, 8)),
         bug("consumers give the next stage back", ARRIVE, "consume::release", Add(0, 8)),
         bug(
             "the producer gives a task slot back before it has read it",
@@ -242,19 +250,21 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug("a pull buffer expects 16 bytes too few", EXPECT, "pull::pull", Add(-1, -16)),
         bug("a combine buffer expects 16 bytes too many", EXPECT, "combine::load_next", Add(-1, 16)),
         bug("a combine buffer expects 16 bytes too few", EXPECT, "combine::load_next", Add(-1, -16)),
-        bug("the producer's ring has a stage less", "setp.eq", "cta::advance produce::load", Replace(", 4;", ", 3;")),
-        bug(
-            "the consumers' ring has a stage less",
-            "setp.eq",
-            "cta::advance consume::multiply",
-            Replace(", 4;", ", 3;"),
-        ),
+        bug("the producer's ring has a stage less", "setp.eq", "cta::advance produce::load", Add(-1, -1)),
+        bug("the consumers' ring has a stage less", "setp.eq", "cta::advance consume::multiply", Add(-1, -1)),
         bug("the scheduler's ring has a task slot less", "setp.eq", "cta::advance cta::put", Replace(", 4;", ", 3;")),
         bug(
             "the consumers' ring has a task slot more",
             "setp.eq",
             "cta::advance cta::take_warp",
             Replace(", 4;", ", 5;"),
+        ),
+        bug_at(
+            "the publisher's ring has a staging buffer more",
+            "setp.eq",
+            "publish::poll cta::advance",
+            1,
+            Replace(", 2;", ", 3;"),
         ),
         bug(
             "the ring of combine loads has a buffer more",
@@ -329,7 +339,7 @@ fn bulk_copies() -> Vec<Mutant> {
             "a tensor load completes on the next stage's barrier",
             "cp.async.bulk.tensor.2d.shared",
             "produce::load",
-            Add(-1, 8),
+            Add(4, 8),
         ),
         bug(
             "activations are stored one row too far",
@@ -353,9 +363,9 @@ fn products() -> Vec<Mutant> {
         bug_at("two products stay in flight where one may", wait, "consume::multiply", 0, Replace(" 1;", " 2;")),
         bug_at("no wait for the last products", wait, "consume::multiply", 1, Drop),
         bug_at("one product stays in flight at the end", wait, "consume::multiply", 1, Replace(" 0;", " 1;")),
-        bug("the product's tokens are the next stage's", "wgmma.mma_async", "consume::multiply", Add(-5, STAGE / 16)),
-        bug("the product's weights are the next stage's", "wgmma.mma_async", "consume::multiply", Add(-6, STAGE / 16)),
-        bug("the product's tokens begin 16 bytes too far", "wgmma.mma_async", "consume::multiply", Add(-5, 1)),
+        bug("the product's tokens are the next stage's", "mov.b64 b,", "consume::multiply", Add(0, STAGE / 16)),
+        bug("the product's weights are the next stage's", "mov.b64 a,", "consume::multiply", Add(0, STAGE / 16)),
+        bug("the product's tokens begin 16 bytes too far", "mov.b64 b,", "consume::multiply", Add(0, 1)),
         bug(
             "consumers take more registers than there are",
             "setmaxnreg.inc",
@@ -369,9 +379,6 @@ fn products() -> Vec<Mutant> {
 fn barriers() -> Vec<Mutant> {
     let (cta, warp) = ("bar.sync", "bar.warp.sync");
     vec![
-        bug_at("no CTA barrier behind the initialisation", cta, "entry::ferromoe_forward", 0, Drop),
-        bug_at("no CTA barrier before the launch ends", cta, "entry::ferromoe_forward", 1, Drop),
-        bug_at("CTA barrier at the start does without a warp", cta, "entry::ferromoe_forward", 0, Add(-1, -32)),
         bug("consumers combine before all are done with the stages", cta, "consume::consume barrier::bar_sync", Drop),
         bug("pull does not wait for the counts", cta, "pull::pull", Drop),
         bug("pull does not wait for the counts, nor do the counts for pull", cta, "pull::pull", Drop).and(bug(
@@ -380,13 +387,10 @@ fn barriers() -> Vec<Mutant> {
             "schedule::schedule",
             Drop,
         )),
-        bug_at("linear 1 reads row metas before all are there", cta, "linear1::finish", 0, Drop),
-        bug_at("linear 1's row metas are overwritten while they are read", cta, "linear1::finish", 1, Drop),
-        bug_at("linear 2 sends rows before all are staged", cta, "linear2::finish", 1, Drop),
-        bug_at("linear 2 stages a chunk while the last is sent", cta, "linear2::finish", 0, Drop),
-        bug_at("linear 2's row metas are overwritten while they are read", cta, "linear2::finish", 2, Drop),
+        bug_at("row metas are read before all are there", cta, "consume::run consume::sync", 0, Drop),
+        bug("linear 2 sends rows before all are staged", cta, "linear2::finish", Drop),
         bug("a warpgroup's barrier does without a warp", cta, "consume::sync", Add(-1, -32)),
-        bug_at("a warpgroup meets at another barrier once", cta, "linear1::finish", 0, Add(0, 1)),
+        bug_at("a warpgroup meets at another barrier once", cta, "consume::run consume::sync", 0, Add(0, 1)),
         bug("a task slot is given back before all lanes have read it", warp, "cta::take_warp", Drop),
         bug(
             "a task slot's warp barrier leaves out half the warp",
@@ -401,6 +405,101 @@ fn barriers() -> Vec<Mutant> {
         bug("lists are counted before all lanes have written them", warp, "route::route", Drop),
         bug("counts are published before all lanes have told where the rows are", warp, "route::publish", Drop),
         bug("no warp barrier at the end", warp, "entry::ferromoe_forward", Drop),
+    ]
+}
+
+/// What CTAs of a cluster do for each other, and where they wait for each other.
+fn clusters() -> Vec<Mutant> {
+    let (entry, release, write) = ("entry::ferromoe_forward cluster::barrier_cluster", "consume::release", "cta::put");
+    let (warps, roles) = (CONSUMER_WARPS as i64, (1 + CONSUMER_WARPGROUPS + CONSUMER_WARPS) as i64);
+    let mapa = "mapa.shared::cluster";
+    let apart = |what, place| {
+        bug_at(what, CLUSTER_ARRIVE, entry, place, Replace("barrier.cluster.arrive.release.aligned", "bar.sync 0"))
+            .and(bug_at("", CLUSTER_WAIT, entry, place, Drop))
+    };
+    vec![
+        bug_at("no barrier behind the initialisation", CLUSTER, entry, 0, Drop),
+        bug_at("no barrier before CTAs end", CLUSTER, entry, 1, Drop),
+        apart("CTAs of a cluster begin apart from each other", 0),
+        apart("CTAs of a cluster end apart from each other", 1),
+        bug_at(
+            "the barrier behind the initialisation releases nothing",
+            CLUSTER_ARRIVE,
+            entry,
+            0,
+            Replace("release", "relaxed"),
+        )
+        .harmless("only mbarriers were written, and `fence.mbarrier_init` is for just that"),
+        bug_at(
+            "no `fence.mbarrier_init`, and the barrier behind it releases nothing",
+            CLUSTER_ARRIVE,
+            entry,
+            0,
+            Replace("release", "relaxed"),
+        )
+        .and(bug("", "fence.mbarrier_init", "entry::init_mbarriers", Drop)),
+        bug_at("the barrier before CTAs end releases nothing", CLUSTER_ARRIVE, entry, 1, Replace("release", "relaxed")),
+        bug_at(
+            "stages are free when one CTA's consumers have read them",
+            INIT,
+            "entry::init_mbarriers",
+            1,
+            Become(-1, warps),
+        ),
+        bug_at(
+            "task slots are free when one CTA's roles have read them",
+            INIT,
+            "entry::init_mbarriers",
+            3,
+            Become(-1, roles),
+        ),
+        bug("consumers give stages back to their own CTA only", mapa, release, BecomeRank(2)),
+        bug("consumers give stages back to the first CTA only", mapa, release, Become(2, 0)),
+        bug("consumers give stages back to the second CTA only", mapa, release, Become(2, 1)),
+        bug("consumers of the second CTA give task slots back to it", mapa, "cta::take_warp", BecomeRank(2)),
+        bug("the second CTA's producer gives task slots back to it", mapa, "cta::take produce::produce", BecomeRank(2)),
+        bug(
+            "the second CTA's publisher gives task slots back to it",
+            mapa,
+            "cta::take publish::next_task",
+            BecomeRank(2),
+        ),
+        bug("token tiles go to the first CTA only", MULTICAST, "produce::load", Become(-1, 1)),
+        bug("token tiles go to the second CTA only", MULTICAST, "produce::load", Become(-1, 2)),
+        bug("token tiles go to three CTAs", MULTICAST, "produce::load", Become(-1, 7)),
+        bug("a CTA's share of the token tile begins 8 rows further", MULTICAST, "produce::load", Add(3, 8)),
+        bug("a CTA's share of the token tile lands 8 rows further", MULTICAST, "produce::load", Add(0, 1024)),
+        bug_at("the second CTA's task is written to the first", mapa, "cta::put cluster::mapa", 0, Become(2, 0)),
+        bug_at("the second CTA's task is announced to the first", mapa, "cta::put cluster::mapa", 1, Become(2, 0)),
+        bug("the second CTA's task is not announced", PEER_ARRIVE, write, Drop),
+        bug("the second CTA's task is announced twice", PEER_ARRIVE, write, Twice),
+        bug(
+            "the second CTA's task is announced before it is written",
+            "st.shared::cluster",
+            write,
+            Behind("mbarrier.arrive"),
+        ),
+        bug("the second CTA's task is announced without a scope", PEER_ARRIVE, write, Replace(".release.cluster", "")),
+        bug("the second CTA's task is announced relaxed", PEER_ARRIVE, write, Replace("release", "relaxed")),
+        bug(
+            "the second CTA waits for its task with CTA scope",
+            WAIT,
+            "cta::is_ready mbarrier::try_wait_cluster",
+            Replace(".acquire.cluster", ""),
+        ),
+        bug(
+            "the second CTA waits for its task with a relaxed wait",
+            WAIT,
+            "cta::is_ready mbarrier::try_wait_cluster",
+            Replace("acquire", "relaxed"),
+        ),
+        bug_at(
+            "both CTAs multiply the same weight rows",
+            "st.shared::cluster",
+            "cta::put cluster::store_v4",
+            0,
+            Add(3, -128),
+        ),
     ]
 }
 
