@@ -181,6 +181,13 @@ impl StoreBuffer {
             .any(|((_, line), entry)| entry.mask & bits(*line, range) != 0)
     }
 
+    /// Whether an owner has anything outside a range of addresses of whole lines.
+    pub fn holds_outside(&self, owner: u64, range: &Range<u64>) -> bool {
+        let (start, end) = (range.start / LINE_BYTES, range.end / LINE_BYTES);
+        let any = |first, last| first <= last && self.lines.range((owner, first)..=(owner, last)).next().is_some();
+        any(0, start - 1) || any(end, u64::MAX)
+    }
+
     /// Lets all bytes go on whose time has come, of each line a part of the words, so that they need not keep their order:
     /// from a cluster to the device if there are others (`peers`), else out of here. Whether there were any.
     pub fn advance(&mut self, now: u64, peers: bool, random: &mut Random, mut perform: impl FnMut(u64, &[u8])) -> bool {
