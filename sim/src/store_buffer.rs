@@ -17,8 +17,11 @@ use crate::random::Random;
 pub(crate) const DEVICE: u64 = u64::MAX;
 
 const LINE_BYTES: u64 = 128;
-/// A store waits up to 2^11 ns at each of its two stops.
-const DELAYS: u64 = 12;
+/// A store waits up to 2^11 ns at its first stop, and up to 8 times that at the second, as peers see each other's accesses with
+/// some delay too (see `quanta`).
+fn delay(owner: u64, random: &mut Random) -> u64 {
+    random.spread(12) * if owner == DEVICE { 8 } else { 1 }
+}
 
 /// A line's bytes that are not performed.
 #[derive(Debug, Clone)]
@@ -102,7 +105,7 @@ impl StoreBuffer {
         self.lines.entry((owner, line)).or_insert_with(|| {
             filter.resize(1 << FILTER_BITS, 0);
             filter[hash(line)] += 1;
-            let time = now + random.spread(DELAYS);
+            let time = now + delay(owner, random);
             due.push(Reverse((time, owner, line)));
             Line { mask: 0, data: [0; LINE_BYTES as usize], due: time, parted: false }
         })
@@ -211,7 +214,7 @@ impl StoreBuffer {
             if entry.mask == 0 {
                 self.remove(owner, line);
             } else {
-                entry.due = now + random.spread(DELAYS);
+                entry.due = now + delay(owner, random);
                 self.due.push(Reverse((entry.due, owner, line)));
             }
             if let Some(bytes) = passed.filter(|bytes| bytes.mask != 0) {
