@@ -178,7 +178,7 @@ launch, for the median CTA and for the one with the most.
 In the simulator the shapes are scaled down, and times are its steps: they show the order of events, not what they take.",
     after_long_help = "\
 Examples:
-  ferromoe trace --shape v3 --tokens 8192 --output trace.json
+  ferromoe trace --shape v3 --tokens 8192 --output trace.json --svg trace.svg
       one GPU with the experts of one rank of eight
   ferromoe trace --shape flash --tokens 64 --ranks 2 --device sim --output trace.json
       on simulated ranks"
@@ -187,6 +187,10 @@ pub struct TraceArgs {
     /// Write the trace here, as JSON for Perfetto
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
+
+    /// Write a picture here, as SVG: a row for every CTA, a lane for each of its roles that moves or multiplies
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
 
     /// The layer; with fewer than 8 ranks, flash, pro and v3 have the experts of as many ranks of eight
     #[arg(long, value_name = "SHAPE", value_parser = shape_parser())]

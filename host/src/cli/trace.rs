@@ -20,6 +20,7 @@ pub fn trace(args: &TraceArgs) -> Result<()> {
     };
     // A path that cannot be written is told before the launch.
     let output = create(&args.output)?;
+    let svg = args.svg.as_deref().map(|path| create(path).map(|file| (path, file))).transpose()?;
     let traced = match &gpus {
         Some(gpus) => record(args, args.shape, Device::Cuda, gpus)?,
         None => {
@@ -42,6 +43,9 @@ pub fn trace(args: &TraceArgs) -> Result<()> {
     }
     for rank in &traced.trace.ranks {
         println!("\n{}", Summary::new(rank, traced.setting.hidden, traced.setting.intermediate));
+    }
+    if let Some((path, file)) = svg {
+        write(path, file, |out| out.write_all(traced.trace.svg(&title).as_bytes()))?;
     }
     write(&args.output, output, |out| traced.trace.write_json(&title, out))
 }
