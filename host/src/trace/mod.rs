@@ -107,6 +107,18 @@ impl Trace {
         Ok(Self { ranks, one_clock })
     }
 
+    /// A time line that a model made: each rank's CTAs, and experts of a wave.
+    pub(crate) fn modelled(ranks: impl Iterator<Item = (Vec<CtaTrace>, u32)>) -> Self {
+        let rank = |(rank, (ctas, wave_experts)): (usize, (Vec<CtaTrace>, u32))| RankTrace {
+            rank,
+            start: 0,
+            end: last_end(&ctas),
+            ctas,
+            wave_experts,
+        };
+        Self { ranks: ranks.enumerate().map(rank).collect(), one_clock: true }
+    }
+
     /// When the last rank ended.
     pub fn end(&self) -> u64 {
         self.ranks.iter().map(|rank| rank.end).max().unwrap_or(0)
@@ -123,7 +135,7 @@ impl RankTrace {
             .collect::<Result<_>>()?;
         let spans = || ctas.iter().flat_map(|cta| cta.roles.iter().flatten());
         let start = spans().map(|span| span.start).min().unwrap_or(0);
-        let end = spans().map(|span| span.end).max().unwrap_or(0);
+        let end = last_end(&ctas);
         Ok(Self { rank, ctas, start, end, wave_experts })
     }
 
@@ -141,6 +153,10 @@ impl RankTrace {
     pub fn ns(&self) -> u64 {
         self.end - self.start
     }
+}
+
+fn last_end(ctas: &[CtaTrace]) -> u64 {
+    ctas.iter().flat_map(|cta| cta.roles.iter().flatten()).map(|span| span.end).max().unwrap_or(0)
 }
 
 impl CtaTrace {
