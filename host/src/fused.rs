@@ -25,6 +25,7 @@ use crate::rendezvous::RendezvousError;
 use crate::weights::ExpertWeights;
 
 use rank::{Rank, symmetric_buffer};
+pub(crate) use rank::{cluster, wave_experts};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -412,7 +413,7 @@ impl FusedMoe {
 }
 
 /// The sizes as the kernel takes them, checked.
-fn layer_shape(config: &MoeConfig, ranks: usize) -> Result<Shape> {
+pub(crate) fn layer_shape(config: &MoeConfig, ranks: usize) -> Result<Shape> {
     config.validate(ranks)?;
     let shape = Shape {
         hidden: config.hidden as u32,

@@ -18,8 +18,10 @@ fn trace(folder: &Path, options: &[&str]) -> Output {
 #[test]
 fn a_trace_is_a_file_and_tables() {
     let folder = tempfile::tempdir().unwrap();
-    let output =
-        trace(folder.path(), &["--shape", "v3", "--tokens", "20", "--ranks", "2", "--sms", "3", "--output", "t.json"]);
+    let output = trace(
+        folder.path(),
+        &["--shape", "v3", "--tokens", "20", "--ranks", "2", "--sms", "3", "--output", "t.json", "--svg", "t.svg"],
+    );
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.starts_with("v3: hidden 448, intermediate 128, top-8, 1 shared, 16 experts on 2 ranks"), "{text}");
@@ -27,6 +29,10 @@ fn a_trace_is_a_file_and_tables() {
         ["not a model of a GPU", "rank 1: ", "on 3 CTAs", "multiply, linear 2", "first rows pulled", "linear 1     "]
     {
         assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let svg = std::fs::read_to_string(folder.path().join("t.svg")).unwrap();
+    for part in ["rank 1: ", "CTA 2<", "wave 0", "wait for first stage"] {
+        assert!(svg.contains(part), "no {part:?} in the picture");
     }
     let json: Value = serde_json::from_slice(&std::fs::read(folder.path().join("t.json")).unwrap()).unwrap();
     let names: Vec<_> =

@@ -6,6 +6,7 @@
 pub(crate) mod draw;
 mod gpu;
 mod inputs;
+mod model;
 mod shape;
 mod simulated;
 mod traced;
@@ -22,6 +23,7 @@ use work::RankWork;
 
 pub use draw::Choice;
 pub use gpu::{GpuMeasurement, on_gpus};
+pub use model::{MACHINES, Machine, Modelled, PHASES, PhaseWork, modelled};
 pub use shape::{BenchShape, SHAPES};
 pub use simulated::{SimMeasurement, simulated};
 pub use traced::{Traced, traced};

@@ -4,23 +4,21 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use ferromoe::bench::{self, BenchShape, Plan, Traced};
-use ferromoe::cuda::{Gpu, find_gpus};
-use ferromoe::trace::Summary;
+use ferromoe::bench::{self, BenchShape, MACHINES, Plan, Traced};
+use ferromoe::cuda::Gpu;
+use ferromoe::trace::{Summary, Trace};
 use ferromoe::{Device, DeviceGroup, Error, Result, SimOptions};
 
-use super::args::{DeviceArg, TraceArgs};
+use super::args::{MeasureOn, TraceArgs};
 
 /// Records a launch, writes it, and prints where its time went.
 pub fn trace(args: &TraceArgs) -> Result<()> {
-    let gpus = match args.device {
-        DeviceArg::Sim => None,
-        DeviceArg::Cuda => Some(find_gpus(args.ranks)?),
-        DeviceArg::Auto => find_gpus(args.ranks).ok(),
-    };
+    let gpus = args.device.gpus(args.ranks)?;
     // A path that cannot be written is told before the launch.
     let output = create(&args.output)?;
-    let traced = match &gpus {
+    let svg = args.svg.as_deref().map(|path| create(path).map(|file| (path, file))).transpose()?;
+    let shown = match &gpus {
+        _ if args.device == MeasureOn::Model => model(args)?,
         Some(gpus) => record(args, args.shape, Device::Cuda, gpus)?,
         None => {
             let sms = args.sms.unwrap_or(SimOptions::default().sms);
@@ -28,46 +26,65 @@ pub fn trace(args: &TraceArgs) -> Result<()> {
             record(args, args.shape.scaled_down(args.ranks), device, &[])?
         }
     };
-    let title = title(&traced);
-    println!("{title}");
-    match traced.us {
-        Some(us) => println!(
-            "{us:.1} us from one launch's end to the next, tracing included; the last of {} launches",
-            traced.launches + 1
-        ),
-        None => println!("times are steps of the simulator, not a model of a GPU: they show order, not duration"),
-    }
-    if !traced.trace.one_clock {
+    let Shown { title, note, plan, trace } = shown;
+    println!("{title}\n{note}");
+    if !trace.one_clock {
         println!("the ranks' clocks do not agree: each rank's times begin at its own first CTA");
     }
-    for rank in &traced.trace.ranks {
-        println!("\n{}", Summary::new(rank, traced.setting.hidden, traced.setting.intermediate));
+    for rank in &trace.ranks {
+        println!("\n{}", Summary::new(rank, plan.shape.hidden, plan.shape.intermediate));
     }
-    write(&args.output, output, |out| traced.trace.write_json(&title, out))
+    if let Some((path, file)) = svg {
+        write(path, file, |out| out.write_all(trace.svg(&title).as_bytes()))?;
+    }
+    write(&args.output, output, |out| trace.write_json(&title, out))
 }
 
-fn record(args: &TraceArgs, shape: BenchShape, device: Device, gpus: &[Gpu]) -> Result<Traced> {
+/// What is shown, and how its times came about.
+struct Shown {
+    title: String,
+    note: String,
+    plan: Plan,
+    trace: Trace,
+}
+
+fn record(args: &TraceArgs, shape: BenchShape, device: Device, gpus: &[Gpu]) -> Result<Shown> {
+    let plan = plan(args, shape);
+    let Traced { setting, trace, launches, us } =
+        bench::traced(&plan, &DeviceGroup::open_traced(device, args.ranks)?, gpus)?;
+    let note = match us {
+        Some(us) => format!(
+            "{us:.1} us from one launch's end to the next, tracing included; the last of {} launches",
+            launches + 1
+        ),
+        None => "times are steps of the simulator, not a model of a GPU: they show order, not duration".into(),
+    };
+    Ok(Shown { title: title(args, &plan, &setting.device), note, plan, trace })
+}
+
+fn model(args: &TraceArgs) -> Result<Shown> {
+    let plan = plan(args, args.shape);
+    let machine = args.machine.unwrap_or(MACHINES[0]);
+    let found = bench::modelled(&plan, &machine, args.ranks)?.remove(0);
+    let note =
+        format!("a model, not a measurement (docs/performance.md); it names as the bottleneck: {}", found.bottleneck);
+    let title = title(args, &plan, &format!("a modelled {}", machine.name));
+    Ok(Shown { title, note, plan, trace: found.trace })
+}
+
+fn plan(args: &TraceArgs, shape: BenchShape) -> Plan {
     let experts = args
         .experts_per_rank
         .map_or_else(|| shape.experts_on(args.ranks), |experts| experts.saturating_mul(args.ranks));
-    let plan = Plan { shape, experts, choice: args.routing.into(), tokens: vec![args.tokens] };
-    bench::traced(&plan, &DeviceGroup::open_traced(device, args.ranks)?, gpus)
+    Plan { shape, experts, choice: args.routing.into(), tokens: vec![args.tokens] }
 }
 
-fn title(traced: &Traced) -> String {
-    let setting = &traced.setting;
+fn title(args: &TraceArgs, plan: &Plan, device: &str) -> String {
+    let BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } = plan.shape;
     format!(
-        "{}: hidden {}, intermediate {}, top-{}, {} shared, {} experts on {} ranks, {:?} routing, {} tokens a rank, on {}",
-        setting.shape,
-        setting.hidden,
-        setting.intermediate,
-        setting.top_k,
-        setting.shared_experts,
-        setting.experts,
-        setting.ranks,
-        setting.routing,
-        setting.tokens,
-        setting.device
+        "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {} experts on {} ranks, {:?} \
+         routing, {} tokens a rank, on {device}",
+        plan.experts, args.ranks, plan.choice, args.tokens
     )
 }
 

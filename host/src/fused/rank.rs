@@ -134,7 +134,7 @@ fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static st
 }
 
 /// Experts of one wave: enough that their linear 1, at a single token tile each, gives every SM two tasks.
-fn wave_experts(shape: &Shape, sms: u32) -> u32 {
+pub(crate) fn wave_experts(shape: &Shape, sms: u32) -> u32 {
     (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
 }
 
@@ -143,7 +143,7 @@ fn wave_experts(shape: &Shape, sms: u32) -> u32 {
 const CLUSTER_ROWS: u64 = 64;
 
 /// CTAs of a cluster, where at least `resident` CTAs run at once.
-fn cluster(shape: &Shape, resident: u32) -> u32 {
+pub(crate) fn cluster(shape: &Shape, resident: u32) -> u32 {
     let choices = u64::from(shape.max_tokens) * u64::from(shape.ranks * shape.top_k);
     if choices / u64::from(shape.experts.max(1)) < CLUSTER_ROWS { 1 } else { MAX_CLUSTER.min(resident) }
 }

@@ -42,10 +42,10 @@ impl FusedMoe {
             return Err(Error::NotTraced);
         }
         let mut ranks = Vec::new();
-        for ((rank, _), buffer) in self.numbered().zip(&self.records) {
+        for ((rank, state), buffer) in self.numbered().zip(&self.records) {
             let mut records = vec![Record::zeroed(); buffer.bytes() as usize / size_of::<Record>()];
             buffer.read(bytemuck::cast_slice_mut(&mut records))?;
-            ranks.push((rank, records));
+            ranks.push((rank, state.params.wave_experts, records));
         }
         Trace::new(ranks, capacity)
     }

@@ -151,7 +151,10 @@ mod tests {
             span(Activity::Combine, 4500, 5000, None),
         ];
         let cta = CtaTrace { sm: 9, roles: vec![vec![], spans] };
-        let trace = Trace { ranks: vec![RankTrace { rank: 1, ctas: vec![cta], start: 0, end: 5000 }], one_clock: true };
+        let trace = Trace {
+            ranks: vec![RankTrace { rank: 1, ctas: vec![cta], start: 0, end: 5000, wave_experts: 1 }],
+            one_clock: true,
+        };
         let mut out = Vec::new();
         trace.write_json("a \"title\"", &mut out).unwrap();
         let json: Value = serde_json::from_slice(&out).unwrap();

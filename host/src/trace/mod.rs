@@ -3,6 +3,7 @@
 
 mod json;
 mod summary;
+mod svg;
 
 pub use summary::{Milestone, Product, Share, Summary};
 
@@ -48,6 +49,8 @@ pub struct RankTrace {
     pub start: u64,
     /// When its last role ended.
     pub end: u64,
+    /// Experts of one wave.
+    pub wave_experts: u32,
 }
 
 /// One CTA.
@@ -87,19 +90,33 @@ impl Span {
 }
 
 impl Trace {
-    /// The records of each rank, `[CTAs][ROLES][capacity]`.
+    /// Each rank's number, experts of a wave, and records, `[CTAs][ROLES][capacity]`.
     ///
     /// # Errors
     /// A role that recorded nothing, more than the capacity, or times that run backwards.
-    pub(crate) fn new(ranks: Vec<(usize, Vec<Record>)>, capacity: usize) -> Result<Self> {
-        let mut ranks: Vec<RankTrace> =
-            ranks.into_iter().map(|(rank, records)| RankTrace::new(rank, &records, capacity)).collect::<Result<_>>()?;
+    pub(crate) fn new(ranks: Vec<(usize, u32, Vec<Record>)>, capacity: usize) -> Result<Self> {
+        let mut ranks: Vec<RankTrace> = ranks
+            .into_iter()
+            .map(|(rank, wave_experts, records)| RankTrace::new(rank, wave_experts, &records, capacity))
+            .collect::<Result<_>>()?;
         let first = ranks.iter().map(|rank| rank.start).min().unwrap_or(0);
         let one_clock = ranks.iter().all(|rank| rank.start - first <= MOST_APART_NS);
         for rank in &mut ranks {
             rank.move_to(if one_clock { first } else { rank.start });
         }
         Ok(Self { ranks, one_clock })
+    }
+
+    /// A time line that a model made: each rank's CTAs, and experts of a wave.
+    pub(crate) fn modelled(ranks: impl Iterator<Item = (Vec<CtaTrace>, u32)>) -> Self {
+        let rank = |(rank, (ctas, wave_experts)): (usize, (Vec<CtaTrace>, u32))| RankTrace {
+            rank,
+            start: 0,
+            end: last_end(&ctas),
+            ctas,
+            wave_experts,
+        };
+        Self { ranks: ranks.enumerate().map(rank).collect(), one_clock: true }
     }
 
     /// When the last rank ended.
@@ -109,7 +126,7 @@ impl Trace {
 }
 
 impl RankTrace {
-    fn new(rank: usize, records: &[Record], capacity: usize) -> Result<Self> {
+    fn new(rank: usize, wave_experts: u32, records: &[Record], capacity: usize) -> Result<Self> {
         let per_cta = (capacity * ROLE_NAMES.len()).max(1);
         let ctas: Vec<CtaTrace> = records
             .chunks(per_cta)
@@ -118,8 +135,8 @@ impl RankTrace {
             .collect::<Result<_>>()?;
         let spans = || ctas.iter().flat_map(|cta| cta.roles.iter().flatten());
         let start = spans().map(|span| span.start).min().unwrap_or(0);
-        let end = spans().map(|span| span.end).max().unwrap_or(0);
-        Ok(Self { rank, ctas, start, end })
+        let end = last_end(&ctas);
+        Ok(Self { rank, ctas, start, end, wave_experts })
     }
 
     /// Counts time from `origin` on.
@@ -136,6 +153,10 @@ impl RankTrace {
     pub fn ns(&self) -> u64 {
         self.end - self.start
     }
+}
+
+fn last_end(ctas: &[CtaTrace]) -> u64 {
+    ctas.iter().flat_map(|cta| cta.roles.iter().flatten()).map(|span| span.end).max().unwrap_or(0)
 }
 
 impl CtaTrace {
@@ -232,7 +253,7 @@ mod tests {
             record(1075, Activity::Combine, 0),
             record(1080, Activity::Done, 0),
         ]);
-        let trace = Trace::new(vec![(2, records)], capacity).unwrap();
+        let trace = Trace::new(vec![(2, 1, records)], capacity).unwrap();
         let rank = &trace.ranks[0];
         assert_eq!((rank.rank, rank.start, rank.end, rank.ctas[0].sm), (2, 0, 80, 7));
         let span = |activity, start, end, task, argument| Span { activity, start, end, task, argument };
@@ -257,10 +278,10 @@ mod tests {
             (vec![Record { time_ns: 1010, word: 99 }], "no kernel writes"),
         ] {
             let (records, capacity) = records(&marks);
-            let error = Trace::new(vec![(0, records)], capacity).unwrap_err().to_string();
+            let error = Trace::new(vec![(0, 1, records)], capacity).unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");
         }
-        let error = Trace::new(vec![(1, vec![record(0, Activity::Start, 0); 12])], 2).unwrap_err().to_string();
+        let error = Trace::new(vec![(1, 1, vec![record(0, Activity::Start, 0); 12])], 2).unwrap_err().to_string();
         assert!(error.contains("rank 1") && error.contains("no launch"), "{error}");
     }
 
@@ -273,7 +294,7 @@ mod tests {
             records
         };
         let starts = |from| {
-            let trace = Trace::new(vec![(0, rank(500)), (1, rank(from))], 3).unwrap();
+            let trace = Trace::new(vec![(0, 1, rank(500)), (1, 1, rank(from))], 3).unwrap();
             (trace.one_clock, trace.ranks.iter().map(|rank| rank.start).collect::<Vec<_>>())
         };
         assert_eq!(starts(2500), (true, vec![0, 2000]));

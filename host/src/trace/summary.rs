@@ -19,6 +19,10 @@ pub struct Summary {
     pub ns: u64,
     /// The smallest difference between two time stamps of a role, in nanoseconds.
     pub clock_step: u64,
+    /// Nanoseconds of a CTA's launch in which at least one of its warpgroups multiplies, on the CTA with the least, the median and the most.
+    pub multiplying: [u64; 3],
+    /// The same of those in which both do.
+    pub both_multiplying: [u64; 3],
     /// What came when.
     pub milestones: Vec<Milestone>,
     /// What the roles did.
@@ -81,12 +85,15 @@ const ROLES: [(&str, &[usize]); 5] = [
 impl Summary {
     /// Sums up one rank's launch of a layer with these sizes.
     pub fn new(trace: &RankTrace, hidden: usize, intermediate: usize) -> Self {
+        let [multiplying, both_multiplying] = overlap(trace);
         let steps = trace.ctas.iter().flat_map(|cta| cta.roles.iter().flatten()).map(Span::ns);
         Self {
             rank: trace.rank,
             ctas: trace.ctas.len(),
             ns: trace.ns(),
             clock_step: steps.filter(|&step| step > 0).min().unwrap_or(0),
+            multiplying,
+            both_multiplying,
             milestones: milestones(trace),
             shares: ROLES.into_iter().flat_map(|(name, roles)| shares(trace, name, roles)).collect(),
             products: products(trace, hidden, intermediate),
@@ -140,14 +147,45 @@ fn end_of_last(spans: &[Span], is: impl Fn(&Span) -> bool) -> Option<u64> {
     spans.iter().rev().find(|span| is(span)).map(|span| span.end)
 }
 
+/// How long at least one, and how long both warpgroups of a CTA multiply: least, median and most over the CTAs.
+fn overlap(trace: &RankTrace) -> [[u64; 3]; 2] {
+    let mut times = [Vec::new(), Vec::new()];
+    for cta in &trace.ctas {
+        // +1 where a product begins, -1 where one ends.
+        let mut edges: Vec<(u64, i32)> = CONSUMERS
+            .iter()
+            .filter_map(|&role| cta.roles.get(role))
+            .flatten()
+            .filter(|span| span.activity == Activity::Multiply)
+            .flat_map(|span| [(span.start, 1), (span.end, -1)])
+            .collect();
+        edges.sort_unstable();
+        let (mut under_way, mut since, mut sums) = (0, 0, [0; 2]);
+        for (at, step) in edges {
+            for (least, sum) in [1, 2].into_iter().zip(&mut sums) {
+                *sum += if under_way >= least { at - since } else { 0 };
+            }
+            (under_way, since) = (under_way + step, at);
+        }
+        times.iter_mut().zip(sums).for_each(|(times, sum)| times.push(sum));
+    }
+    times.map(|mut times| {
+        times.sort_unstable();
+        [times.first().copied().unwrap_or(0), median(&times), times.last().copied().unwrap_or(0)]
+    })
+}
+
 /// The median of sorted values; 0 of none.
 fn median(sorted: &[u64]) -> u64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(0)
 }
 
+/// An activity, and the number of the phase that it belongs to.
+type Kind = (Activity, Option<u32>);
+
 /// What the roles with these numbers did, most of the time first.
 fn shares(trace: &RankTrace, role: &'static str, numbers: &[usize]) -> Vec<Share> {
-    let mut sums: BTreeMap<(Activity, Option<u32>), Vec<(u64, u64)>> = BTreeMap::new();
+    let mut sums: BTreeMap<Kind, Vec<(u64, u64)>> = BTreeMap::new();
     let all: Vec<&Vec<Span>> =
         trace.ctas.iter().flat_map(|cta| numbers.iter().filter_map(|&number| cta.roles.get(number))).collect();
     for (index, spans) in all.iter().enumerate() {
@@ -157,7 +195,7 @@ fn shares(trace: &RankTrace, role: &'static str, numbers: &[usize]) -> Vec<Share
             *sum = (sum.0 + span.ns(), sum.1 + 1);
         }
     }
-    let share = |((activity, phase), sums): ((Activity, Option<u32>), Vec<(u64, u64)>)| {
+    let share = |((activity, phase), sums): (Kind, Vec<(u64, u64)>)| {
         let (mut ns, mut spans): (Vec<u64>, Vec<u64>) = sums.into_iter().unzip();
         ns.sort_unstable();
         spans.sort_unstable();
@@ -216,6 +254,12 @@ impl Display for Summary {
         for Milestone { what, ns: [first, median, last] } in &self.milestones {
             writeln!(f, "  {what:<34} {:>10.1} {:>10.1} {:>10.1}", us(*first), us(*median), us(*last))?;
         }
+        writeln!(f, "\n  {:<34} {:>10} {:>10} {:>10}", "multiplying, of the launch", "least CTA", "median", "most")?;
+        for (what, [least, median, most]) in
+            [("at least one warpgroup", self.multiplying), ("both warpgroups", self.both_multiplying)]
+        {
+            writeln!(f, "  {what:<34} {:>9.1}% {:>9.1}% {:>9.1}%", percent(least), percent(median), percent(most))?;
+        }
         let mut role = "";
         for share in &self.shares {
             if share.role != role {
@@ -271,43 +315,50 @@ mod tests {
     use super::*;
     use crate::trace::{CtaTrace, ROLE_NAMES};
 
-    /// A CTA whose first consumers wait for `wait`, multiply for 100 and store for 20, on a task of width 32.
-    fn cta(wait: u64) -> CtaTrace {
+    /// Consumers that wait for `wait`, multiply for 100 and store for 20, on a task of width 32.
+    fn consumers(wait: u64) -> Vec<Span> {
         let task = Some(Task { width: 1, rows: 20, ..Task::plain(Phase::Linear1, 0) });
         let span = |activity, start, end, task| Span { activity, start, end, task, argument: 0 };
-        let mut roles = vec![Vec::new(); ROLE_NAMES.len()];
-        roles[CONSUMERS[0]] = vec![
+        vec![
             span(Activity::Start, 10, 20, None),
             span(Activity::WaitForStage, 20, 20 + wait, task),
             span(Activity::Multiply, 20 + wait, 120 + wait, task),
             span(Activity::Epilogue, 120 + wait, 140 + wait, task),
-        ];
-        roles[CONSUMERS[1]] = roles[CONSUMERS[0]].clone();
+        ]
+    }
+
+    /// A CTA whose second warpgroup waits 4 longer than the first.
+    fn cta(wait: u64) -> CtaTrace {
+        let mut roles = vec![Vec::new(); ROLE_NAMES.len()];
+        roles[CONSUMERS[0]] = consumers(wait);
+        roles[CONSUMERS[1]] = consumers(wait + 4);
         CtaTrace { sm: 0, roles }
     }
 
     #[test]
     fn times_are_medians_and_the_most_over_ctas() {
-        let trace = RankTrace { rank: 3, ctas: [30, 10, 50].map(cta).to_vec(), start: 10, end: 210 };
+        let trace = RankTrace { rank: 3, ctas: [30, 10, 50].map(cta).to_vec(), start: 10, end: 210, wave_experts: 1 };
         let summary = Summary::new(&trace, 64, 128);
         assert_eq!((summary.ns, summary.ctas, summary.clock_step), (200, 3, 10));
+        assert_eq!((summary.multiplying, summary.both_multiplying), ([104; 3], [96; 3]));
         let wait = summary.shares.iter().find(|share| share.activity == Activity::WaitForStage).unwrap();
-        assert_eq!((wait.role, wait.phase, wait.ns, wait.spans), ("consumers", Some(Phase::Linear1), [30, 50], 1));
+        // Of 10, 14, 30, 34, 50, 54.
+        assert_eq!((wait.role, wait.phase, wait.ns, wait.spans), ("consumers", Some(Phase::Linear1), [34, 54], 1));
         assert_eq!(summary.shares[0].activity, Activity::Multiply);
         let begins = summary.milestones.iter().find(|milestone| milestone.what == "first product begins").unwrap();
         assert_eq!(begins.ns, [20, 40, 60]);
-        let [product] = &summary.products[..] else { panic!("{:?}", summary.products) };
         let expected = Product {
             phase: Phase::Linear1,
             width: 32,
             tasks: 3,
-            wait: 30,
+            wait: 34,
             multiply: 100,
             epilogue: 20,
             operations: 2.0 * 128.0 * 32.0 * 64.0,
         };
-        assert_eq!(product, &expected);
+        assert_eq!(summary.products, [expected]);
         let text = summary.to_string();
-        assert!(text.contains("wait for first stage, linear 1        15.0%   25.0%"), "{text}");
+        let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words.contains("wait for first stage, linear 1 17.0% 27.0%"), "{text}");
     }
 }
