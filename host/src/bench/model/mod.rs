@@ -205,6 +205,7 @@ impl Load {
             linear2_rows: self.shape.hidden,
             combine_chunks: 0,
             cluster: self.cluster,
+            most_rows: self.rows.iter().copied().max().unwrap_or(0),
         });
         (0..)
             .map(move |ticket| cursor.seek(ticket, |expert| self.rows[expert as usize]))
