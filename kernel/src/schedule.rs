@@ -1,7 +1,7 @@
 //! The order of work: which rows, tiles and tasks there are, the same for every CTA of a rank.
 //!
-//! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, experts come in waves: linear 1 of waves 0 and 1, linear 2 of wave 0, linear 1
-//! of wave 2, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
+//! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, experts come in waves: linear 1 of waves 0, 1 and 2, linear 2 of wave 0, linear 1
+//! of wave 3, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
 
 use crate::shared::WARP;
 use crate::tile::{MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_tiles};
@@ -28,6 +28,10 @@ pub const fn route_tokens(tokens: u32, top_k: u32) -> u32 {
         tokens
     }
 }
+
+/// Waves that have begun linear 1 when linear 2 of the first of them begins: so many that linear 1 of a wave is done, not only claimed, when its
+/// linear 2 is claimed.
+pub const WAVES: u32 = 3;
 
 /// The most tokens that one combine task stands for.
 pub const MAX_COMBINE_TOKENS: u32 = 8;
@@ -315,7 +319,7 @@ impl TaskCursor {
         self.first_ticket += self.tickets;
         let [linear1, linear2] = self.next;
         let wave = linear2.expert / self.shape.wave_experts;
-        let ahead = (wave + 2) * self.shape.wave_experts;
+        let ahead = (wave + WAVES) * self.shape.wave_experts;
         let ScheduleShape { linear1_rows, linear2_rows, cluster, .. } = self.shape;
         let blocks;
         if linear1.expert < self.shape.experts && linear1.expert < ahead {

@@ -53,7 +53,8 @@ impl<'a> Combiner<'a> {
         Self { launch, cta, warp, lane, landing: Ring::new(), free: Ring::new(), under_way: 0 }
     }
 
-    /// One chunk of tokens: the CTA's warps share its pieces. While one piece is summed, the next is on its way.
+    /// One chunk of tokens: each of the CTA's warps has an even share of its pieces, those of one token after the other. While one piece is
+    /// summed, the next is on its way.
     #[inline(always)]
     pub fn combine(&mut self, chunk: u32) {
         mark!(self.launch, Combine, chunk);
@@ -62,15 +63,24 @@ impl<'a> Combiner<'a> {
         let tokens = combine_tokens(all, ctas());
         // The last CTA of a cluster may have none.
         let first = (chunk * tokens).min(all);
-        let pieces = hidden.div_ceil(COLUMNS_PER_PIECE);
-        let items = tokens.min(all - first) * pieces;
-        let mut next = None;
-        let mut item = self.warp;
+        let per_token = hidden.div_ceil(COLUMNS_PER_PIECE);
+        let pieces = tokens.min(all - first) * per_token;
+        let share = pieces.div_ceil(CONSUMER_WARPS);
+        let mut index = (self.warp * share).min(pieces);
+        let end = (index + share).min(pieces);
+        let (mut next, mut known) = (None, None);
         loop {
             let current = next.take();
-            if item < items {
-                next = Some(self.piece(first + item / pieces, item % pieces * COLUMNS_PER_PIECE));
-                item += CONSUMER_WARPS;
+            if index < end {
+                let (token, first_column) = (first + index / per_token, index % per_token * COLUMNS_PER_PIECE);
+                let slots = match known {
+                    Some((of, slots)) if of == token => slots,
+                    _ => self.wait_for_results(token),
+                };
+                known = Some((token, slots));
+                let columns = COLUMNS_PER_PIECE.min(hidden - first_column);
+                next = Some(Piece { token, first_column, columns, slots, to_load: slots });
+                index += 1;
             }
             match current {
                 Some(piece) => self.sum(piece, &mut next),
@@ -78,16 +88,6 @@ impl<'a> Combiner<'a> {
                 None => return,
             }
         }
-    }
-
-    /// The piece of a token from this column on, when the token's results are there.
-    #[inline(always)]
-    fn piece(&self, token: u32, first_column: u32) -> Piece {
-        mark!(self.launch, WaitForResults);
-        let slots = self.wait_for_results(token);
-        mark!(self.launch, Combine);
-        let columns = COLUMNS_PER_PIECE.min(self.launch.params().shape.hidden - first_column);
-        Piece { token, first_column, columns, slots, to_load: slots }
     }
 
     /// Sums one piece over the token's results; buffers that get free are the next one's.
@@ -102,16 +102,21 @@ impl<'a> Combiner<'a> {
             }
             let buffer = self.warp * COMBINE_BUFFERS + self.landing.slot;
             self.cta.combine_full(buffer).wait(self.landing.parity);
+            // All are loaded before the first is added.
+            // SAFETY: zeros are valid u32.
+            let mut values: [[u32; COLUMNS_PER_LANE as usize / 2]; GROUPS] = unsafe { core::mem::zeroed() };
             unroll!(GROUP < GROUPS, {
                 let column = self.column::<GROUP>();
                 if column < piece.columns {
                     // SAFETY: the piece has landed.
-                    let values = unsafe { self.cta.combine_buffer(buffer).offset(column * 2).load_v4() };
-                    unroll!(PAIR < 4, {
-                        sums[GROUP][2 * PAIR] += f32::from_bits(values[PAIR] << 16);
-                        sums[GROUP][2 * PAIR + 1] += f32::from_bits(values[PAIR] & 0xffff_0000);
-                    });
+                    values[GROUP] = unsafe { self.cta.combine_buffer(buffer).offset(column * 2).load_v4() };
                 }
+            });
+            unroll!(GROUP < GROUPS, {
+                unroll!(PAIR < 4, {
+                    sums[GROUP][2 * PAIR] += f32::from_bits(values[GROUP][PAIR] << 16);
+                    sums[GROUP][2 * PAIR + 1] += f32::from_bits(values[GROUP][PAIR] & 0xffff_0000);
+                });
             });
             bar_warp_sync();
             self.landing.advance(COMBINE_BUFFERS);
@@ -139,6 +144,7 @@ impl<'a> Combiner<'a> {
     /// Waits until all results of a token are there; returns the set of its slots.
     #[inline(always)]
     fn wait_for_results(&self, token: u32) -> u64 {
+        mark!(self.launch, WaitForResults);
         let shape = &self.launch.params().shape;
         let rank = self.launch.params().rank;
         let mut chosen = false;
@@ -152,6 +158,7 @@ impl<'a> Combiner<'a> {
         }
         let slots = ballot(chosen) as u64;
         bar_warp_sync();
+        mark!(self.launch, Combine);
         slots | ((1 << shape.shared_experts) - 1) << shape.top_k
     }
 
