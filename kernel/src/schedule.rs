@@ -10,7 +10,7 @@ use crate::tile::{MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_ti
 pub const ROUTE_PASSES: u32 = 4;
 
 /// The most steps that one warp takes alone. Each is a trip to the L2 cache and back for its slots; a hand-over of chunks is three, and a fence of the system.
-const ROUTE_ALONE_STEPS: u32 = 4;
+const ROUTE_ALONE_STEPS: u32 = 2;
 
 /// Tokens that a warp routes in one step: a lane for each choice, in [`ROUTE_PASSES`] passes.
 pub const fn route_step(top_k: u32) -> u32 {

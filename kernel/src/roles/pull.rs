@@ -16,6 +16,7 @@ use crate::roles::route::claim;
 use crate::roles::schedule::COUNTS_THREADS;
 use crate::schedule::{Row, RowCursor, pull_rows};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
+use crate::sources::{Sources, source_at};
 
 /// Pulls rows until none is left.
 #[inline(always)]
@@ -67,6 +68,20 @@ pub fn count_from(launch: &Launch, source: u32, expert: u32) -> u32 {
     if (word >> 32) as u32 == launch.epoch() { word as u32 } else { 0 }
 }
 
+/// Rows of a local expert by source. All counts are loaded before the first is looked at.
+#[inline(always)]
+fn sources_of(launch: &Launch, expert: u32) -> Sources {
+    let (rank, ranks) = (launch.params().rank, launch.params().shape.ranks);
+    // SAFETY: zeros are valid u32.
+    let mut counts: [u32; MAX_RANKS as usize] = unsafe { core::mem::zeroed() };
+    unroll!(PLACE < MAX_RANKS as usize, {
+        if (PLACE as u32) < ranks {
+            counts[PLACE] = count_from(launch, source_at(rank, ranks, PLACE as u32), expert);
+        }
+    });
+    Sources(counts)
+}
+
 /// Where a pool row comes from: its meta, and the token's hidden state.
 #[inline(always)]
 fn source_of(launch: &Launch, row: Row) -> (RowMeta, u64) {
@@ -80,22 +95,8 @@ fn source_of(launch: &Launch, row: Row) -> (RowMeta, u64) {
         let meta = RowMeta { combine_row, rank: params.rank, weight: 1.0 };
         return (meta, launch.hidden_states() + row.row as u64 * bytes);
     }
-    // Rows of one expert come source rank by source rank. All counts are loaded before the first is looked at.
-    // SAFETY: zeros are valid u32.
-    let mut counts: [u32; MAX_RANKS as usize] = unsafe { core::mem::zeroed() };
-    unroll!(SOURCE < MAX_RANKS as usize, {
-        if (SOURCE as u32) < shape.ranks {
-            counts[SOURCE] = count_from(launch, SOURCE as u32, row.expert);
-        }
-    });
-    let (mut source, mut slot, mut first) = (0, row.row, 0);
-    unroll!(SOURCE < MAX_RANKS as usize, {
-        if row.row >= first {
-            source = SOURCE as u32;
-            slot = row.row - first;
-        }
-        first += counts[SOURCE];
-    });
+    let (place, slot) = sources_of(launch, row.expert).locate(row.row);
+    let source = source_at(params.rank, shape.ranks, place);
     let list = (source * routed + row.expert) as u64 * shape.max_tokens as u64;
     let entry = launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64);
     // SAFETY: the source has written the distance and `count` entries before its counts, and `slot` is below `count`.
