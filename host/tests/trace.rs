@@ -42,6 +42,33 @@ fn a_trace_is_a_file_and_tables() {
 }
 
 #[test]
+fn a_model_has_a_time_line_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = [
+        "--shape",
+        "v3",
+        "--tokens",
+        "512",
+        "--device",
+        "model",
+        "--machine",
+        "H20",
+        "--output",
+        "t.json",
+        "--svg",
+        "t.svg",
+    ];
+    let output = trace(folder.path(), &options);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    for part in ["on a modelled H20", "not a measurement", "on 78 CTAs", "multiply, linear 2"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    let svg = std::fs::read_to_string(folder.path().join("t.svg")).unwrap();
+    assert!(svg.contains("CTA 70<"), "{svg}");
+}
+
+#[test]
 fn what_cannot_be_traced_is_told_by_the_exit_code() {
     let folder = tempfile::tempdir().unwrap();
     for (options, code, expected) in [

@@ -1,7 +1,8 @@
 //! One launch of a plan as a traced kernel recorded it.
 
 use ferromoe_kernel::layout::Shape;
-use ferromoe_kernel::schedule::weight_tasks;
+use ferromoe_kernel::schedule::{pull_rows, weight_tasks};
+use ferromoe_kernel::shared::{COMBINE_BYTES, CONSUMER_WARPS};
 use ferromoe_kernel::tile::{MAX_CLUSTER, token_tiles};
 
 use crate::bench::gpu::{INPUT_SETS, LAUNCHES, WARM_UP};
@@ -16,8 +17,10 @@ use crate::group::DeviceGroup;
 use crate::router::Routing;
 use crate::trace::Trace;
 
-/// Records of a role for a task, a row ticket, a piece of a token to combine: more than any role makes.
-const RECORDS_PER_STEP: u64 = 12;
+/// Records of a role for a matrix product: more than any role makes.
+const RECORDS_PER_TASK: u64 = 12;
+/// Records of a role for a ticket of rows, or for a piece of a token to combine.
+const RECORDS_PER_PIECE: u64 = 3;
 /// How much more than the mean a CTA may have to do.
 const UNEVEN: u64 = 4;
 /// Records of a role beside those.
@@ -104,10 +107,14 @@ fn capacity(shape: &Shape, config: &MoeConfig, routings: &[Routing], group: &Dev
         let shared = (0..shape.shared_experts).map(|_| tokens);
         let rows: Vec<u32> = rows.iter().copied().chain(shared).collect();
         let tasks: u64 = rows.iter().map(|&rows| u64::from(token_tiles(rows) * blocks)).sum();
-        let pieces = u64::from(tokens) * u64::from(shape.hidden.div_ceil(512));
-        let steps = tasks + pieces + rows.iter().map(|&rows| u64::from(rows)).sum::<u64>();
-        let records = RECORDS_PER_STEP * steps;
-        let fair = records / u64::from(group.backend.sms(rank));
+        let all: u32 = rows.iter().sum();
+        let sms = group.backend.sms(rank);
+        let pulls = u64::from(all.div_ceil(pull_rows(all, sms)));
+        // A consumer warp has its share of the pieces, and at least one of every chunk.
+        let pieces = tokens * shape.hidden.div_ceil(COMBINE_BYTES / 2);
+        let combined = u64::from(pieces / CONSUMER_WARPS + tokens);
+        let records = RECORDS_PER_TASK * tasks + RECORDS_PER_PIECE * (combined + pulls);
+        let fair = records / u64::from(sms);
         records.min(UNEVEN * fair) + OTHER_RECORDS
     };
     let most = rows.chunks(shape.routed_experts() as usize).enumerate().map(per_rank).max().unwrap_or(0);

@@ -82,9 +82,13 @@ fn plan(args: &TraceArgs, shape: BenchShape) -> Plan {
 fn title(args: &TraceArgs, plan: &Plan, device: &str) -> String {
     let BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } = plan.shape;
     format!(
-        "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {} experts on {} ranks, {:?} \
+        "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {} experts on {} rank{}, {:?} \
          routing, {} tokens a rank, on {device}",
-        plan.experts, args.ranks, plan.choice, args.tokens
+        plan.experts,
+        args.ranks,
+        if args.ranks == 1 { "" } else { "s" },
+        plan.choice,
+        args.tokens
     )
 }
 

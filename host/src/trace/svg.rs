@@ -107,6 +107,9 @@ impl Trace {
     }
 }
 
+/// A kind, from when and until when.
+type Bar = (Kind, u64, u64);
+
 struct Picture {
     text: String,
     /// Where the next part begins.
@@ -170,7 +173,7 @@ impl Picture {
         let spans = |roles: &'static [usize]| {
             rank.ctas.iter().flat_map(move |cta| roles.iter().filter_map(|&role| cta.roles.get(role)).flatten())
         };
-        let mut bars: Vec<(String, Vec<(Kind, u64, u64)>)> = Vec::new();
+        let mut bars: Vec<(String, Vec<Bar>)> = Vec::new();
         let pulls = || spans(&[DISPATCH]).filter(|span| span.activity == Activity::Pull);
         let combines = || spans(&CONSUMERS).filter(|span| span.activity == Activity::Combine);
         let range = |spans: &mut dyn Iterator<Item = &Span>| {

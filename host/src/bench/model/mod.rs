@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::bench::{Choice, Plan, draw};
 use crate::error::Result;
 use crate::fused::{cluster, layer_shape, wave_experts};
+use crate::group::DeviceGroup;
 use crate::router::Routing;
 use crate::trace::Trace;
 use timeline::RankModel;
@@ -138,6 +139,23 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
         })
     };
     plan.tokens.iter().map(of_tokens).collect()
+}
+
+/// What the schedule says of the phases of a launch on a simulated group, the sums over all ranks. The simulator counts what is read again as read once.
+pub(super) fn phases_of_ranks(shape: &Shape, group: &DeviceGroup, routings: &[Routing]) -> [PhaseWork; 4] {
+    let mut sum = [PhaseWork::default(); 4];
+    for rank in 0..routings.len() {
+        let sms = group.backend.resident_ctas(rank);
+        let machine = Machine { sms, l2_bytes: u64::MAX, ..MACHINES[0] };
+        for (sum, phase) in sum.iter_mut().zip(Load::new(shape, &machine, routings, rank).phases()) {
+            sum.memory_bytes += phase.memory_bytes;
+            sum.least_memory_bytes += phase.least_memory_bytes;
+            sum.nvlink_bytes += phase.nvlink_bytes;
+            sum.tensor_ops += phase.tensor_ops;
+            sum.useful_ops += phase.useful_ops;
+        }
+    }
+    sum
 }
 
 /// What one rank has to do.

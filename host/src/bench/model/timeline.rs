@@ -152,7 +152,8 @@ fn pull(load: &Load, machine: &Machine, ctas: &mut [CtaTrace]) -> Vec<f64> {
     let last = tiles.last().copied().unwrap_or(COUNTS_NS);
     for cta in ctas {
         push(&mut cta.roles[DISPATCH], (Activity::Route, 0.0, COUNTS_NS, None));
-        push(&mut cta.roles[DISPATCH], (Activity::Pull, COUNTS_NS, last, None));
+        push(&mut cta.roles[DISPATCH], (Activity::Pull, COUNTS_NS, first, None));
+        push(&mut cta.roles[DISPATCH], (Activity::Pull, first, last, None));
         CONSUMERS
             .into_iter()
             .for_each(|role| push(&mut cta.roles[role], (Activity::WaitForTask, 0.0, COUNTS_NS, None)));
