@@ -2,6 +2,7 @@
 //!
 //! The tests run in the simulator, or on GPUs when `FERROMOE_TEST_DEVICE` is `cuda`.
 
+pub mod repeat;
 pub mod small;
 
 use std::sync::Arc;
@@ -141,6 +142,7 @@ pub fn group_that_times_out(ranks: usize, sim: SimOptions) -> DeviceGroup {
 }
 
 fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
+    repeat::name_failing_tests();
     let group = match std::env::var("FERROMOE_TEST_DEVICE").as_deref() {
         Ok("cuda") => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
         _ => {
