@@ -56,6 +56,8 @@ struct Decoder {
     module: Module,
     scopes: Scopes,
     functions: Vec<FunctionInfo>,
+    /// Their numbers, by name.
+    function_numbers: HashMap<String, u32>,
     files: HashMap<u32, String>,
     constants: HashMap<(u32, u64), u32>,
     locations: HashMap<ast::Location, u32>,
@@ -116,6 +118,7 @@ impl Decoder {
             },
             scopes: Scopes::default(),
             functions: Vec::new(),
+            function_numbers: HashMap::new(),
             files: ast.files.iter().cloned().collect(),
             constants: HashMap::new(),
             locations: HashMap::new(),
@@ -243,7 +246,7 @@ impl Decoder {
 
     fn declare_function(&mut self, function: &ast::Function) -> Result<(), ParseError> {
         self.line = function.line;
-        if self.functions.iter().any(|known| known.name == function.name) {
+        if self.function_numbers.contains_key(&function.name) {
             return Ok(());
         }
         let mut info = FunctionInfo { name: function.name.clone(), ..FunctionInfo::default() };
@@ -262,8 +265,10 @@ impl Decoder {
                 }
             }
         }
+        let number = self.functions.len() as u32;
         self.functions.push(info);
-        self.scopes.insert(function.name.clone(), Symbol::Function(self.functions.len() as u32 - 1));
+        self.function_numbers.insert(function.name.clone(), number);
+        self.scopes.insert(function.name.clone(), Symbol::Function(number));
         Ok(())
     }
 
@@ -319,7 +324,8 @@ impl Decoder {
                 cluster: function.cluster,
             });
         } else {
-            let info = self.functions.iter_mut().find(|info| info.name == function.name);
+            let number = self.function_numbers.get(&function.name);
+            let info = number.and_then(|number| self.functions.get_mut(*number as usize));
             if let Some(info) = info {
                 info.start = Some(start);
                 for (variable, place) in

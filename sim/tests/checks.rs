@@ -380,6 +380,30 @@ fn an_mbarrier_counts_its_bytes() {
     assert_eq!(mbarrier_errors(errors), [MbarrierError::BytesLeft { tx_count: 1048575 }; 10]);
 }
 
+#[test]
+fn phases_and_copies_are_told_apart() {
+    // Two phases are known to be over before the first copy.
+    let phase = |parity: u32| {
+        format!(
+            "mbarrier.arrive.shared.b64 _, [%r3]; P{parity}: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], {parity}; @!%p3 bra P{parity};"
+        )
+    };
+    let body =
+        COPY.replace("mbarrier.arrive.expect_tx", &format!("{} {} mbarrier.arrive.expect_tx", phase(0), phase(1)));
+    let body = body.replace(
+        "ld.shared.u32 %r6, [%r2];",
+        "SPIN: add.u32 %r9, %r9, 1; setp.lt.u32 %p4, %r9, 200; @%p4 bra SPIN; ld.shared.u32 %r6, [%r2];",
+    );
+    let body = body.replace("mov.u32 %r2, tile;", "mov.u32 %r2, tile; mov.u32 %r9, 0;")
+        + " LATER: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; @!%p3 bra LATER;";
+    for error in
+        breaks(TILE, &body, ("WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; @!%p3 bra WAIT;", ""), 32, 1)
+    {
+        let SimError::Fault { fault, .. } = &error else { panic!("{error}") };
+        assert!(matches!(fault, Fault::Race { .. } | Fault::Uninitialised { .. }), "{error}");
+    }
+}
+
 /// Warp 0 fills what warp 1 empties, four times: `bar` is full, `bar+8` empty.
 const RING: &str = "mov.u32 %r3, bar; setp.eq.u32 %p1, %r1, 0;
     @%p1 mbarrier.init.shared.b64 [%r3], 1; @%p1 mbarrier.init.shared.b64 [%r3+8], 1; bar.sync 0;

@@ -1,5 +1,7 @@
 //! PTX that compilers made, spoiled: whatever the text, parsing and running it end, with a result or an error.
 
+use std::time::{Duration, Instant};
+
 use proptest::prelude::*;
 use ptx_sim::{Arg, Launch, Machine, Module, RunOptions};
 
@@ -121,6 +123,52 @@ fn the_kernels_are_right_before_they_are_spoiled() {
     for (ptx, entry, _) in KERNELS {
         let module = Module::parse(ptx).unwrap_or_else(|error| panic!("{entry}: {error}"));
         assert!(module.entries().any(|name| name == entry), "{entry}");
+    }
+}
+
+/// A text in which something comes `n` times, and what that is.
+fn repeated(n: usize) -> Vec<(&'static str, String)> {
+    let head = ".version 8.6\n.target sm_90a\n.address_size 64\n";
+    let each = |text: &dyn Fn(usize) -> String| (0..n).map(text).collect::<String>();
+    let kernel =
+        |body: String| format!("{head}.visible .entry k() {{ .reg .b32 %r<9>; .reg .pred %p<3>; {body} ret; }}");
+    let functions = each(&|i| format!(".func f{i}() {{ ret; }}"));
+    let wgmma = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16";
+    vec![
+        ("entries", head.to_owned() + &each(&|i| format!(".visible .entry f{i}() {{ ret; }}"))),
+        ("calls", kernel(each(&|i| format!("call.uni f{i}, ();"))).replace(head, &format!("{head}{functions}"))),
+        ("variables", head.to_owned() + &each(&|i| format!(".global .b32 g{i};"))),
+        ("labels", kernel(each(&|i| format!("bra L{i};")) + &each(&|i| format!("L{i}:")))),
+        ("scopes", kernel("{ .reg .b32 q; mov.u32 q, 1; }".repeat(n))),
+        ("nested scopes", kernel("{ .reg .b32 q;".repeat(n) + &"}".repeat(n))),
+        ("registers", kernel(each(&|i| format!(".reg .b32 q{i}; mov.u32 q{i}, {i};")))),
+        ("register ranges", kernel(each(&|i| format!(".reg .b32 q{i}<9>; mov.u32 q{i}8, {i};")))),
+        ("constants", kernel(each(&|i| format!("add.u32 %r2, %r1, {i};")))),
+        (
+            "products",
+            kernel(each(&|i| {
+                format!(
+                    ".reg .b64 d{i}; .reg .f32 a{i}; {wgmma} {{a{i},a{i},a{i},a{i}}}, d{i}, d{i}, 1, 1, 1, 0, 0; add.f32 a{i}, a{i}, a{i};"
+                )
+            })),
+        ),
+        ("lines", kernel(each(&|i| format!(".loc 1 {i} 1 // a.rs:{i}:1 @[ b.rs:{i}:2 ]\nadd.u32 %r1, %r1, 1;\n")))),
+        ("files", head.to_owned() + &each(&|i| format!(".file {i} \"a{i}\"\n"))),
+        ("operands", kernel(format!("mov.u32 {};", "%r1,".repeat(n)))),
+        ("modifiers", kernel(format!("mov{} %r1, 1;", ".u32".repeat(n)))),
+        ("parentheses", kernel(format!("mov.u32 %r1, {}1;", "(".repeat(n)))),
+        ("minus signs", kernel(format!("mov.u32 %r1, {}1;", "-".repeat(n)))),
+        ("initialisers", format!("{head}.global .b8 g[9] = {}1", "{".repeat(n))),
+        ("places inlined from", kernel(format!(".loc 1 1 1 // {}\nadd.u32 %r1, %r1, 1;\n", "a.rs:1:1 @[ ".repeat(n)))),
+    ]
+}
+
+#[test]
+fn parsing_takes_no_longer_than_the_text_is_long() {
+    for (what, text) in repeated(40_000) {
+        let began = Instant::now();
+        let _ = Module::parse(&text);
+        assert!(began.elapsed() < Duration::from_secs(5), "{what}: {:?} for {} bytes", began.elapsed(), text.len());
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! The tests run in the simulator, or on GPUs when `FERROMOE_TEST_DEVICE` is `cuda`.
 
+pub mod repeat;
 pub mod small;
 
 use std::sync::Arc;
@@ -142,6 +143,7 @@ pub fn group_that_times_out(ranks: usize, sim: SimOptions) -> DeviceGroup {
 
 /// As [`group`], with the kernel that records.
 pub fn traced_group(ranks: usize, sim: SimOptions) -> DeviceGroup {
+    repeat::name_failing_tests();
     let group = match on_gpus() {
         true => DeviceGroup::open_traced(Device::Cuda, ranks)
             .or_else(|_| DeviceGroup::open_traced(Device::SharedGpu, ranks)),
@@ -151,6 +153,7 @@ pub fn traced_group(ranks: usize, sim: SimOptions) -> DeviceGroup {
 }
 
 fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
+    repeat::name_failing_tests();
     let group = match on_gpus() {
         true => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
         false => simulated(ferromoe::PTX, ranks, sim, checks),

@@ -1,6 +1,6 @@
 //! Whatever the text, `Module::parse` returns; and what it takes for a kernel without parameters runs to an end or an error.
 //!
-//! In the folder above: `mkdir -p fuzz/corpus/parse && cargo +nightly fuzz run parse fuzz/corpus/parse tests/data -- -timeout=10`.
+//! The README of the folder above says how to run it.
 
 #![no_main]
 

@@ -68,15 +68,14 @@ impl Checker {
     /// # Errors
     /// The initialisation of an mbarrier that is one already.
     pub fn init_mbarrier(&mut self, (cta, address): (u64, u32), live: bool, in_use: bool) -> Result<(), MbarrierError> {
-        let agent = self.agents;
+        if self.phases(cta, address).is_some_and(|phases| live && phases.live && in_use) {
+            return Err(MbarrierError::InUse);
+        }
+        let phase_agent = self.agents;
+        self.agents += 1;
         if let Some(phases) = self.phases(cta, address) {
-            if live && phases.live && in_use {
-                return Err(MbarrierError::InUse);
-            }
             // Nobody knows of the phases of what becomes another barrier.
-            *phases =
-                Phases { agent: phases.agent, issued: phases.issued, phase_agent: agent, live, ..Phases::default() };
-            self.agents += 1;
+            *phases = Phases { agent: phases.agent, issued: phases.issued, phase_agent, live, ..Phases::default() };
         }
         Ok(())
     }

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
+use ferromoe_tests::repeat::quoted;
 use ferromoe_tests::small::{SmallCase, run_options, small_matrix};
 use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
 use ptx_sim::Module;
@@ -122,11 +123,10 @@ fn run_fresh(
 fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64, checks: bool) -> Result<()> {
     for case in cases {
         let name = case.name;
-        case.run(module, seed, &run_options(None, checks)).with_context(|| {
-            format!(
-                "case `{name}` failed with seed {seed}; repeat it with\n  cargo xtask soak --case '{name}' --seed {seed}{}\n",
-                if checks { "" } else { " --unchecked" }
-            )
+        case.run(module, seed, &run_options(None, checks)).map_err(|failure| {
+            let unchecked = if checks { "" } else { " --unchecked" };
+            let command = format!("cargo xtask soak --case {} --seed {seed}{unchecked}", quoted(name));
+            anyhow!("case `{name}` failed with seed {seed}: {failure}\nrepeat it with\n  {command}")
         })?;
     }
     Ok(())

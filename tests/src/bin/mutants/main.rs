@@ -11,6 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use ferromoe::Error;
+use ferromoe_tests::repeat::quoted;
 use ferromoe_tests::small::{Failure, SmallCase, run_options, small_matrix};
 use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
 use ptx_sim::{Fault, Module, Position, SimError};
@@ -127,6 +128,14 @@ fn run(arguments: &Arguments) -> Result<bool> {
     if arguments.write {
         write(&root.join("docs/mutants.md"), &table)?;
     }
+    for (mutant, found) in mutants.iter().zip(&found) {
+        let missed = found.as_ref().is_none_or(|found| found.by == Finder::Panic);
+        if missed && mutant.harmless.is_none() {
+            let unchecked = if arguments.unchecked { " --unchecked" } else { "" };
+            let (what, seeds) = (quoted(mutant.what), arguments.seeds);
+            eprintln!("not found; repeat it with\n  cargo xtask mutants --only {what} --seeds {seeds}{unchecked}");
+        }
+    }
     // A simulator that panics has found nothing.
     let caught = found.iter().flatten().filter(|found| found.by != Finder::Panic).count();
     Ok(caught * 100 >= REQUIRED_PERCENT * found.len())
@@ -142,7 +151,12 @@ fn right_kernel(cases: &[SmallCase], checks: bool) -> Result<Vec<u64>> {
     let module = Arc::new(Module::parse(ferromoe::PTX)?);
     let limit = |case: &SmallCase| match case.run(&module, 0, &run_options(None, checks)) {
         Ok(ran) => Ok(PATIENCE * ran.instructions),
-        Err(failure) => bail!("the kernel without a bug fails case `{}`: {failure}", case.name),
+        Err(failure) => bail!(
+            "the kernel without a bug fails case `{}`: {failure}\nrepeat it with\n  cargo xtask soak --case {} --seed 0{}",
+            case.name,
+            quoted(case.name),
+            if checks { "" } else { " --unchecked" }
+        ),
     };
     cases.par_iter().map(limit).collect()
 }
