@@ -29,6 +29,7 @@ mod schedule;
 mod store_buffer;
 pub mod tensor_map;
 pub mod wgmma;
+mod workers;
 
 pub use cost::Cost;
 pub use error::{Fault, ParseError, Position, SimError, Stuck};

@@ -5,9 +5,6 @@
 //! order in which it came. That leaves nothing for threads to decide, so a run does not depend on how many there are. Where
 //! only one device has launches, nothing is parked, and all of its run is one quantum.
 
-use rayon::ThreadPoolBuilder;
-use rayon::prelude::*;
-
 use crate::check::Checker;
 use crate::cost::Cost;
 use crate::error::{SimError, Stuck};
@@ -16,6 +13,7 @@ use crate::machine::RunOptions;
 use crate::memory::GlobalMemory;
 use crate::random::Random;
 use crate::schedule::{HOPELESS_NS, Prepared, Progress, Run};
+use crate::workers::Workers;
 
 /// Quanta take 2^6 to 2^9 ns.
 const SHORTEST: u64 = 6;
@@ -34,7 +32,7 @@ pub(crate) fn run(
     // What the checks know is about all devices.
     let threads = if options.checks { 1 } else { options.threads.map_or_else(cores, usize::from) };
     let threads = threads.min(devices.len());
-    let pool = (threads > 1).then(|| ThreadPoolBuilder::new().num_threads(threads).build());
+    let workers = Workers::new(devices.len());
     let mut together = Together {
         devices,
         memory,
@@ -45,11 +43,13 @@ pub(crate) fn run(
         options,
     };
     together.exchange();
-    // Without threads of its own a run takes longer, and is the same.
-    let result = match pool.and_then(Result::ok) {
-        Some(pool) => pool.install(|| together.drive(true)),
-        None => together.drive(false),
-    };
+    let result = std::thread::scope(|scope| {
+        let _end = workers.end_on_drop();
+        // Where there can be no thread a run takes longer, and is the same.
+        let spawn = |_: &usize| std::thread::Builder::new().spawn_scoped(scope, || workers.help()).is_ok();
+        let helped = (1..threads).take_while(spawn).count() > 0;
+        together.drive(helped.then_some(&workers))
+    });
     together.exchange();
     let costs = together.end();
     result.map(|()| costs)
@@ -69,11 +69,11 @@ struct Together<'a, 'm> {
     options: &'a RunOptions,
 }
 
-impl Together<'_, '_> {
-    fn drive(&mut self, parallel: bool) -> Result<(), SimError> {
+impl<'a> Together<'a, '_> {
+    fn drive(&mut self, workers: Option<&Workers<'a>>) -> Result<(), SimError> {
         loop {
             self.until = self.next_quantum();
-            let reached = self.quantum(parallel)?;
+            let reached = self.quantum(workers)?;
             if let Some(limit) = self.options.step_limit
                 && self.devices.iter().map(|run| run.step).sum::<u64>() > limit
             {
@@ -110,10 +110,10 @@ impl Together<'_, '_> {
     }
 
     /// Lets each device run to the end of the quantum. Of several errors the one that came first in simulated time counts.
-    fn quantum(&mut self, parallel: bool) -> Result<Vec<Progress>, SimError> {
+    fn quantum(&mut self, workers: Option<&Workers<'a>>) -> Result<Vec<Progress>, SimError> {
         let until = self.until;
-        let reached: Vec<_> = if parallel {
-            self.devices.par_iter_mut().with_max_len(1).map(|run| run.drive(until)).collect()
+        let reached = if let Some(workers) = workers {
+            workers.drive(&mut self.devices, until)
         } else {
             let mut reached = Vec::with_capacity(self.devices.len());
             for run in &mut self.devices {
