@@ -122,6 +122,21 @@ pub enum Error {
         /// The size that would be right.
         expected: String,
     },
+    /// A trace was asked of a group whose kernel records nothing.
+    #[error("the group's kernel records no trace; DeviceGroup::open_traced opens one whose kernel does")]
+    NotTraced,
+    /// A trace that cannot be read.
+    #[error("the trace of {role} of CTA {cta} on rank {rank} {problem}")]
+    Trace {
+        /// The rank.
+        rank: usize,
+        /// The CTA.
+        cta: usize,
+        /// The role.
+        role: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// Number of ranks out of range.
     #[error("{ranks} ranks are not possible; it must be from 1 to {MAX_RANKS}")]
     Ranks {

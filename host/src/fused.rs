@@ -1,6 +1,7 @@
 //! The layer on its ranks: buffers, parameter blocks, launches, and what a launch reports.
 
 mod rank;
+mod record;
 #[cfg(test)]
 mod tests;
 
@@ -10,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ferromoe_kernel::layout::{MAX_COMBINE_ROWS, MAX_RANKS, Shape, WorkspaceLayout};
-use ferromoe_kernel::params::{Arguments, ENTRY};
-use ferromoe_kernel::shared::{SHARED_BYTES, THREADS};
+use ferromoe_kernel::params::{Arguments, ENTRY, Params};
+use ferromoe_kernel::shared::THREADS;
 use ferromoe_kernel::status::{BadChoice, Fault, Status, Timeout};
 use half::bf16;
 
@@ -24,6 +25,7 @@ use crate::rendezvous::RendezvousError;
 use crate::weights::ExpertWeights;
 
 use rank::{Rank, symmetric_buffer};
+pub(crate) use rank::{cluster, wave_experts};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -78,6 +80,8 @@ pub struct FusedMoe {
     ranks: Vec<Rank>,
     /// The ranks of a group of several processes are out of step.
     broken: AtomicBool,
+    /// Where a traced kernel records, one buffer a rank of this process.
+    records: Vec<DeviceBuffer>,
     /// Reached through the parameter blocks of all ranks.
     _symmetric: Vec<DeviceBuffer>,
 }
@@ -93,7 +97,7 @@ impl FusedMoe {
         let shape = layer_shape(config, group.ranks())?;
         let backend = &group.backend;
         agree(&**backend, config)?;
-        backend.prepare(ENTRY, SHARED_BYTES)?;
+        backend.prepare(ENTRY, group.shared_bytes())?;
         let local = backend.local_ranks();
         let symmetric: Vec<_> =
             local.clone().map(|rank| symmetric_buffer(backend, rank, &shape)).collect::<Result<_>>()?;
@@ -119,6 +123,7 @@ impl FusedMoe {
             workspace: WorkspaceLayout::new(&shape),
             ranks,
             broken: AtomicBool::new(false),
+            records: Vec::new(),
             _symmetric: symmetric,
         })
     }
@@ -335,17 +340,21 @@ impl FusedMoe {
 
     fn rank_launch<'a>(&'a self, rank: usize, arguments: &'a Arguments) -> Result<RankLaunch<'a>> {
         let params = &self.rank(rank)?.params;
-        let cluster = params.cluster;
         Ok(RankLaunch {
             rank,
             entry: ENTRY,
-            grid: [self.group.backend.sms(rank) / cluster * cluster, 1, 1],
-            cluster,
+            grid: [self.ctas(rank, params), 1, 1],
+            cluster: params.cluster,
             block: [THREADS, 1, 1],
-            shared_bytes: SHARED_BYTES,
+            shared_bytes: self.group.shared_bytes(),
             params: bytemuck::bytes_of(params),
             args: bytemuck::cast_slice(std::slice::from_ref(arguments)),
         })
+    }
+
+    /// CTAs of a rank's launch: whole clusters.
+    fn ctas(&self, rank: usize, params: &Params) -> u32 {
+        self.group.backend.sms(rank) / params.cluster * params.cluster
     }
 
     /// Reads and clears the status words of all ranks; the batch, if it is known, gives the ids that were wrong.
@@ -404,7 +413,7 @@ impl FusedMoe {
 }
 
 /// The sizes as the kernel takes them, checked.
-fn layer_shape(config: &MoeConfig, ranks: usize) -> Result<Shape> {
+pub(crate) fn layer_shape(config: &MoeConfig, ranks: usize) -> Result<Shape> {
     config.validate(ranks)?;
     let shape = Shape {
         hidden: config.hidden as u32,

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ferromoe_kernel::{shared, trace};
 use ptx_sim::{Module, RunOptions};
 
 use crate::backend::Backend;
@@ -12,7 +13,7 @@ use crate::config::MAX_RANKS;
 use crate::cuda::{CudaBackend, Gpu, find_gpus, gpu_of, share_gpu};
 use crate::error::{Error, Result};
 use crate::memory::{DeviceBuffer, Stream};
-use crate::ptx::{PTX, source_digest};
+use crate::ptx::{PTX, TRACED_PTX, source_digest};
 use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
 use crate::simulated::SimBackend;
 
@@ -54,14 +55,25 @@ pub struct DeviceGroup {
     pub(crate) backend: Arc<dyn Backend>,
     choice: String,
     simulated: bool,
+    traced: bool,
 }
 
 impl DeviceGroup {
     /// Opens `ranks` ranks (1 to [`MAX_RANKS`]), all driven by this process.
     pub fn open(device: Device, ranks: usize) -> Result<Self> {
+        Self::open_with(device, ranks, PTX)
+    }
+
+    /// As [`Self::open`], with a kernel that records what its roles do when, and takes a little longer for it: see
+    /// [`crate::FusedMoe::record_trace`].
+    pub fn open_traced(device: Device, ranks: usize) -> Result<Self> {
+        Ok(Self::open_with(device, ranks, TRACED_PTX)?.traced())
+    }
+
+    fn open_with(device: Device, ranks: usize, ptx: &str) -> Result<Self> {
         check_ranks(ranks)?;
-        let simulated = |options, why: &str| Ok(Self::new(SimBackend::new(ranks, options)?, true, why));
-        let on_gpus = |gpus: Vec<Gpu>, why| Ok(Self::new(CudaBackend::open(gpus, PTX)?, false, why));
+        let simulated = |options, why: &str| Ok(Self::new(SimBackend::new(ranks, options, ptx)?, true, why));
+        let on_gpus = |gpus: Vec<Gpu>, why| Ok(Self::new(CudaBackend::open(gpus, ptx)?, false, why));
         match device {
             Device::Sim(options) => simulated(options, AS_ASKED),
             Device::Cuda => on_gpus(find_gpus(ranks)?, AS_ASKED),
@@ -123,7 +135,22 @@ impl DeviceGroup {
 
     pub(crate) fn new(backend: impl Backend + 'static, simulated: bool, why: &str) -> Self {
         let choice = format!("{} ({why})", backend.description());
-        Self { backend: Arc::new(backend), choice, simulated }
+        Self { backend: Arc::new(backend), choice, simulated, traced: false }
+    }
+
+    /// Says that the group's kernel is [`TRACED_PTX`], or another build of it that records.
+    pub fn traced(self) -> Self {
+        Self { traced: true, ..self }
+    }
+
+    /// Whether the kernel records what its roles do.
+    pub fn is_traced(&self) -> bool {
+        self.traced
+    }
+
+    /// Dynamic shared memory that a CTA of the kernel needs.
+    pub(crate) fn shared_bytes(&self) -> u32 {
+        if self.traced { trace::SHARED_BYTES } else { shared::SHARED_BYTES }
     }
 
     /// Number of ranks, those of other processes included.

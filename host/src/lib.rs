@@ -28,6 +28,7 @@ mod simulated;
 mod tensors;
 #[cfg(test)]
 mod testing;
+pub mod trace;
 mod weights;
 
 pub use checkpoint::{Checkpoint, HfLayer};
@@ -40,7 +41,7 @@ pub use input::MoeInput;
 pub use matrix::Matrix;
 pub use memory::{DeviceBuffer, Stream};
 pub use model::Family;
-pub use ptx::PTX;
+pub use ptx::{PTX, TRACED_PTX};
 pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};
 pub use router::{ExpertGroups, Router, Routing, Scoring};
 pub use weights::{Expert, ExpertWeights, RankWeights};

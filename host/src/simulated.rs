@@ -74,9 +74,9 @@ fn unchecked() -> RunOptions {
 }
 
 impl SimBackend {
-    /// Opens all ranks of a node.
-    pub(crate) fn new(ranks: usize, options: SimOptions) -> Result<Self> {
-        Self::with_module(ranks, options, Arc::new(Module::parse(PTX)?), unchecked())
+    /// Opens all ranks of a node, with the kernel of `ptx`.
+    pub(crate) fn new(ranks: usize, options: SimOptions, ptx: &str) -> Result<Self> {
+        Self::with_module(ranks, options, Arc::new(Module::parse(ptx)?), unchecked())
     }
 
     /// As [`Self::new`], with a kernel that was parsed before, and whose launches run as `run` says.

@@ -34,6 +34,11 @@ fn every_measurement_is_a_line_of_json() {
             assert!(0.0 < number(least) && number(least) <= number(counted), "{least} of {line}");
         }
         assert_eq!(line["routing"], "skewed");
+        assert!((0.1..1.0).contains(&number("waits_met")), "{line}");
+        // The schedule's operations are those that the simulator counts.
+        let phases = line["phases"].as_array().unwrap().iter();
+        let operations: f64 = phases.map(|phase| phase["tensor_ops"].as_f64().unwrap()).sum();
+        assert_eq!(operations, number("tensor_ops"), "{line}");
     }
     assert!(lines[1]["tile_efficiency"].as_f64() > lines[0]["tile_efficiency"].as_f64());
 }
@@ -43,7 +48,33 @@ fn people_read_a_table() {
     let output = bench(&["--shape", "pro", "--device", "sim", "--tokens", "3"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.starts_with("pro: hidden 448, intermediate 192, top-6, 1 shared, 8 experts a rank"), "{text}");
-    assert_eq!(text.lines().last().unwrap().split_whitespace().next(), Some("3"), "{text}");
+    let rows: Vec<_> = text.lines().rev().take(5).filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(rows, ["combine:", "linear", "linear", "dispatch:", "3"], "{text}");
+}
+
+#[test]
+fn a_model_says_what_full_shapes_should_take() {
+    let output = bench(&["--shape", "v3,flash", "--device", "model", "--tokens", "8,8192", "--ranks", "8", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let found: Vec<_> = lines
+        .iter()
+        .map(|line| ["device", "shape", "bottleneck"].map(|field| line[field].as_str().unwrap()))
+        .zip(lines.iter().map(|line| line["tokens"].as_u64().unwrap()))
+        .collect();
+    let mut expected = Vec::new();
+    for shape in ["v3", "flash"] {
+        for device in ["H200", "H20"] {
+            expected.extend([([device, shape, "memory"], 8), ([device, shape, "tensor cores"], 8192)]);
+        }
+    }
+    assert_eq!(found, expected);
+    for line in &lines {
+        let number = |field: &str| line[field].as_f64().unwrap();
+        let least = number("memory_us").max(number("tensor_us")).max(number("nvlink_us"));
+        assert!(number("us") > least && number("us") < 2.0 * least, "{line}");
+    }
 }
 
 #[test]

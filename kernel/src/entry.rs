@@ -45,9 +45,11 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
     barrier_cluster();
     // SAFETY: the caller's.
     let launch = unsafe { Launch::new(params, Arguments { hidden_states, topk_ids, topk_weights, tokens, output }) };
+    mark!(&launch, Start);
 
     if warp < CONSUMER_WARP {
         setmaxnreg_dec::<HELPER_REGISTERS>();
+        let launch = launch.keep();
         if warp < DISPATCH_WARPS {
             route::route(&launch, lane);
             pull::pull(&launch, cta, warp, lane);
@@ -56,6 +58,8 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         } else if warp == SCHEDULER_WARP {
             schedule::schedule(&launch, cta, lane);
         } else {
+            // No task is there yet: this warp has the time.
+            schedule::zero_next_counters(&launch, lane);
             publish::publish(&launch, cta, lane);
         }
     } else {
@@ -63,6 +67,7 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         consume::consume(&launch, cta, warp - CONSUMER_WARP, lane);
     }
 
+    mark!(&launch, Done);
     // No CTA ends while another may still reach into its shared memory.
     bar_warp_sync();
     barrier_cluster();

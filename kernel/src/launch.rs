@@ -19,23 +19,37 @@ pub const SECOND_WARPGROUP_BARRIER: u32 = 4;
 /// Longest pause between two looks at a condition, in nanoseconds.
 const MAX_PAUSE_NS: u32 = 256;
 
-/// What every role gets. Nothing is kept that can be loaded again: consumers have no register to spare.
+/// What every role gets. Consumers have no register to spare, and load again what they need; the other roles [`Self::keep`] it.
 #[derive(Clone, Copy)]
-pub struct Launch(&'static Params, Arguments);
+pub struct Launch {
+    params: &'static Params,
+    arguments: Arguments,
+    /// The epoch of the last finished launch, and the caller's count of tokens.
+    kept: Option<(u32, u32)>,
+}
 
 impl Launch {
     /// # Safety
     /// The arguments are valid for the whole launch.
     #[inline(always)]
     pub const unsafe fn new(params: &'static Params, arguments: Arguments) -> Self {
-        Self(params, arguments)
+        Self { params, arguments, kept: None }
+    }
+
+    /// Loads once what most addresses depend on: later uses wait for no load.
+    #[inline(always)]
+    pub fn keep(self) -> Self {
+        // SAFETY: initialised device memory.
+        let words = unsafe { (ld_weak_u32(self.epoch_address()), ld_weak_u32(self.arguments.tokens as *const u32)) };
+        Self { kept: Some(words), ..self }
     }
 
     /// Number of this launch, from 1; the same on every rank.
     #[inline(always)]
     pub fn epoch(&self) -> u32 {
         // SAFETY: initialised device memory, which changes only after every CTA of the launch has ended.
-        unsafe { ld_weak_u32(self.epoch_address()) + 1 }
+        let last = self.kept.map_or_else(|| unsafe { ld_weak_u32(self.epoch_address()) }, |(last, _)| last);
+        last + 1
     }
 
     /// Tokens of this rank; 0 if the caller's count exceeds the maximum.
@@ -48,7 +62,7 @@ impl Launch {
     /// The parameter block.
     #[inline(always)]
     pub fn params(&self) -> &'static Params {
-        self.0
+        self.params
     }
 
     /// 0 or 1, by turns from launch to launch.
@@ -61,7 +75,7 @@ impl Launch {
     #[inline(always)]
     pub fn claimed_tokens(&self) -> u32 {
         // SAFETY: initialised device memory.
-        unsafe { ld_weak_u32(self.1.tokens as *const u32) }
+        self.kept.map_or_else(|| unsafe { ld_weak_u32(self.arguments.tokens as *const u32) }, |(_, tokens)| tokens)
     }
 
     /// Base of a rank's symmetric buffer, as this rank sees it.
@@ -127,7 +141,7 @@ impl Launch {
     /// Address of this rank's hidden states.
     #[inline(always)]
     pub fn hidden_states(&self) -> u64 {
-        self.1.hidden_states
+        self.arguments.hidden_states
     }
 
     /// Bytes of a row of hidden states.
@@ -139,26 +153,26 @@ impl Launch {
     /// Expert id at (token, k).
     #[inline(always)]
     pub fn topk_id(&self, index: u32) -> *const u32 {
-        (self.1.topk_ids as *const u32).wrapping_add(index as usize)
+        (self.arguments.topk_ids as *const u32).wrapping_add(index as usize)
     }
 
     /// Routing weight at (token, k).
     #[inline(always)]
     pub fn topk_weight(&self, index: u32) -> *const f32 {
-        (self.1.topk_weights as *const f32).wrapping_add(index as usize)
+        (self.arguments.topk_weights as *const f32).wrapping_add(index as usize)
     }
 
     /// Row `token` of the output.
     #[inline(always)]
     pub fn output_row(&self, token: u32) -> *mut u8 {
-        (self.1.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
+        (self.arguments.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
     }
 
     /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.
     ///
     /// Every wait on another CTA or rank goes through here.
     #[inline(always)]
-    pub fn wait_until(&self, missing: impl Fn() -> Timeout, ready: impl Fn() -> bool) {
+    pub fn wait_until(&self, missing: impl Fn() -> Timeout, mut ready: impl FnMut() -> bool) {
         if ready() {
             return;
         }

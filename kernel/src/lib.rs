@@ -6,16 +6,19 @@
 #![no_std]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, stdarch_nvptx, asm_experimental_arch))]
 
+#[macro_use]
+mod unroll;
+
 pub mod layout;
 pub mod params;
 pub mod schedule;
 pub mod shared;
+pub mod sources;
 pub mod status;
 pub mod tile;
-
-#[cfg(target_arch = "nvptx64")]
 #[macro_use]
-mod unroll;
+pub mod trace;
+
 #[cfg(target_arch = "nvptx64")]
 pub mod cta;
 #[cfg(target_arch = "nvptx64")]

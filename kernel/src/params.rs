@@ -3,6 +3,7 @@
 use crate::layout::{MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
 use crate::shared::ACTIVATION_TOKENS;
 use crate::tile::{TOKEN_TILES, tile_index};
+use crate::trace::TraceBuffer;
 
 /// Name of the kernel's entry in the PTX module.
 pub const ENTRY: &str = "ferromoe_forward";
@@ -61,8 +62,10 @@ pub struct Params {
     pub wave_experts: u32,
     /// CTAs of a cluster, for which the maps of the pools are made.
     pub cluster: u32,
-    /// Zeros: fills the block up to its alignment.
-    pub reserved: [u32; 5],
+    /// Zero: aligns what follows.
+    pub reserved: u32,
+    /// Where a traced kernel records.
+    pub trace: TraceBuffer,
 }
 
 /// The kernel's other arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.

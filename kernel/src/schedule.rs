@@ -1,19 +1,44 @@
 //! The order of work: which rows, tiles and tasks there are, the same for every CTA of a rank.
 //!
-//! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, experts come in waves: linear 1 of waves 0 and 1, linear 2 of wave 0, linear 1
-//! of wave 2, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
+//! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, experts come in waves: linear 1 of waves 0, 1 and 2, linear 2 of wave 0, linear 1
+//! of wave 3, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
 
+use crate::shared::WARP;
 use crate::tile::{MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_tiles};
 
-/// Tokens that one route ticket stands for.
-pub const ROUTE_TOKENS: u32 = 16;
+/// Choices that a lane of a warp that routes has under way at once.
+pub const ROUTE_PASSES: u32 = 4;
+
+/// The most steps that one warp takes alone. Each is a trip to the L2 cache and back for its slots; a hand-over of chunks is three, and a fence of the system.
+const ROUTE_ALONE_STEPS: u32 = 2;
+
+/// Tokens that a warp routes in one step: a lane for each choice, in [`ROUTE_PASSES`] passes.
+pub const fn route_step(top_k: u32) -> u32 {
+    ROUTE_PASSES * WARP / top_k.next_power_of_two()
+}
+
+/// Tokens that one route ticket stands for: all while they are few, so that one warp routes and publishes them with nothing handed over.
+pub const fn route_tokens(tokens: u32, top_k: u32) -> u32 {
+    let step = route_step(top_k);
+    if tokens > ROUTE_ALONE_STEPS * step {
+        step
+    } else if tokens == 0 {
+        1
+    } else {
+        tokens
+    }
+}
+
+/// Waves that have begun linear 1 when linear 2 of the first of them begins: so many that linear 1 of a wave is done, not only claimed, when its
+/// linear 2 is claimed.
+pub const WAVES: u32 = 3;
 
 /// The most tokens that one combine task stands for.
 pub const MAX_COMBINE_TOKENS: u32 = 8;
 
 /// Chunks that `tokens` tokens are routed in: at least one, for a rank without tokens publishes its counts too.
-pub const fn route_chunks(tokens: u32) -> u32 {
-    let chunks = tokens.div_ceil(ROUTE_TOKENS);
+pub const fn route_chunks(tokens: u32, top_k: u32) -> u32 {
+    let chunks = tokens.div_ceil(route_tokens(tokens, top_k));
     if chunks == 0 { 1 } else { chunks }
 }
 
@@ -294,7 +319,7 @@ impl TaskCursor {
         self.first_ticket += self.tickets;
         let [linear1, linear2] = self.next;
         let wave = linear2.expert / self.shape.wave_experts;
-        let ahead = (wave + 2) * self.shape.wave_experts;
+        let ahead = (wave + WAVES) * self.shape.wave_experts;
         let ScheduleShape { linear1_rows, linear2_rows, cluster, .. } = self.shape;
         let blocks;
         if linear1.expert < self.shape.experts && linear1.expert < ahead {

@@ -111,7 +111,7 @@ pub const COMBINE_FULL_OFFSET: u32 = PULL_FULL_OFFSET + DISPATCH_WARPS * PULL_BU
 pub const SHARED_BYTES: u32 = COMBINE_FULL_OFFSET + CONSUMER_WARPS * COMBINE_BUFFERS * MBARRIER_BYTES;
 
 /// Dynamic shared memory of a CTA on Hopper (CUDA programming guide, compute capability 9.0: 227 KB).
-const SHARED_LIMIT: u32 = 227 * 1024;
+pub const SHARED_LIMIT: u32 = 227 * 1024;
 
 const _: () = assert!(SHARED_BYTES <= SHARED_LIMIT);
 const _: () = assert!(stage_bytes(TOKEN_TILES[0]).is_multiple_of(1024) && WEIGHT_STAGE_BYTES.is_multiple_of(1024));

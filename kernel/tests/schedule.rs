@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
-    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, combine_chunks, combine_tokens, pull_rows,
-    route_chunks,
+    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES, combine_chunks, combine_tokens, pull_rows,
+    route_chunks, route_step, route_tokens,
 };
 use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
 use proptest::prelude::*;
@@ -66,7 +66,7 @@ proptest! {
         }
     }
 
-    /// Linear 1 of a wave lies before linear 2 of the wave before, and not more than one wave further ahead.
+    /// Linear 1 of a wave lies before linear 2 of the wave [`WAVES`] - 1 before, and not further ahead.
     #[test]
     fn waves_interleave((shape, rows) in schedule()) {
         let wave = |task: &Task| task.expert / shape.wave_experts;
@@ -75,9 +75,10 @@ proptest! {
             if task.phase == LINEAR1 {
                 linear1_wave = wave(task);
             } else {
-                let next = rows.iter().enumerate().skip(((wave(task) + 1) * shape.wave_experts) as usize)
+                let last = wave(task) + WAVES - 1;
+                let there = rows.iter().enumerate().skip((last * shape.wave_experts) as usize)
                     .take(shape.wave_experts as usize).any(|(_, &rows)| rows > 0);
-                prop_assert!(!next || linear1_wave == wave(task) + 1, "{task:?} while linear 1 is at wave {linear1_wave}");
+                prop_assert!(!there || linear1_wave == last, "{task:?} while linear 1 is at wave {linear1_wave}");
             }
         }
     }
@@ -140,8 +141,12 @@ proptest! {
     }
 
     #[test]
-    fn chunks_cover_all_tokens(tokens in 0..5000u32, ctas in 1..200u32) {
-        prop_assert!(route_chunks(tokens) >= 1);
+    fn chunks_cover_all_tokens(tokens in 0..5000u32, top_k in 1..33u32, ctas in 1..200u32) {
+        let (per_ticket, tickets, step) = (route_tokens(tokens, top_k), route_chunks(tokens, top_k), route_step(top_k));
+        prop_assert!(tickets >= 1 && tickets * per_ticket >= tokens && tokens >= (tickets - 1) * per_ticket);
+        // A single ticket has few tokens, and of several each is one step.
+        let right = if tickets == 1 { per_ticket <= 2 * step } else { per_ticket == step };
+        prop_assert!(right, "{per_ticket} tokens a ticket, {step} a step");
         let per_chunk = combine_tokens(tokens, ctas);
         prop_assert!((1..=8).contains(&per_chunk));
         let chunks = combine_chunks(tokens, ctas);

@@ -89,13 +89,18 @@ pub(crate) struct AsyncQueue {
     events: HashMap<u64, Event>,
     stages: HashMap<u64, Stage>,
     next: u64,
+    stride: u64,
 }
 
 impl AsyncQueue {
+    /// A queue that numbers operations by `first`, `first + stride` and so on.
+    pub fn new(first: u64, stride: u64) -> Self {
+        Self { next: first, stride, ..Self::default() }
+    }
+
     /// Adds an operation and returns its number.
     pub fn push(&mut self, due: u64, event: Event) -> u64 {
-        let number = self.next;
-        self.next += 1;
+        let number = self.reserve();
         if matches!(event, Event::Transfer(_)) {
             self.stages.insert(number, Stage::Issued);
         }
@@ -106,8 +111,8 @@ impl AsyncQueue {
 
     /// A number for an operation that comes later.
     pub fn reserve(&mut self) -> u64 {
-        self.next += 1;
-        self.next - 1
+        self.next += self.stride;
+        self.next - self.stride
     }
 
     /// Puts an operation back, for its next stage.

@@ -26,6 +26,10 @@ pub struct Cost {
     pub tensor_ops: u64,
     /// Times that a warp had to wait.
     pub waits: u64,
+    /// Waits for an mbarrier's phase that ended with the phase complete.
+    pub mbarrier_waits: u64,
+    /// Times that such a wait suspended its warp before.
+    pub mbarrier_suspensions: u64,
     /// Waits that were tried again without success, and repeated reads of an unchanged word.
     pub polls: u64,
     /// Simulated time from the start of the run to the launch's end, in nanoseconds.

@@ -33,6 +33,8 @@ pub(crate) enum Wait {
     MaxRegisters { count: u32 },
     /// Time to pass.
     Time,
+    /// All devices to stand still: the instruction is about another one's memory.
+    Peers,
 }
 
 /// A phase as a wait names it.

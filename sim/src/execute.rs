@@ -7,6 +7,7 @@ mod cluster;
 mod copies;
 mod lanes;
 mod mbarriers;
+mod peers;
 mod special;
 mod tensor_core;
 
@@ -102,14 +103,22 @@ type Executed = Result<Flow, Fault>;
 pub(crate) const NEVER: u64 = u64::MAX;
 
 impl Context<'_> {
-    /// Runs until `budget` instructions are done or no lane can go on.
-    pub fn run(&mut self, budget: u64) -> Result<(), Failure> {
+    /// Runs until `budget` instructions are done or no lane can go on; or the one instruction at which the lanes `parked` wait
+    /// for peers.
+    pub fn run(&mut self, budget: u64, parked: Option<u32>) -> Result<(), Failure> {
         let mut threads = 0;
         let mut result = Ok(());
         if let Some(profiler) = &mut self.profiler {
             profiler.begin_slice();
         }
-        while self.executed < budget && result.is_ok() {
+        if let Some(mask) = parked {
+            let waits = |fragment: &Fragment| fragment.wait == Some(Wait::Peers) && fragment.mask == mask;
+            if let Some(index) = self.warp.fragments.iter().position(waits) {
+                self.warp.fragments[index].wait = None;
+                result = self.run_fragment(index, 1, &mut threads);
+            }
+        }
+        while parked.is_none() && self.executed < budget && result.is_ok() {
             let Some(index) = self.choose() else {
                 break;
             };
@@ -186,6 +195,13 @@ impl Context<'_> {
                         return Ok(());
                     }
                     self.warp.fragments[index].pc = pc;
+                    if self.needs_peers(op, active) {
+                        let fragment = &mut self.warp.fragments[index];
+                        (fragment.wait, fragment.until, fragment.armed) = (Some(Wait::Peers), NEVER, false);
+                        self.executed -= 1;
+                        *threads -= u64::from(active.count_ones());
+                        return Ok(());
+                    }
                     self.pc = pc;
                     self.fault_lanes = 0;
                     let began = self.profiler.is_some().then(Instant::now);

@@ -15,7 +15,7 @@ use crate::schedule::{Run, TIME_SHIFT};
 use crate::wgmma::descriptor::MatrixDescriptor;
 use crate::wgmma::{self, THREADS};
 
-impl Run<'_, '_> {
+impl Run<'_> {
     /// Carries out the next stage of an operation.
     pub fn land(&mut self, number: u64, event: Event) -> Result<(), SimError> {
         self.progress += 1;

@@ -22,6 +22,7 @@ mod memory;
 mod parse;
 mod profile;
 mod program;
+mod quanta;
 mod random;
 mod registers;
 mod schedule;

@@ -1,6 +1,7 @@
 //! The public face: devices with memories, and launches.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex};
 
 use crate::ast::InitialValue;
@@ -10,7 +11,8 @@ use crate::execute::LaunchInfo;
 use crate::memory::{CODE_WINDOW, GlobalMemory};
 use crate::profile::Profile;
 use crate::program::{Entry, Module, Reference};
-use crate::schedule::{self, Prepared};
+use crate::quanta;
+use crate::schedule::Prepared;
 
 /// A kernel argument.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +76,9 @@ pub struct RunOptions {
     /// Whether accesses that nothing orders are errors: data races, missing proxy fences, early reuse. By default where
     /// debug assertions are on, as in tests; it takes a few times as long.
     pub checks: bool,
+    /// Threads that devices run on, one for each device at most; as many as there are cores if absent. The run does not depend
+    /// on it. With checks it is one.
+    pub threads: Option<NonZeroUsize>,
     /// Adds up here what runs take, by kind of instruction. Such runs are slower.
     pub profile: Option<Arc<Mutex<Profile>>>,
 }
@@ -86,6 +91,7 @@ impl Default for RunOptions {
             step_limit: None,
             check_matrix_operands: true,
             checks: cfg!(debug_assertions),
+            threads: None,
             profile: None,
         }
     }
@@ -180,7 +186,7 @@ impl Machine {
         let prepared =
             launches.iter().map(|launch| self.prepare(launch, launches, options)).collect::<Result<Vec<_>, _>>()?;
         self.memory.start_run();
-        schedule::run(&mut self.memory, prepared, options)
+        quanta::run(&mut self.memory, &prepared, options)
     }
 
     fn prepare<'a>(

@@ -175,14 +175,18 @@ pub(crate) struct Allocation {
     pub written_lines: Vec<u64>,
 }
 
-/// The global memories of all devices, one address space.
-#[derive(Debug, Clone)]
+/// The global memories of all devices, one address space. While devices run side by side, each has its own memory here, and
+/// those of the others are away.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct GlobalMemory {
     devices: Vec<DeviceMemory>,
+    /// Stores that are to be performed in memory that is away.
+    outbound: Vec<(u64, Vec<u8>)>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 struct DeviceMemory {
+    away: bool,
     /// In order of their addresses.
     allocations: Vec<Allocation>,
     next: u64,
@@ -194,13 +198,63 @@ impl GlobalMemory {
     pub fn new(devices: usize) -> Self {
         Self {
             devices: (0..devices as u64)
-                .map(|device| DeviceMemory {
-                    allocations: Vec::new(),
-                    next: (device + 1) << DEVICE_SHIFT,
-                    stores: StoreBuffer::default(),
-                })
+                .map(|device| DeviceMemory { next: (device + 1) << DEVICE_SHIFT, ..DeviceMemory::default() })
                 .collect(),
+            outbound: Vec::new(),
         }
+    }
+
+    /// As many devices, all of them away.
+    pub fn away(devices: usize) -> Self {
+        let mut memory = Self::new(devices);
+        memory.devices.iter_mut().for_each(|device| device.away = true);
+        memory
+    }
+
+    /// Moves a device's memory from here to there, or from there to here.
+    pub fn exchange(&mut self, device: usize, there: &mut Self) {
+        std::mem::swap(&mut self.devices[device], &mut there.devices[device]);
+    }
+
+    /// Does so with all memories.
+    pub fn exchange_all(&mut self, there: &mut Self) {
+        std::mem::swap(&mut self.devices, &mut there.devices);
+    }
+
+    /// Whether no device is away.
+    #[inline]
+    pub fn is_whole(&self) -> bool {
+        self.devices.iter().all(|device| !device.away)
+    }
+
+    /// Whether an address is in the memory of a device that is away.
+    #[inline]
+    pub fn is_away(&self, address: u64) -> bool {
+        self.devices.get(Self::device_of(address)).is_some_and(|device| device.away)
+    }
+
+    /// Whether a release by a cluster must wait, for stores to memory that is away.
+    pub fn releases_away(&self, device: usize, cluster: u64, scope: Scope) -> bool {
+        let own = (device as u64 + 1) << DEVICE_SHIFT..(device as u64 + 2) << DEVICE_SHIFT;
+        let stores = &self.devices[device].stores;
+        let holds = || [cluster, DEVICE].iter().any(|owner| stores.holds_outside(*owner, &own));
+        scope == Scope::Sys && !self.is_whole() && (!self.outbound.is_empty() || holds())
+    }
+
+    /// Performs a store; its range was found when it was stored to.
+    fn store(&mut self, address: u64, bytes: &[u8]) {
+        if self.is_away(address) {
+            self.outbound.push((address, bytes.to_vec()));
+        } else if let Ok((allocation, offset)) = self.find(address, bytes.len() as u64) {
+            allocation.bytes.write(offset, bytes);
+        }
+    }
+
+    /// Performs the stores that were to be in memory that was away; whether there were any.
+    pub fn deliver(&mut self) -> bool {
+        let outbound = std::mem::take(&mut self.outbound);
+        outbound.iter().for_each(|(address, bytes)| self.store(*address, bytes));
+        !outbound.is_empty()
     }
 
     pub fn devices(&self) -> usize {
@@ -315,12 +369,7 @@ impl GlobalMemory {
         change: impl FnOnce(&mut StoreBuffer, &mut dyn FnMut(u64, &[u8])) -> T,
     ) -> T {
         let mut stores = std::mem::take(&mut self.devices[device].stores);
-        let result = change(&mut stores, &mut |address, bytes| {
-            // The range was found when it was stored to.
-            if let Ok((allocation, offset)) = self.find(address, bytes.len() as u64) {
-                allocation.bytes.write(offset, bytes);
-            }
-        });
+        let result = change(&mut stores, &mut |address, bytes| self.store(address, bytes));
         self.devices[device].stores = stores;
         result
     }

@@ -146,7 +146,8 @@ pub(crate) struct Profiler {
     /// What reading the clock takes, and how often that was done.
     reading: Duration,
     readings: u32,
-    started: Instant,
+    /// What the device's share of the run took so far.
+    pub active: Duration,
     /// When the slice began, how often the clock had been read, and what was added since.
     slice: (Instant, u32, KindCost),
 }
@@ -158,9 +159,9 @@ impl Profiler {
         for _ in 1..READINGS {
             std::hint::black_box(Instant::now());
         }
-        let (reading, started) = (begin.elapsed() / READINGS, Instant::now());
-        let slice = (started, 0, KindCost::default());
-        Self { profile: Profile::default(), reading, readings: 0, started, slice }
+        let reading = begin.elapsed() / READINGS;
+        let slice = (begin, 0, KindCost::default());
+        Self { profile: Profile::default(), reading, readings: 0, active: Duration::ZERO, slice }
     }
 
     /// So many (0 or 1) instructions of `lanes`, and what they set off, began at a time and end now.
@@ -191,7 +192,7 @@ impl Profiler {
     /// The run is over: what is left of its time was scheduling.
     pub fn finish(mut self, into: &Mutex<Profile>) {
         let known = self.profile.total().time + self.reading * self.readings;
-        self.profile.kinds[Kind::Scheduling as usize].time += self.started.elapsed().saturating_sub(known);
+        self.profile.kinds[Kind::Scheduling as usize].time += self.active.saturating_sub(known);
         let mut into = into.lock().unwrap_or_else(PoisonError::into_inner);
         for (kind, new) in into.kinds.iter_mut().zip(self.profile.kinds) {
             kind.add(new);

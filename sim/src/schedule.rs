@@ -1,11 +1,11 @@
-//! Runs launches together: which warp goes on, when copies land, what ends a wait.
+//! Runs the launches of a device together: which warp goes on, when copies land, what ends a wait.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::asynchronous::{AsyncQueue, Event, Issuer};
+use crate::asynchronous::{AsyncQueue, Event, Issuer, Place};
 use crate::check::{Checker, Clash, ClashKind, Home, Mode, Record, shared_owner};
 use crate::cost::Cost;
 use crate::cta::{
@@ -23,7 +23,7 @@ use crate::registers::{ALL, LANES, Registers, Slot};
 /// Simulated time is kept in units of 2^-16 ns.
 pub(crate) const TIME_SHIFT: u32 = 16;
 /// When nothing has changed for so long in simulated time, nothing ever will: one hour, in nanoseconds.
-const HOPELESS_NS: u64 = 3_600_000_000_000;
+pub(crate) const HOPELESS_NS: u64 = 3_600_000_000_000;
 
 /// A launch that was found to be sound.
 pub(crate) struct Prepared<'a> {
@@ -38,28 +38,47 @@ pub(crate) struct Prepared<'a> {
 
 /// A launch while it runs.
 pub(crate) struct Running<'a> {
-    pub prepared: Prepared<'a>,
+    pub prepared: &'a Prepared<'a>,
+    /// CTAs in all, none if another device runs them.
+    total: u64,
     next_cta: u64,
     finished: u64,
     pub cost: Cost,
 }
 
-impl Running<'_> {
-    fn total(&self) -> u64 {
-        self.prepared.info.grid.iter().map(|size| u64::from(*size)).product()
-    }
+/// What waits until all devices stand still, as it is about memory that is away.
+enum Parked {
+    /// Lanes of a warp of a CTA, by its slot.
+    Lanes { slot: usize, warp: usize, mask: u32 },
+    /// The next stage of an operation.
+    Operation(u64, Event),
 }
 
-/// All that runs.
-pub(crate) struct Run<'a, 'm> {
-    pub memory: &'m mut GlobalMemory,
+/// How far a device has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// To the time it was given.
+    Time,
+    /// To where only others can let it go on, if anyone can.
+    Blocked,
+    /// To the end of all its launches.
+    Done,
+    /// Beyond the limit of steps.
+    StepLimit,
+}
+
+/// All that runs on a device.
+pub(crate) struct Run<'a> {
+    pub device: usize,
+    pub memory: GlobalMemory,
+    /// Of all devices, in the caller's order.
     pub launches: Vec<Running<'a>>,
     pub ctas: Vec<Option<Box<Cta>>>,
     pub queue: AsyncQueue,
     pub random: Random,
     /// Warp instructions so far, all launches together.
     pub step: u64,
-    pub options: RunOptions,
+    pub options: &'a RunOptions,
     /// Changes that a waiting warp may wait for.
     pub progress: u64,
     /// Warps that can go on: slot and warp.
@@ -67,8 +86,11 @@ pub(crate) struct Run<'a, 'm> {
     /// Ends of timed waits: time, slot, identity of the CTA, warp.
     timers: BinaryHeap<Reverse<(u64, usize, u64, usize)>>,
     pub time: u64,
-    resident: Vec<u32>,
+    /// CTAs that are resident.
+    resident: u32,
     next_cta_id: u64,
+    /// In the order in which they have come.
+    parked: Vec<Parked>,
     /// The checks of accesses, if they are on.
     pub checker: Option<Box<Checker>>,
     /// What takes how long, if that is asked for.
@@ -77,53 +99,54 @@ pub(crate) struct Run<'a, 'm> {
     idle: (u64, u64),
 }
 
-/// Runs all launches to their end.
-pub(crate) fn run(
-    memory: &mut GlobalMemory,
-    prepared: Vec<Prepared<'_>>,
-    options: &RunOptions,
-) -> Result<Vec<Cost>, SimError> {
-    let devices = memory.devices();
-    let mut run = Run {
-        memory,
-        launches: prepared
-            .into_iter()
-            .map(|prepared| Running { prepared, next_cta: 0, finished: 0, cost: Cost::default() })
-            .collect(),
-        ctas: Vec::new(),
-        queue: AsyncQueue::default(),
-        random: Random::new(options.seed),
-        step: 0,
-        options: options.clone(),
-        progress: 0,
-        ready: Vec::new(),
-        timers: BinaryHeap::new(),
-        time: 0,
-        resident: vec![0; devices],
-        next_cta_id: 0,
-        checker: options.checks.then(Box::default),
-        profiler: options.profile.is_some().then(|| Box::new(Profiler::new())),
-        idle: (0, 0),
-    };
-    run.start_ctas();
-    let result = run.drive();
-    if let (Some(profiler), Some(profile)) = (run.profiler.take(), &options.profile) {
-        profiler.finish(profile);
+impl<'a> Run<'a> {
+    /// Starts a device's launches, all memory being away.
+    pub fn new(device: usize, devices: usize, prepared: &'a [Prepared<'a>], options: &'a RunOptions) -> Self {
+        let ctas = |prepared: &Prepared<'_>| prepared.info.grid.iter().map(|size| u64::from(*size)).product();
+        Run {
+            device,
+            memory: GlobalMemory::away(devices),
+            launches: prepared
+                .iter()
+                .map(|prepared| Running {
+                    prepared,
+                    total: if prepared.info.device == device { ctas(prepared) } else { 0 },
+                    next_cta: 0,
+                    finished: 0,
+                    cost: Cost::default(),
+                })
+                .collect(),
+            ctas: Vec::new(),
+            queue: AsyncQueue::new(device as u64, devices as u64),
+            random: Random::new(options.seed ^ (device as u64).wrapping_mul(0xd6e8_feb8_6659_fd93)),
+            step: 0,
+            options,
+            progress: 0,
+            ready: Vec::new(),
+            timers: BinaryHeap::new(),
+            time: 0,
+            resident: 0,
+            next_cta_id: device as u64,
+            parked: Vec::new(),
+            checker: None,
+            profiler: options.profile.is_some().then(|| Box::new(Profiler::new())),
+            idle: (0, 0),
+        }
     }
-    run.memory.settle();
-    result?;
-    Ok(run.launches.iter().map(|launch| launch.cost).collect())
-}
 
-impl Run<'_, '_> {
-    fn drive(&mut self) -> Result<(), SimError> {
-        loop {
+    /// Runs until a time, or until nothing can go on before it.
+    pub fn drive(&mut self, until: u64) -> Result<Progress, SimError> {
+        self.measure(|run| run.drive_on(until))
+    }
+
+    fn drive_on(&mut self, until: u64) -> Result<Progress, SimError> {
+        self.start_ctas();
+        while self.now() < until {
             while let Some((number, event)) = self.queue.pop(self.step) {
-                let kind = if matches!(event, Event::Wgmma { .. }) { Kind::Product } else { Kind::Copy };
-                let began = self.profiler.is_some().then(Instant::now);
-                self.land(number, event)?;
-                if let (Some(profiler), Some(began)) = (&mut self.profiler, began) {
-                    profiler.add(kind, 0, 0, began);
+                if self.needs_peers(&event) {
+                    self.parked.push(Parked::Operation(number, event));
+                } else {
+                    self.land_measured(number, event)?;
                 }
             }
             let now = self.now();
@@ -135,53 +158,122 @@ impl Run<'_, '_> {
                 if let Some(due) = self.queue.next_due() {
                     self.step = due;
                 } else if self.launches_done() {
-                    return Ok(());
-                } else {
-                    self.pass_time()?;
+                    return Ok(Progress::Done);
+                } else if !self.pass_time(until) {
+                    if until != NEVER {
+                        self.time = self.time.max(until << TIME_SHIFT);
+                    }
+                    return Ok(Progress::Blocked);
                 }
                 continue;
             }
             let chosen = self.random.below(self.ready.len() as u64) as usize;
             let (slot, warp) = self.ready.swap_remove(chosen);
-            self.run_slice(slot, warp)?;
-            if let Some(limit) = self.options.step_limit
-                && self.step > limit
-            {
-                return Err(SimError::StepLimit { limit, warps: self.stuck() });
+            self.run_slice(slot, warp, None)?;
+            if self.options.step_limit.is_some_and(|limit| self.step > limit) {
+                return Ok(Progress::StepLimit);
+            }
+        }
+        Ok(Progress::Time)
+    }
+
+    /// Carries out what is parked, all memory being here; whether there was anything.
+    pub fn meet_peers(&mut self) -> Result<bool, SimError> {
+        self.measure(Self::carry_out)
+    }
+
+    fn measure<T>(&mut self, run: impl FnOnce(&mut Self) -> T) -> T {
+        let began = self.profiler.is_some().then(Instant::now);
+        let result = run(self);
+        if let (Some(profiler), Some(began)) = (&mut self.profiler, began) {
+            profiler.active += began.elapsed();
+        }
+        result
+    }
+
+    fn carry_out(&mut self) -> Result<bool, SimError> {
+        let delivered = self.memory.deliver();
+        self.progress += u64::from(delivered);
+        let parked = std::mem::take(&mut self.parked);
+        let any = delivered || !parked.is_empty();
+        for one in parked {
+            match one {
+                Parked::Lanes { slot, warp, mask } => self.run_slice(slot, warp, Some(mask))?,
+                Parked::Operation(number, event) => self.land_measured(number, event)?,
+            }
+        }
+        Ok(any)
+    }
+
+    fn land_measured(&mut self, number: u64, event: Event) -> Result<(), SimError> {
+        let kind = if matches!(event, Event::Wgmma { .. }) { Kind::Product } else { Kind::Copy };
+        let began = self.profiler.is_some().then(Instant::now);
+        self.land(number, event)?;
+        if let (Some(profiler), Some(began)) = (&mut self.profiler, began) {
+            profiler.add(kind, 0, 0, began);
+        }
+        Ok(())
+    }
+
+    /// Whether the next stage of an operation is about memory that is away, or comes after one that is.
+    fn needs_peers(&self, event: &Event) -> bool {
+        match event {
+            Event::Transfer(transfer) => transfer.parts.iter().any(|part| {
+                let place = if transfer.data.is_some() { part.to } else { part.from };
+                matches!(place, Place::Global(address) if self.memory.is_away(address))
+            }),
+            Event::Wgmma { .. } => false,
+            Event::Arrive { after, .. } => {
+                !self.parked.is_empty() && after.iter().any(|copy| !self.queue.is_done(*copy, false))
             }
         }
     }
 
-    fn launches_done(&self) -> bool {
-        self.launches.iter().all(|launch| launch.finished == launch.total())
+    /// Whether nothing is left to do that anyone could see.
+    fn launches_done(&mut self) -> bool {
+        let done = self.launches.iter().all(|launch| launch.finished == launch.total);
+        done && self.parked.is_empty() && (self.memory.is_whole() || self.memory.next_store().is_none())
+    }
+
+    /// When the device goes on: now, at a time, or never by itself.
+    pub fn next_time(&mut self) -> Option<u64> {
+        if !self.ready.is_empty() || self.queue.next_due().is_some() {
+            return Some(self.now());
+        }
+        let timer = self.timers.peek().map(|Reverse((next, ..))| *next);
+        timer.into_iter().chain(self.memory.next_store()).min()
+    }
+
+    /// Something has changed, on whatever device.
+    pub fn note_progress(&mut self) {
+        self.idle = (self.now(), self.progress);
+    }
+
+    /// Whether some lanes poll, and need only time to go on.
+    pub fn is_polling(&self) -> bool {
+        let mut fragments = self.ctas.iter().flatten().flat_map(|cta| &cta.warps).flat_map(|warp| &warp.fragments);
+        fragments.any(|fragment| matches!(fragment.wait, None | Some(Wait::Time)))
     }
 
     /// Simulated time, in nanoseconds.
-    fn now(&self) -> u64 {
+    pub fn now(&self) -> u64 {
         self.time >> TIME_SHIFT
     }
 
     /// Nothing can go on before some time has passed. The longer nothing has changed, the larger the steps, so that
-    /// deadlines expire soon.
-    fn pass_time(&mut self) -> Result<(), SimError> {
+    /// deadlines expire soon. Whether there is hope that it does.
+    fn pass_time(&mut self, until: u64) -> bool {
         let now = self.now();
         if self.idle.1 != self.progress {
-            self.idle = (now, self.progress);
+            self.note_progress();
         }
         let idle = now - self.idle.0;
-        let timer = self.timers.peek().map(|Reverse((next, ..))| *next);
-        match timer.into_iter().chain(self.memory.next_store()).min() {
+        match self.next_time() {
             Some(next) if idle < HOPELESS_NS => {
-                let target = next.max(now) + idle / 8;
-                self.time = target << TIME_SHIFT;
-                Ok(())
+                self.time = (next.max(now) + idle / 8).min(until) << TIME_SHIFT;
+                true
             }
-            _ => {
-                let fragments = self.ctas.iter().flatten().flat_map(|cta| &cta.warps).flat_map(|warp| &warp.fragments);
-                let polling = fragments.filter(|fragment| fragment.wait == Some(Wait::Time)).count() > 0;
-                let stuck = self.stuck();
-                Err(if polling { SimError::Livelock(stuck) } else { SimError::Deadlock(stuck) })
-            }
+            _ => false,
         }
     }
 
@@ -206,14 +298,15 @@ impl Run<'_, '_> {
         }
     }
 
-    fn run_slice(&mut self, slot: usize, warp: usize) -> Result<(), SimError> {
-        let budget = self.random.spread(10);
+    /// Runs a warp for a while, or the one instruction at which its lanes `parked` wait for peers.
+    fn run_slice(&mut self, slot: usize, warp: usize, parked: Option<u32>) -> Result<(), SimError> {
+        let budget = if parked.is_none() { self.random.spread(10) } else { 1 };
         let (step, now) = (self.step, self.now());
         // Out of its slot, so that the others are at hand as its peers.
         let Some(mut cta) = self.ctas[slot].take() else {
             return Ok(());
         };
-        cta.warps[warp].queued = false;
+        cta.warps[warp].queued &= parked.is_some();
         let launch = &mut self.launches[cta.state.launch];
         let agent = cta.state.first_agent + warp as u32;
         let mut context = Context {
@@ -223,7 +316,7 @@ impl Run<'_, '_> {
             pc: 0,
             module: launch.prepared.module,
             launch: &launch.prepared.info,
-            memory: self.memory,
+            memory: &mut self.memory,
             peers: &mut self.ctas,
             warp: &mut cta.warps[warp],
             state: &mut cta.state,
@@ -238,12 +331,11 @@ impl Run<'_, '_> {
             progress: &mut self.progress,
             fault_lanes: 0,
         };
-        let result = context.run(budget);
+        let result = context.run(budget, parked);
         let executed = context.executed;
         self.ctas[slot] = Some(cta);
         self.step += executed;
-        let places: u32 = self.resident.iter().sum();
-        self.time += (executed << TIME_SHIFT) / u64::from(places.max(1));
+        self.time += (executed << TIME_SHIFT) / u64::from(self.resident.max(1));
         if let Err(Failure { fault, pc, lanes }) = result {
             let issuer = Issuer { slot, cta: 0, warp, lanes, pc };
             return Err(self.failed(fault, issuer));
@@ -255,8 +347,11 @@ impl Run<'_, '_> {
         let members = cta.state.cluster.members.clone();
         let state = &mut cta.warps[warp];
         enqueue(&mut self.ready, state, slot, warp);
-        for fragment in &mut state.fragments {
-            if fragment.wait.is_some() && fragment.until != NEVER && !fragment.armed {
+        for fragment in state.fragments.iter_mut().filter(|fragment| !fragment.armed) {
+            if fragment.wait == Some(Wait::Peers) {
+                fragment.armed = true;
+                self.parked.push(Parked::Lanes { slot, warp, mask: fragment.mask });
+            } else if fragment.wait.is_some() && fragment.until != NEVER {
                 fragment.armed = true;
                 self.timers.push(Reverse((fragment.until, slot, id, warp)));
             }
@@ -379,10 +474,10 @@ impl Run<'_, '_> {
         let now = self.now();
         let launch = &mut self.launches[cta.state.launch];
         launch.finished += 1;
-        if launch.finished == launch.total() {
+        if launch.finished == launch.total {
             launch.cost.simulated_ns = now;
         }
-        self.resident[cta.state.device] -= 1;
+        self.resident -= 1;
         let (id, exited_at) = (cta.state.id, cta.state.exited_at);
         if let Some(clash) = self.checker.as_mut().and_then(|checker| checker.finish_cta(id)) {
             let place = shared_place_of(clash.key & 0xff_ffff);
@@ -404,9 +499,8 @@ impl Run<'_, '_> {
             let mut started = false;
             for launch in 0..self.launches.len() {
                 let state = &self.launches[launch];
-                let device = state.prepared.info.device;
                 let cluster = state.prepared.info.cluster.iter().product::<u32>();
-                if state.next_cta < state.total() && self.resident[device] + cluster <= state.prepared.info.places {
+                if state.next_cta < state.total && self.resident + cluster <= state.prepared.info.places {
                     self.start_cluster(launch);
                     started = true;
                 }
@@ -429,8 +523,10 @@ impl Run<'_, '_> {
         let first = place_of(number, [x, y]);
         let mut free: Vec<usize> = (0..self.ctas.len()).filter(|slot| self.ctas[*slot].is_none()).collect();
         free.extend(self.ctas.len()..self.ctas.len() + count as usize);
-        let members: Arc<[(usize, u64)]> = free.into_iter().zip(self.next_cta_id..).take(count as usize).collect();
-        self.next_cta_id += u64::from(count);
+        let devices = self.memory.devices();
+        let ids = (self.next_cta_id..).step_by(devices);
+        let members: Arc<[(usize, u64)]> = free.into_iter().zip(ids).take(count as usize).collect();
+        self.next_cta_id += u64::from(count) * devices as u64;
         for rank in 0..count {
             let inside = place_of(u64::from(rank), [cluster[0], cluster[1]]);
             let index = std::array::from_fn(|axis| first[axis] * cluster[axis] + inside[axis]);
@@ -439,11 +535,10 @@ impl Run<'_, '_> {
     }
 
     fn start_cta(&mut self, launch: usize, index: [u32; 3], cluster: Cluster) {
-        let prepared = &self.launches[launch].prepared;
-        let device = prepared.info.device;
+        let prepared = self.launches[launch].prepared;
+        let device = self.device;
         let (slot, id) = cluster.members[cluster.rank as usize];
-        let used: Vec<u32> =
-            self.ctas.iter().flatten().filter(|cta| cta.state.device == device).map(|cta| cta.state.sm).collect();
+        let used: Vec<u32> = self.ctas.iter().flatten().map(|cta| cta.state.sm).collect();
         let sm = (0..).find(|sm| !used.contains(sm)).unwrap_or(0);
         let warp_count = prepared.threads.div_ceil(32) as usize;
         let registers = initial_registers(prepared.threads);
@@ -472,7 +567,7 @@ impl Run<'_, '_> {
             },
             warps,
         };
-        self.resident[device] += 1;
+        self.resident += 1;
         if slot == self.ctas.len() {
             self.ctas.push(None);
         }
@@ -558,7 +653,7 @@ impl Run<'_, '_> {
     }
 
     /// Where every group of lanes is, and what it waits for.
-    fn stuck(&self) -> Vec<Stuck> {
+    pub fn stuck(&self) -> Vec<Stuck> {
         let mut list = Vec::new();
         for (slot, cta) in self.ctas.iter().enumerate() {
             let Some(cta) = cta else { continue };
@@ -569,10 +664,7 @@ impl Run<'_, '_> {
                 }
             }
         }
-        list.sort_by_key(|stuck| {
-            let position = &stuck.position;
-            (position.device, position.cta, position.warp)
-        });
+        list.sort_by_key(|stuck| (stuck.position.cta, stuck.position.warp));
         list
     }
 }
@@ -732,6 +824,7 @@ fn describe(cta: &Cta, warp: &Warp, fragment: &Fragment) -> String {
         Some(Wait::MaxRegisters { count }) => {
             format!("{count} registers a thread; {} are free in the CTA", cta.state.free_registers)
         }
+        Some(Wait::Peers) => "its turn to work on another device's memory".to_owned(),
         Some(Wait::Time) => "time to pass, or a word in memory to change".to_owned(),
     }
 }

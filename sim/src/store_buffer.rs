@@ -17,8 +17,11 @@ use crate::random::Random;
 pub(crate) const DEVICE: u64 = u64::MAX;
 
 const LINE_BYTES: u64 = 128;
-/// A store waits up to 2^11 ns at each of its two stops.
-const DELAYS: u64 = 12;
+/// A store waits up to 2^11 ns at its first stop, and up to 8 times that at the second, as peers see each other's accesses with
+/// some delay too (see `quanta`).
+fn delay(owner: u64, random: &mut Random) -> u64 {
+    random.spread(12) * if owner == DEVICE { 8 } else { 1 }
+}
 
 /// A line's bytes that are not performed.
 #[derive(Debug, Clone)]
@@ -102,7 +105,7 @@ impl StoreBuffer {
         self.lines.entry((owner, line)).or_insert_with(|| {
             filter.resize(1 << FILTER_BITS, 0);
             filter[hash(line)] += 1;
-            let time = now + random.spread(DELAYS);
+            let time = now + delay(owner, random);
             due.push(Reverse((time, owner, line)));
             Line { mask: 0, data: [0; LINE_BYTES as usize], due: time, parted: false }
         })
@@ -181,6 +184,13 @@ impl StoreBuffer {
             .any(|((_, line), entry)| entry.mask & bits(*line, range) != 0)
     }
 
+    /// Whether an owner has anything outside a range of addresses of whole lines.
+    pub fn holds_outside(&self, owner: u64, range: &Range<u64>) -> bool {
+        let (start, end) = (range.start / LINE_BYTES, range.end / LINE_BYTES);
+        let any = |first, last| first <= last && self.lines.range((owner, first)..=(owner, last)).next().is_some();
+        any(0, start - 1) || any(end, u64::MAX)
+    }
+
     /// Lets all bytes go on whose time has come, of each line a part of the words, so that they need not keep their order:
     /// from a cluster to the device if there are others (`peers`), else out of here. Whether there were any.
     pub fn advance(&mut self, now: u64, peers: bool, random: &mut Random, mut perform: impl FnMut(u64, &[u8])) -> bool {
@@ -204,7 +214,7 @@ impl StoreBuffer {
             if entry.mask == 0 {
                 self.remove(owner, line);
             } else {
-                entry.due = now + random.spread(DELAYS);
+                entry.due = now + delay(owner, random);
                 self.due.push(Reverse((entry.due, owner, line)));
             }
             if let Some(bytes) = passed.filter(|bytes| bytes.mask != 0) {

@@ -194,6 +194,25 @@ fn a_cta_sees_its_own_stores() {
     }
 }
 
+/// Each of two devices stores to a word on the other or on itself, and reads the other word: with a fence between, one of them at least
+/// sees what the other has stored.
+#[test]
+fn a_fence_keeps_stores_before_loads() {
+    let found = |fence: &str, [first, second]: [u32; 2]| -> Vec<[u32; 2]> {
+        let body = format!(
+            "setp.ne.u32 %p1, %r1, 0; @%p1 bra OTHER;
+             st.relaxed.sys.global.u32 [%rd2+{first}], 1; {fence} ld.relaxed.sys.global.u32 %r4, [%rd2+{second}];
+             st.global.u32 [%rd2+256], %r4; ret;
+             OTHER: st.relaxed.sys.global.u32 [%rd2+{second}], 1; {fence} ld.relaxed.sys.global.u32 %r4, [%rd2+{first}];
+             st.global.u32 [%rd2+384], %r4;"
+        );
+        let words = (0..60).map(|seed| run(&body, 0, &[0, 1], seed));
+        words.map(|words| [words[64], words[96]]).collect()
+    };
+    assert!(!found("fence.sc.sys;", [0, 512]).contains(&[0, 0]));
+    assert!(found("", [0, 512]).contains(&[0, 0]));
+}
+
 /// Within a cluster its barrier, or a release of cluster scope, is enough; between clusters it is not.
 #[test]
 fn a_cluster_orders_its_own() {

@@ -141,17 +141,34 @@ pub fn group_that_times_out(ranks: usize, sim: SimOptions) -> DeviceGroup {
     open(ranks, sim, false)
 }
 
-fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
+/// As [`group`], with the kernel that records.
+pub fn traced_group(ranks: usize, sim: SimOptions) -> DeviceGroup {
     repeat::name_failing_tests();
-    let group = match std::env::var("FERROMOE_TEST_DEVICE").as_deref() {
-        Ok("cuda") => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
-        _ => {
-            let module = ptx_sim::Module::parse(ferromoe::PTX).unwrap_or_else(|error| panic!("{error}"));
-            let run = ptx_sim::RunOptions { checks, ..ptx_sim::RunOptions::default() };
-            DeviceGroup::simulated(Arc::new(module), ranks, sim, run)
-        }
+    let group = match on_gpus() {
+        true => DeviceGroup::open_traced(Device::Cuda, ranks)
+            .or_else(|_| DeviceGroup::open_traced(Device::SharedGpu, ranks)),
+        false => simulated(ferromoe::TRACED_PTX, ranks, sim, true).map(DeviceGroup::traced),
     };
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
+}
+
+fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
+    repeat::name_failing_tests();
+    let group = match on_gpus() {
+        true => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
+        false => simulated(ferromoe::PTX, ranks, sim, checks),
+    };
+    group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
+}
+
+fn on_gpus() -> bool {
+    std::env::var("FERROMOE_TEST_DEVICE").as_deref() == Ok("cuda")
+}
+
+fn simulated(ptx: &str, ranks: usize, sim: SimOptions, checks: bool) -> ferromoe::Result<DeviceGroup> {
+    let module = ptx_sim::Module::parse(ptx).unwrap_or_else(|error| panic!("{error}"));
+    let run = ptx_sim::RunOptions { checks, ..ptx_sim::RunOptions::default() };
+    DeviceGroup::simulated(Arc::new(module), ranks, sim, run)
 }
 
 /// A layer with its weights, ready to run.

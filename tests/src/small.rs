@@ -1,8 +1,9 @@
 //! The small matrix: cases that between them go through every role, wait and ring of the kernel, and are cheap enough to run
 //! thousands of times.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferromoe::{DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, Routing, SimOptions, reference};
 use ptx_sim::{Module, RunOptions, SimError};
@@ -47,6 +48,8 @@ pub struct SmallCase {
 pub struct Ran {
     /// Warp instructions of the launches that gave an output.
     pub instructions: u64,
+    /// What they took.
+    pub time: Duration,
     /// Of all of this process's threads, meanwhile.
     pub processor_time: Duration,
 }
@@ -136,11 +139,12 @@ impl SmallCase {
         let group = DeviceGroup::simulated(module.clone(), self.case.ranks(), sim, run)?;
         let mut moe = FusedMoe::new(&group, &self.case.config, &self.weights)?;
         moe.set_deadline(DEADLINE);
-        let (mut instructions, began) = (0, processor_time());
+        let (mut instructions, began, used) = (0, Instant::now(), processor_time());
         for (launch, expectation) in self.launches.iter().enumerate() {
             instructions += self.launch(&mut moe, launch, *expectation)?;
         }
-        Ok(Ran { instructions, processor_time: processor_time().saturating_sub(began) })
+        let processor_time = processor_time().saturating_sub(used);
+        Ok(Ran { instructions, time: began.elapsed(), processor_time })
     }
 
     fn launch(&self, moe: &mut FusedMoe, launch: usize, expectation: Expectation) -> Result<u64, Failure> {
@@ -187,8 +191,9 @@ impl SmallCase {
 }
 
 /// How the small matrix is run: with every check of the simulator, or without any, in weak memory, where only what goes wrong counts.
+/// A run has one thread, as many runs go on at once.
 pub fn run_options(step_limit: Option<u64>, checks: bool) -> RunOptions {
-    RunOptions { step_limit, checks, ..RunOptions::default() }
+    RunOptions { step_limit, checks, threads: Some(NonZeroUsize::MIN), ..RunOptions::default() }
 }
 
 /// The small matrix.

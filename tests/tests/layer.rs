@@ -1,7 +1,11 @@
 //! The whole layer against the f64 reference, over a table of shapes and ways to run it.
 
-use ferromoe::{MoeConfig, SimOptions};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use ferromoe::{DeviceGroup, MoeConfig, SimOptions};
 use ferromoe_tests::{Case, Choices};
+use ptx_sim::{Module, RunOptions};
 
 fn config(hidden: usize, intermediate: usize, experts: usize, top_k: usize) -> MoeConfig {
     MoeConfig { hidden, intermediate, experts, top_k, ..Case::default().config }
@@ -89,6 +93,28 @@ fn any_number_of_sms_and_any_residency() {
             Case { sim, ..case(config, &[30, 70]) }.check();
         }
     }
+}
+
+/// In the simulator a seed gives the same output at the same cost, however many threads the ranks run on; without the checks, with which
+/// they run on one.
+#[test]
+fn a_seed_gives_the_same_run_on_any_number_of_threads() {
+    let module = Arc::new(Module::parse(ferromoe::PTX).unwrap_or_else(|error| panic!("{error}")));
+    let case = case(config(128, 64, 6, 2), &[21, 9, 40]);
+    let run = |threads: usize, seed| {
+        let options = RunOptions { checks: false, threads: NonZeroUsize::new(threads), ..RunOptions::default() };
+        let sim = SimOptions { seed, ..case.sim };
+        let group = DeviceGroup::simulated(module.clone(), case.ranks(), sim, options);
+        let group = group.unwrap_or_else(|error| panic!("{error}"));
+        let outputs = case.layer_on(&group).check(&case.tokens(), &format!("{threads} threads, seed {seed}"));
+        let bits = |output: Vec<half::bf16>| output.into_iter().map(half::bf16::to_bits).collect::<Vec<_>>();
+        outputs.into_iter().map(|rank| (bits(rank.output), rank.cost)).collect::<Vec<_>>()
+    };
+    for seed in 0..3 {
+        let one = run(1, seed);
+        assert!(run(2, seed) == one && run(3, seed) == one, "seed {seed}");
+    }
+    assert!(run(2, 3) != run(2, 4), "two seeds at the same cost");
 }
 
 #[test]

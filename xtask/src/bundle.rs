@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use xshell::{Shell, cmd};
 
-use crate::build::{self, Freshness};
+use crate::build;
 use crate::{progress, workspace};
 
 /// A bundle must travel easily.
@@ -24,9 +24,7 @@ const SCRIPTS: [(&str, &str); 2] =
 /// # Errors
 /// When something does not build, or the bundle is larger than 40 MB.
 pub fn bundle() -> Result<()> {
-    if build::freshness()? != Freshness::Fresh {
-        build::build(false)?;
-    }
+    build::ensure()?;
     let bundle = workspace::target_dir().join("bundle");
     let shell = Shell::new()?;
     shell.change_dir(workspace::root());

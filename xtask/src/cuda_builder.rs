@@ -44,6 +44,7 @@ pub struct CudaBuilder {
     arch: String,
     ptx_isa: String,
     bounds: LaunchBounds,
+    features: Vec<String>,
 }
 
 /// PTX text, stamped with the digest of its sources.
@@ -58,7 +59,13 @@ impl CudaBuilder {
     /// A builder for the crate in `crate_dir`: sm_90a, PTX ISA 8.6, CTAs of at most 1024 threads.
     pub fn new(crate_dir: impl Into<PathBuf>) -> Self {
         let bounds = LaunchBounds { threads: 1024, ctas_per_sm: 1 };
-        Self { crate_dir: crate_dir.into(), arch: "sm_90a".into(), ptx_isa: "ptx86".into(), bounds }
+        Self {
+            crate_dir: crate_dir.into(),
+            arch: "sm_90a".into(),
+            ptx_isa: "ptx86".into(),
+            bounds,
+            features: Vec::new(),
+        }
     }
 
     /// The GPU to compile for, as LLVM's NVPTX back end names it.
@@ -73,10 +80,17 @@ impl CudaBuilder {
         self
     }
 
+    /// A feature of the crate to compile it with, beside its default ones.
+    pub fn feature(mut self, name: &str) -> Self {
+        self.features.push(name.into());
+        self
+    }
+
     /// The digest that PTX made from the sources as they are now is stamped with.
     pub fn digest(&self) -> Result<String> {
         let LaunchBounds { threads, ctas_per_sm } = self.bounds;
-        let recipe = format!("{} {} {threads} {ctas_per_sm} {RUSTC_FLAGS:?} {PROFILE:?}", self.arch, self.ptx_isa);
+        let Self { arch, ptx_isa, features, .. } = self;
+        let recipe = format!("{arch} {ptx_isa} {threads} {ctas_per_sm} {RUSTC_FLAGS:?} {PROFILE:?} {features:?}");
         stamp::digest(&self.crate_dir, &recipe)
     }
 
@@ -97,14 +111,15 @@ impl CudaBuilder {
         let package = self.package_name()?;
         let version = compiler.rustc_version.split(' ').nth(1).unwrap_or("unknown");
         let target_dir = workspace::target_dir().join("ptx").join(version);
-        let label = format!("{package}: rustc to LLVM IR (the first time compiles core)");
+        let base = target_dir.join([&[package.clone()][..], &self.features].concat().join("-"));
+        let name = base.file_name().unwrap_or_default().to_string_lossy();
+        let label = format!("{name}: rustc to LLVM IR (the first time compiles core)");
         let module = progress::step(&label, || self.emit_llvm(compiler, &package, &target_dir))?;
         let (marked, kernels) = ir::mark(&module, self.bounds);
         if kernels == 0 {
             bail!("{} has no `extern \"ptx-kernel\"` function", self.crate_dir.display());
         }
-        let base = target_dir.join(&package);
-        let ptx = progress::step(&format!("{package}: LLVM IR to PTX"), || self.generate(compiler, &marked, &base))?;
+        let ptx = progress::step(&format!("{name}: LLVM IR to PTX"), || self.generate(compiler, &marked, &base))?;
         let compilers = format!("{}, {}, {}", compiler.versions(), self.arch, self.ptx_isa);
         Ok(Ptx { text: stamp::apply(&digest, &compilers, &ptx), kernels })
     }
@@ -129,12 +144,13 @@ impl CudaBuilder {
         // Nothing is linked: the module is taken before that, and there is no linker for PTX.
         shell.set_var("CARGO_TARGET_NVPTX64_NVIDIA_CUDA_LINKER", "true");
         let cargo = &compiler.cargo;
+        let features = self.features.join(",");
         let manifest = self.crate_dir.join("Cargo.toml");
         let color = if std::io::stderr().is_terminal() { "always" } else { "never" };
         let mut command = cmd!(
             shell,
             "{cargo} rustc --quiet --color {color} --manifest-path {manifest} --target-dir {target_dir} --release --lib
-             --crate-type cdylib --target {TARGET} -Zbuild-std=core -- --emit=llvm-ir -Cno-prepopulate-passes"
+             --crate-type cdylib --target {TARGET} --features={features} -Zbuild-std=core -- --emit=llvm-ir -Cno-prepopulate-passes"
         );
         for name in FOREIGN {
             command = command.env_remove(name);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::build::{self, Freshness};
+use crate::build::{self, Committed, Freshness};
 use crate::device_compiler::{DeviceCompiler, run};
 use crate::nvidia::NvidiaTools;
 use crate::workspace;
@@ -31,7 +31,8 @@ pub fn doctor() -> Result<()> {
             found: DeviceCompiler::find().map(|found| found.describe()).map_err(|error| format!("{error:#}")),
             remedy: "`cargo xtask build` installs one; needed only to change the kernel and to test",
         },
-        Finding { what: "PTX", found: ptx()?, remedy: "`cargo xtask build`" },
+        Finding { what: "PTX", found: ptx(build::KERNEL)?, remedy: "`cargo xtask build`" },
+        Finding { what: "PTX for traces", found: ptx(build::TRACED)?, remedy: "`cargo xtask build`" },
         Finding {
             what: "ptxas, nvdisasm",
             found: NvidiaTools::find().map(describe).map_err(|error| format!("{error:#}")),
@@ -71,9 +72,9 @@ fn describe(tools: NvidiaTools) -> String {
     format!("CUDA {} ({}, {})", tools.release, tools.ptxas.display(), tools.nvdisasm.display())
 }
 
-fn ptx() -> Result<Result<String, String>> {
-    let file = workspace::PTX_FILE;
-    Ok(match build::freshness()? {
+fn ptx(committed: Committed) -> Result<Result<String, String>> {
+    let file = committed.file;
+    Ok(match committed.freshness()? {
         Freshness::Fresh => Ok(format!("{file} was made from the sources in kernel/")),
         Freshness::Stale => Err(format!("{file} was made from other sources than those in kernel/")),
         Freshness::Missing => Err(format!("{file} is not there or has no stamp")),

@@ -1,11 +1,13 @@
 //! `cargo xtask lint`: the PTX through ptxas and nvdisasm, the Rust through rustfmt, clippy and rustdoc.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use xshell::{Shell, cmd};
 
 use crate::nvidia::NvidiaTools;
+use crate::ptxas::Function;
 use crate::{build, limits, progress, ptxas, sass, size, workspace};
 
 /// Runs every check.
@@ -37,6 +39,7 @@ fn ptx() -> Result<()> {
     let label = format!("ptxas {} on {}", tools.release, workspace::PTX_FILE);
     let report = progress::step(&label, || ptxas::assemble(&tools, build::ARCH, &file, &cubin))?;
     report.warnings.iter().for_each(|warning| println!("{warning}"));
+    traced(&tools, &cubin.with_file_name("ferromoe-trace.cubin"))?;
     let kernels = sass::disassemble(&tools, &cubin)?;
     let device = size::device_side(&workspace::kernel_crate().join("src"))?;
     let mut faults = Vec::new();
@@ -46,6 +49,20 @@ fn ptx() -> Result<()> {
     }
     if !faults.is_empty() {
         bail!("the kernel is not as it must be:\n    {}", faults.join("\n    "));
+    }
+    Ok(())
+}
+
+/// Assembles the PTX of the kernel that records. It is held to no limits, but to run as the other does it must keep its values in registers.
+///
+/// # Errors
+/// When ptxas rejects it, or it spills.
+fn traced(tools: &NvidiaTools, cubin: &Path) -> Result<()> {
+    let file = build::TRACED.file;
+    let report = ptxas::assemble(tools, build::ARCH, &workspace::root().join(file), cubin)?;
+    let spilled: u32 = report.functions.iter().map(Function::spilled_bytes).sum();
+    if spilled > 0 {
+        bail!("{file} spills {spilled} bytes");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask build | run | bench | test | mutants | soak | lint | bundle | doctor`.
+//! The project's commands: `cargo xtask build | run | bench | trace | test | mutants | soak | lint | bundle | doctor`.
 
 mod build;
 mod bundle;
@@ -33,7 +33,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Compile the kernel crate to host/ptx/ferromoe.ptx.
+    /// Compile the kernel crate to host/ptx/, once as it runs and once as it records traces.
     Build {
         /// Build even if the PTX is up to date with its sources.
         #[arg(long)]
@@ -51,6 +51,12 @@ enum Command {
     /// Run `ferromoe bench` in release mode, building what is missing first; or `bench simulator`: how fast the simulator is.
     Bench {
         /// `ferromoe bench`'s arguments, after `--`; or `simulator` and its own, such as `--profile`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Run `ferromoe trace` in release mode, building what is missing first.
+    Trace {
+        /// Its arguments; put `--` before them.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
@@ -85,6 +91,7 @@ fn main() -> ExitCode {
             run::run_tests("speed", &args[1..])
         }
         Command::Bench { args } => run::run("bench", &args),
+        Command::Trace { args } => run::run("trace", &args),
         Command::Mutants { args } => run::run_tests("mutants", &args),
         Command::Soak { args } => run::run_tests("soak", &args),
         Command::Test => test::test(),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use xshell::{Shell, cmd};
 
-use crate::build::{self, Freshness};
+use crate::build;
 use crate::workspace;
 
 /// Builds what is missing and becomes `ferromoe COMMAND ARGS`: same terminal, same working directory, same exit code.
@@ -30,9 +30,7 @@ pub fn run_tests(name: &str, args: &[OsString]) -> Result<()> {
 }
 
 fn become_binary(package: &str, name: &str, args: &[OsString]) -> Result<()> {
-    if build::freshness()? != Freshness::Fresh {
-        build::build(false)?;
-    }
+    build::ensure()?;
     let binary = build_binary(package, name)?;
     let error = Command::new(&binary).args(args).exec();
     Err(error).with_context(|| format!("cannot run {}", binary.display()))

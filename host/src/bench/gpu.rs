@@ -18,15 +18,15 @@ use crate::group::DeviceGroup;
 use crate::weights::ExpertWeights;
 
 /// Input sets that launches take turns with, each with hidden states, routing and outputs of its own.
-const INPUT_SETS: usize = 4;
+pub(super) const INPUT_SETS: usize = 4;
 /// Launches that tell about how long one takes.
 const PROBES: usize = 4;
 /// Time for which launches run before those that count: the clocks of an idle GPU are low.
-const WARM_UP: Duration = Duration::from_millis(200);
+pub(super) const WARM_UP: Duration = Duration::from_millis(200);
 /// Time that the launches that count take.
 const MEASURED: Duration = Duration::from_millis(500);
 /// Bounds of their number.
-const LAUNCHES: (usize, usize) = (20, 1000);
+pub(super) const LAUNCHES: (usize, usize) = (20, 1000);
 
 /// What one shape took with one number of tokens.
 #[derive(Clone, Debug, Serialize)]

@@ -6,8 +6,10 @@
 pub(crate) mod draw;
 mod gpu;
 mod inputs;
+mod model;
 mod shape;
 mod simulated;
+mod traced;
 mod verify;
 mod work;
 
@@ -21,8 +23,10 @@ use work::RankWork;
 
 pub use draw::Choice;
 pub use gpu::{GpuMeasurement, on_gpus};
+pub use model::{MACHINES, Machine, Modelled, PHASES, PhaseWork, modelled};
 pub use shape::{BenchShape, SHAPES};
 pub use simulated::{SimMeasurement, simulated};
+pub use traced::{Traced, traced};
 
 /// What to measure: one shape on one group.
 #[derive(Clone, Debug)]

@@ -4,6 +4,7 @@ use ptx_sim::Cost;
 use serde::Serialize;
 
 use crate::bench::inputs::States;
+use crate::bench::model::{PhaseWork, phases_of_ranks};
 use crate::bench::verify::verify;
 use crate::bench::work::RankWork;
 use crate::bench::{Plan, Setting, count, draw, input_sets};
@@ -37,6 +38,12 @@ pub struct SimMeasurement {
     pub l2_bytes: u64,
     /// Warp instructions.
     pub instructions: u64,
+    /// Waits for an mbarrier.
+    pub mbarrier_waits: u64,
+    /// The part of them that found their phase complete at first look.
+    pub waits_met: f64,
+    /// What the schedule says of dispatch, linear 1, linear 2 and combine, the sums over all ranks: its operations are those that were counted.
+    pub phases: [PhaseWork; 4],
     /// Simulated time of the slowest rank, in microseconds.
     pub simulated_us: f64,
 }
@@ -62,16 +69,18 @@ pub fn simulated(plan: &Plan, group: &DeviceGroup, mut report: impl FnMut(SimMea
         let device = group.description().to_owned();
         let setting = Setting::new(plan, device, tokens, group.ranks(), &works, imbalance, error);
         let costs: Vec<Cost> = reports.into_iter().filter_map(|report| report.cost).collect();
-        report(measurement(setting, &works, &costs));
+        let phases = phases_of_ranks(layer.shape(), group, &sets[0].routings);
+        report(measurement(setting, &works, &costs, phases));
     }
     Ok(())
 }
 
-fn measurement(setting: Setting, works: &[RankWork], costs: &[Cost]) -> SimMeasurement {
+fn measurement(setting: Setting, works: &[RankWork], costs: &[Cost], phases: [PhaseWork; 4]) -> SimMeasurement {
     let least = |part: fn(&RankWork) -> f64| works.iter().map(part).sum::<f64>();
     let sum = |part: fn(&Cost) -> u64| costs.iter().map(part).sum::<u64>();
     let (tensor_ops, least_ops) = (sum(|cost| cost.tensor_ops), least(|work| work.operations));
     let memory_bytes = sum(|cost| cost.hbm_read + cost.hbm_write);
+    let (waits, suspensions) = (sum(|cost| cost.mbarrier_waits), sum(|cost| cost.mbarrier_suspensions));
     let least_memory_bytes = least(|work| work.memory_bytes);
     SimMeasurement {
         setting,
@@ -84,6 +93,9 @@ fn measurement(setting: Setting, works: &[RankWork], costs: &[Cost]) -> SimMeasu
         nvlink_bytes: sum(|cost| cost.nvlink_read + cost.nvlink_write),
         least_nvlink_bytes: least(|work| work.nvlink_bytes),
         l2_bytes: sum(|cost| cost.l2_bytes),
+        mbarrier_waits: waits,
+        waits_met: waits.saturating_sub(suspensions) as f64 / waits.max(1) as f64,
+        phases,
         instructions: sum(|cost| cost.instructions),
         simulated_us: costs.iter().map(|cost| cost.simulated_ns).max().unwrap_or(0) as f64 / 1e3,
     }
@@ -105,12 +117,14 @@ mod tests {
             hbm_read: 50,
             hbm_write: 10,
             nvlink_write: 7,
+            mbarrier_waits: 8,
+            mbarrier_suspensions: 2,
             simulated_ns,
             ..Cost::default()
         };
-        let found = measurement(setting, &works, &[cost(2000), cost(3000)]);
+        let found = measurement(setting, &works, &[cost(2000), cost(3000)], Default::default());
         assert_eq!((found.tile_efficiency, found.memory_efficiency), (0.25, 0.5));
         assert_eq!((found.nvlink_bytes, found.least_nvlink_bytes, found.simulated_us), (14, 10.0, 3.0));
-        assert_eq!(found.setting.hit_experts, 3.0);
+        assert_eq!((found.mbarrier_waits, found.waits_met, found.setting.hit_experts), (16, 0.75, 3.0));
     }
 }

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ferromoe::bench::{BenchShape, Choice, SHAPES};
+use ferromoe::Result;
+use ferromoe::bench::{BenchShape, Choice, MACHINES, Machine, SHAPES};
+use ferromoe::cuda::{Gpu, find_gpus};
 
 /// Fused Mixture-of-Experts layers on NVIDIA Hopper GPUs, or on a simulator of them.
 #[derive(Debug, Parser)]
@@ -18,6 +20,7 @@ pub struct Cli {
 pub enum Command {
     Run(RunArgs),
     Bench(BenchArgs),
+    Trace(TraceArgs),
 }
 
 /// Run one MoE layer of a checkpoint over several ranks, and check the result.
@@ -100,6 +103,29 @@ pub enum DeviceArg {
     Cuda,
 }
 
+/// Where a layer is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MeasureOn {
+    Auto,
+    Sim,
+    Cuda,
+    Model,
+}
+
+impl MeasureOn {
+    /// The GPUs to measure on; none for the simulator.
+    ///
+    /// # Errors
+    /// Too few GPUs, or none, where they were asked for.
+    pub fn gpus(self, ranks: usize) -> Result<Option<Vec<Gpu>>> {
+        match self {
+            Self::Sim | Self::Model => Ok(None),
+            Self::Cuda => Ok(Some(find_gpus(ranks)?)),
+            Self::Auto => Ok(find_gpus(ranks).ok()),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RouteArg {
     /// As recorded in the input file
@@ -120,7 +146,10 @@ included; memory GB/s the weights of every hit expert once and the tokens in and
 is the larger of that memory traffic at the rate of a large copy and those operations at the rate of a dense product by cuBLAS, \
 both measured in the same run. Some tokens of every measurement are compared with a reference in f64.
 
-In the simulator, the shapes are scaled down, and bytes and operations are counted against the least that there can be.",
+In the simulator, the shapes are scaled down, and bytes and operations are counted against the least that there can be.
+
+The model runs nothing: from the routing and the kernel's schedule it says what each phase moves and computes, and what that should take on \
+a GPU of given rates (docs/performance.md).",
     after_long_help = "\
 Examples:
   ferromoe bench --shape flash
@@ -129,6 +158,8 @@ Examples:
       the whole layer on eight GPUs
   ferromoe bench --shape flash --device sim --ranks 2
       counted bytes and operations
+  ferromoe bench --shape v3 --device model
+      what it should take on an H200 and on an H20
 
 Environment:
   FERROMOE_CUBLAS  the cuBLAS library to measure with, if it is not where libraries are [libcublas.so.13, libcublas.so.12]"
@@ -154,18 +185,89 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
     pub routing: RoutingArg,
 
-    /// What to run on; `auto` takes GPUs if there are enough, else the simulator
-    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
-    pub device: DeviceArg,
+    /// What to run on; `auto` takes GPUs if there are enough, else the simulator; `model` runs nothing
+    #[arg(long, value_enum, default_value_t = MeasureOn::Auto)]
+    pub device: MeasureOn,
+
+    /// The GPU that is modelled [default: all that are known]
+    #[arg(long, value_name = "NAME", value_parser = machine_parser())]
+    pub machine: Option<Machine>,
 
     /// Print each measurement as one line of JSON
     #[arg(long)]
     pub json: bool,
 }
 
+/// Record what every role of every CTA does when, in one launch of a layer.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "\
+Record what every role of every CTA does when, in one launch of a Mixture-of-Experts layer with random weights and tokens.
+
+A build of the kernel that records runs, and takes a little longer than the one that does not. On GPUs, launches follow each other for a \
+while, so that caches and clocks are as under load, and the last is what is shown. The file opens in Perfetto (ui.perfetto.dev) or \
+chrome://tracing: a process is a rank, a thread a role of a CTA. The tables say where the time went: what each role did, the sums over a \
+launch, for the median CTA and for the one with the most.
+
+In the simulator the shapes are scaled down, and times are its steps: they show the order of events, not what they take. \
+The model's times are those of a GPU of given rates (docs/performance.md).",
+    after_long_help = "\
+Examples:
+  ferromoe trace --shape v3 --tokens 8192 --output trace.json --svg trace.svg
+      one GPU with the experts of one rank of eight
+  ferromoe trace --shape flash --tokens 64 --ranks 2 --device sim --output trace.json
+      on simulated ranks"
+)]
+pub struct TraceArgs {
+    /// Write the trace here, as JSON for Perfetto
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+
+    /// Write a picture here, as SVG: a row for every CTA, a lane for each of its roles that moves or multiplies
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+
+    /// The layer; with fewer than 8 ranks, flash, pro and v3 have the experts of as many ranks of eight
+    #[arg(long, value_name = "SHAPE", value_parser = shape_parser())]
+    pub shape: BenchShape,
+
+    /// Tokens of every rank
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub tokens: usize,
+
+    /// Number of ranks, 1 to 8
+    #[arg(long, value_name = "R", default_value_t = 1)]
+    pub ranks: usize,
+
+    /// Routed experts of a rank [default: what the shape says]
+    #[arg(long, value_name = "N")]
+    pub experts_per_rank: Option<usize>,
+
+    /// How tokens choose experts
+    #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
+    pub routing: RoutingArg,
+
+    /// What to run on; `auto` takes GPUs if there are enough, else the simulator; `model` runs nothing
+    #[arg(long, value_enum, default_value_t = MeasureOn::Auto)]
+    pub device: MeasureOn,
+
+    /// The GPU that is modelled [default: H200]
+    #[arg(long, value_name = "NAME", value_parser = machine_parser())]
+    pub machine: Option<Machine>,
+
+    /// SMs of a simulated rank
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub sms: Option<u32>,
+}
+
 fn shape_parser() -> impl TypedValueParser<Value = BenchShape> {
     PossibleValuesParser::new(SHAPES.map(|shape| shape.name))
         .try_map(|name| BenchShape::find(&name).ok_or("no such shape"))
+}
+
+fn machine_parser() -> impl TypedValueParser<Value = Machine> {
+    PossibleValuesParser::new(MACHINES.map(|machine| machine.name))
+        .try_map(|name| MACHINES.into_iter().find(|machine| machine.name == name).ok_or("no such machine"))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

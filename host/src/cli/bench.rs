@@ -3,12 +3,12 @@
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
-use ferromoe::bench::{self, BenchShape, GpuMeasurement, Plan, SimMeasurement};
-use ferromoe::cuda::{Gpu, Limits, find_gpus};
+use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, PhaseWork, Plan, SimMeasurement};
+use ferromoe::cuda::{Gpu, Limits};
 use ferromoe::{Device, DeviceGroup, Result, SimOptions};
 use serde::Serialize;
 
-use super::args::{BenchArgs, DeviceArg};
+use super::args::{BenchArgs, MeasureOn};
 
 /// Tokens of a rank on a GPU, and in the simulator, which is far slower.
 const GPU_TOKENS: [usize; 6] = [1, 8, 64, 512, 2048, 8192];
@@ -16,12 +16,10 @@ const SIM_TOKENS: [usize; 4] = [1, 8, 64, 512];
 
 /// Runs the benchmark and prints each measurement when it is there.
 pub fn bench(args: &BenchArgs) -> Result<()> {
-    let gpus = match args.device {
-        DeviceArg::Sim => None,
-        DeviceArg::Cuda => Some(find_gpus(args.ranks)?),
-        DeviceArg::Auto => find_gpus(args.ranks).ok(),
-    };
-    match gpus {
+    if args.device == MeasureOn::Model {
+        return modelled(args);
+    }
+    match args.device.gpus(args.ranks)? {
         Some(gpus) => on_gpus(args, &gpus),
         None => simulated(args),
     }
@@ -33,7 +31,7 @@ fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
     for &shape in &args.shapes {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
-            print(&format!("{}{}{GPU_HEADER}", heading(&plan, &group), limits_line(&limits)));
+            print(&format!("{}{}{GPU_HEADER}", heading(&plan, args.ranks, group.description()), limits_line(&limits)));
         }
         let text = |found: &GpuMeasurement| if args.json { json(found) } else { gpu_row(found) };
         bench::on_gpus(&plan, &group, gpus, &limits, |found| print(&text(&found)))?;
@@ -46,10 +44,25 @@ fn simulated(args: &BenchArgs) -> Result<()> {
     for &shape in &args.shapes {
         let plan = plan(args, shape.scaled_down(args.ranks), &SIM_TOKENS);
         if !args.json {
-            print(&format!("{}{SIM_HEADER}", heading(&plan, &group)));
+            print(&format!("{}{SIM_HEADER}", heading(&plan, args.ranks, group.description())));
         }
         let text = |found: &SimMeasurement| if args.json { json(found) } else { sim_row(found) };
         bench::simulated(&plan, &group, |found| print(&text(&found)))?;
+    }
+    Ok(())
+}
+
+fn modelled(args: &BenchArgs) -> Result<()> {
+    let machines = args.machine.map_or_else(|| MACHINES.to_vec(), |machine| vec![machine]);
+    for (&shape, machine) in args.shapes.iter().flat_map(|shape| machines.iter().map(move |machine| (shape, machine))) {
+        let plan = plan(args, shape, &GPU_TOKENS);
+        if !args.json {
+            let on = format!("{} modelled {}s of {} SMs", args.ranks, machine.name, machine.sms);
+            print(&format!("{}{MODEL_HEADER}", heading(&plan, args.ranks, &on)));
+        }
+        for found in bench::modelled(&plan, machine, args.ranks)? {
+            print(&if args.json { json(&found) } else { model_rows(&found) });
+        }
     }
     Ok(())
 }
@@ -72,14 +85,13 @@ fn json(found: &impl Serialize) -> String {
     serde_json::to_string(found).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }
 
-fn heading(plan: &Plan, group: &DeviceGroup) -> String {
+fn heading(plan: &Plan, ranks: usize, on: &str) -> String {
     let BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } = plan.shape;
-    let experts = plan.experts / group.ranks();
+    let experts = plan.experts / ranks.max(1);
     format!(
         "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
          {:?} routing\non {}\n",
-        plan.choice,
-        group.description()
+        plan.choice, on
     )
 }
 
@@ -122,11 +134,11 @@ fn gpu_row(found: &GpuMeasurement) -> String {
 }
 
 const SIM_HEADER: &str = "  \
-tokens      operations  tile efficiency  memory bytes  least/moved   NVLink bytes        least  warp instructions  simulated us    error";
+tokens      operations  tile efficiency  memory bytes  least/moved   NVLink bytes        least  waits met  warp instructions  simulated us    error";
 
 fn sim_row(found: &SimMeasurement) -> String {
     format!(
-        "{:>8} {:>15} {:>15.1}% {:>13} {:>11.1}% {:>14} {:>12.0} {:>18} {:>13.1} {:>8.1e}",
+        "{:>8} {:>15} {:>15.1}% {:>13} {:>11.1}% {:>14} {:>12.0} {:>9.1}% {:>18} {:>13.1} {:>8.1e}\n{}",
         found.setting.tokens,
         found.tensor_ops,
         100.0 * found.tile_efficiency,
@@ -134,10 +146,57 @@ fn sim_row(found: &SimMeasurement) -> String {
         100.0 * found.memory_efficiency,
         found.nvlink_bytes,
         found.least_nvlink_bytes,
+        100.0 * found.waits_met,
         found.instructions,
         found.simulated_us,
         found.setting.relative_error,
+        PHASES.iter().zip(&found.phases).map(|(name, phase)| sim_phase(name, phase)).collect::<Vec<_>>().join("\n")
     )
+}
+
+/// What the schedule says of one phase.
+fn sim_phase(name: &str, phase: &PhaseWork) -> String {
+    let useful = if phase.tensor_ops > 0.0 {
+        format!(
+            ", {:.0} operations, {:.1}% of them useful",
+            phase.tensor_ops,
+            100.0 * phase.useful_ops / phase.tensor_ops
+        )
+    } else {
+        String::new()
+    };
+    format!(
+        "          {name}: {:.0} bytes of memory, {:.2} of the least, {:.0} of NVLink{useful}",
+        phase.memory_bytes,
+        phase.memory_bytes / phase.least_memory_bytes.max(1.0),
+        phase.nvlink_bytes
+    )
+}
+
+const MODEL_HEADER: &str = "  \
+tokens        us  memory us  tensor us  NVLink us  bottleneck        phase     memory MB  over least  NVLink MB  TFLOP issued  useful";
+
+/// A row for the layer, with that of its first phase, and a row for each other phase.
+fn model_rows(found: &Modelled) -> String {
+    let ratio = |part: f64, of: f64| if of > 0.0 { format!("{:.2}", part / of) } else { "-".into() };
+    let rows = PHASES.iter().zip(&found.phases).enumerate().map(|(index, (name, phase))| {
+        let layer = match index {
+            0 => format!(
+                "{:>8} {:>9.1} {:>10.1} {:>10.1} {:>10.1}  {:<16}",
+                found.tokens, found.us, found.memory_us, found.tensor_us, found.nvlink_us, found.bottleneck
+            ),
+            _ => " ".repeat(69),
+        };
+        format!(
+            "{layer}  {name:<9} {:>9.1} {:>11} {:>10.1} {:>13.3} {:>7}",
+            phase.memory_bytes / 1e6,
+            ratio(phase.memory_bytes, phase.least_memory_bytes),
+            phase.nvlink_bytes / 1e6,
+            phase.tensor_ops / 1e12,
+            ratio(phase.useful_ops, phase.tensor_ops)
+        )
+    });
+    rows.collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]

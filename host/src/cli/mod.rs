@@ -6,6 +6,7 @@ mod job;
 mod output;
 mod report;
 mod run;
+mod trace;
 
 use std::io::{self, Write};
 
@@ -27,6 +28,7 @@ pub fn main() -> u8 {
     let done = match Cli::parse().command {
         Command::Run(args) => run(&args),
         Command::Bench(args) => bench::bench(&args).map(|()| 0),
+        Command::Trace(args) => trace::trace(&args).map(|()| 0),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {error}");

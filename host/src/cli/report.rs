@@ -14,7 +14,7 @@ use super::job::{Compared, Job};
 pub const ERROR_LIMIT: f64 = 1e-2;
 
 /// The counters of a rank: the name in JSON, the name for people, the value.
-const COUNTERS: [Counter; 11] = [
+const COUNTERS: [Counter; 13] = [
     ("instructions", "warp instructions", |cost| cost.instructions),
     ("thread_instructions", "thread instructions", |cost| cost.thread_instructions),
     ("hbm_read_bytes", "HBM bytes read", |cost| cost.hbm_read),
@@ -24,6 +24,8 @@ const COUNTERS: [Counter; 11] = [
     ("nvlink_write_bytes", "NVLink bytes written", |cost| cost.nvlink_write),
     ("tensor_ops", "tensor-core operations", |cost| cost.tensor_ops),
     ("waits", "waits", |cost| cost.waits),
+    ("mbarrier_waits", "mbarrier waits", |cost| cost.mbarrier_waits),
+    ("mbarrier_suspensions", "of them suspended", |cost| cost.mbarrier_suspensions),
     ("polls", "polls", |cost| cost.polls),
     ("simulated_ns", "simulated ns", |cost| cost.simulated_ns),
 ];

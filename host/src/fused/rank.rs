@@ -6,6 +6,7 @@ use ferromoe_kernel::layout::{BF16_BYTES, MAX_RANKS, Shape, SymmetricLayout, Wor
 use ferromoe_kernel::params::Params;
 use ferromoe_kernel::status::Status;
 use ferromoe_kernel::tile::{K_BLOCK, MAX_CLUSTER};
+use ferromoe_kernel::trace::TraceBuffer;
 
 use super::{DEFAULT_DEADLINE, RankBatch, RankInputs};
 use crate::backend::Backend;
@@ -66,7 +67,8 @@ impl Rank {
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
             wave_experts: wave_experts(&shape, sms),
             cluster,
-            reserved: [0; 5],
+            reserved: 0,
+            trace: TraceBuffer::NONE,
         };
         Ok(Self {
             params,
@@ -132,7 +134,7 @@ fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static st
 }
 
 /// Experts of one wave: enough that their linear 1, at a single token tile each, gives every SM two tasks.
-fn wave_experts(shape: &Shape, sms: u32) -> u32 {
+pub(crate) fn wave_experts(shape: &Shape, sms: u32) -> u32 {
     (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
 }
 
@@ -141,7 +143,7 @@ fn wave_experts(shape: &Shape, sms: u32) -> u32 {
 const CLUSTER_ROWS: u64 = 64;
 
 /// CTAs of a cluster, where at least `resident` CTAs run at once.
-fn cluster(shape: &Shape, resident: u32) -> u32 {
+pub(crate) fn cluster(shape: &Shape, resident: u32) -> u32 {
     let choices = u64::from(shape.max_tokens) * u64::from(shape.ranks * shape.top_k);
     if choices / u64::from(shape.experts.max(1)) < CLUSTER_ROWS { 1 } else { MAX_CLUSTER.min(resident) }
 }

@@ -4,6 +4,36 @@ use core::arch::{asm, global_asm};
 
 global_asm!(".extern .shared .align 1024 .b8 ferromoe_shared[];");
 
+macro_rules! load {
+    ($name:ident, $type:ty, $register:ident, $ptx:literal) => {
+        #[doc = concat!("`", $ptx, "`.")]
+        ///
+        /// # Safety
+        /// The address is aligned, in bounds, and no other thread writes it at the same time.
+        #[inline(always)]
+        pub unsafe fn $name(self) -> $type {
+            let value: $type;
+            // SAFETY: the caller's.
+            unsafe { asm!(concat!($ptx, " {0}, [{1}];"), out($register) value, in(reg32) self.0) };
+            value
+        }
+    };
+}
+
+macro_rules! store {
+    ($name:ident, $type:ty, $register:ident, $ptx:literal, $others:literal) => {
+        #[doc = concat!("`", $ptx, "`.")]
+        ///
+        /// # Safety
+        #[doc = concat!("The address is aligned, in bounds, and ", $others, ".")]
+        #[inline(always)]
+        pub unsafe fn $name(self, value: $type) {
+            // SAFETY: the caller's.
+            unsafe { asm!(concat!($ptx, " [{0}], {1};"), in(reg32) self.0, in($register) value) };
+        }
+    };
+}
+
 /// A byte address in this CTA's shared memory (not a generic address).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct SharedAddress(pub u32);
@@ -24,29 +54,11 @@ impl SharedAddress {
         Self(self.0 + bytes)
     }
 
-    /// `ld.shared.u32`.
-    ///
-    /// # Safety
-    /// The address is 4-byte aligned, in bounds, and no other thread writes it at the same time.
-    #[inline(always)]
-    pub unsafe fn load_u32(self) -> u32 {
-        let value: u32;
-        // SAFETY: the caller's.
-        unsafe { asm!("ld.shared.u32 {0}, [{1}];", out(reg32) value, in(reg32) self.0) };
-        value
-    }
-
-    /// `ld.shared.u64`.
-    ///
-    /// # Safety
-    /// As for [`Self::load_u32`], 8-byte aligned.
-    #[inline(always)]
-    pub unsafe fn load_u64(self) -> u64 {
-        let value: u64;
-        // SAFETY: the caller's.
-        unsafe { asm!("ld.shared.u64 {0}, [{1}];", out(reg64) value, in(reg32) self.0) };
-        value
-    }
+    load!(load_u32, u32, reg32, "ld.shared.u32");
+    load!(load_u64, u64, reg64, "ld.shared.u64");
+    store!(store_u32, u32, reg32, "st.shared.u32", "no other thread touches it at the same time");
+    store!(store_u64, u64, reg64, "st.shared.u64", "no other thread touches it at the same time");
+    store!(red_add_relaxed_cta, u32, reg32, "red.relaxed.cta.shared.add.u32", "other threads only add to it");
 
     /// `ld.shared.v4.u32`.
     ///
@@ -61,26 +73,6 @@ impl SharedAddress {
                 out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0)
         };
         [a, b, c, d]
-    }
-
-    /// `st.shared.u32`.
-    ///
-    /// # Safety
-    /// As for [`Self::load_u32`], and no other thread reads it at the same time.
-    #[inline(always)]
-    pub unsafe fn store_u32(self, value: u32) {
-        // SAFETY: the caller's.
-        unsafe { asm!("st.shared.u32 [{0}], {1};", in(reg32) self.0, in(reg32) value) };
-    }
-
-    /// `st.shared.u64`.
-    ///
-    /// # Safety
-    /// As for [`Self::store_u32`], 8-byte aligned.
-    #[inline(always)]
-    pub unsafe fn store_u64(self, value: u64) {
-        // SAFETY: the caller's.
-        unsafe { asm!("st.shared.u64 [{0}], {1};", in(reg32) self.0, in(reg64) value) };
     }
 
     /// `st.shared.v4.u32`.

@@ -2,67 +2,44 @@
 
 use core::arch::asm;
 
-/// `atom.relaxed.gpu.global.add.u32`: returns the old value.
-///
-/// # Safety
-/// The address is global, aligned, in bounds and initialised.
-#[inline(always)]
-pub unsafe fn atom_add_relaxed_gpu(address: *mut u32, value: u32) -> u32 {
-    let old: u32;
-    // SAFETY: the caller's.
-    unsafe {
-        asm!("atom.relaxed.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) old, in(reg64) address, in(reg32) value)
+macro_rules! atomic {
+    ($name:ident, $type:ty, $register:ident, $ptx:literal) => {
+        #[doc = concat!("`", $ptx, "`: returns the old value.")]
+        ///
+        /// # Safety
+        /// The address is global, aligned, in bounds and initialised.
+        #[inline(always)]
+        pub unsafe fn $name(address: *mut $type, value: $type) -> $type {
+            let old: $type;
+            // SAFETY: the caller's.
+            unsafe {
+                asm!(concat!($ptx, " {0}, [{1}], {2};"), out($register) old, in(reg64) address, in($register) value)
+            };
+            old
+        }
     };
-    old
 }
 
-/// `atom.acq_rel.gpu.global.add.u32`: returns the old value.
-///
-/// # Safety
-/// As for [`atom_add_relaxed_gpu`].
-#[inline(always)]
-pub unsafe fn atom_add_acq_rel_gpu(address: *mut u32, value: u32) -> u32 {
-    let old: u32;
-    // SAFETY: the caller's.
-    unsafe {
-        asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) old, in(reg64) address, in(reg32) value)
+macro_rules! reduction {
+    ($name:ident, $type:ty, $register:ident, $ptx:literal) => {
+        #[doc = concat!("`", $ptx, "`.")]
+        ///
+        /// # Safety
+        /// The address is global, aligned, in bounds and initialised.
+        #[inline(always)]
+        pub unsafe fn $name(address: *mut $type, value: $type) {
+            // SAFETY: the caller's.
+            unsafe { asm!(concat!($ptx, " [{0}], {1};"), in(reg64) address, in($register) value) };
+        }
     };
-    old
 }
 
-/// `atom.acq_rel.sys.global.add.u32`: returns the old value.
-///
-/// # Safety
-/// As for [`atom_add_relaxed_gpu`].
-#[inline(always)]
-pub unsafe fn atom_add_acq_rel_sys(address: *mut u32, value: u32) -> u32 {
-    let old: u32;
-    // SAFETY: the caller's.
-    unsafe {
-        asm!("atom.acq_rel.sys.global.add.u32 {0}, [{1}], {2};", out(reg32) old, in(reg64) address, in(reg32) value)
-    };
-    old
-}
+atomic!(atom_add_relaxed_gpu, u32, reg32, "atom.relaxed.gpu.global.add.u32");
+atomic!(atom_add_acq_rel_gpu, u32, reg32, "atom.acq_rel.gpu.global.add.u32");
+atomic!(atom_add_acq_rel_sys, u32, reg32, "atom.acq_rel.sys.global.add.u32");
 
-/// `red.release.gpu.global.add.u32`.
-///
-/// # Safety
-/// As for [`atom_add_relaxed_gpu`].
-#[inline(always)]
-pub unsafe fn red_add_release_gpu(address: *mut u32, value: u32) {
-    // SAFETY: the caller's.
-    unsafe { asm!("red.release.gpu.global.add.u32 [{0}], {1};", in(reg64) address, in(reg32) value) };
-}
-
-/// `red.relaxed.gpu.global.min.u64`.
-///
-/// # Safety
-/// As for [`atom_add_relaxed_gpu`].
-#[inline(always)]
-pub unsafe fn red_min_relaxed_gpu_u64(address: *mut u64, value: u64) {
-    // SAFETY: the caller's.
-    unsafe { asm!("red.relaxed.gpu.global.min.u64 [{0}], {1};", in(reg64) address, in(reg64) value) };
-}
+reduction!(red_add_release_gpu, u32, reg32, "red.release.gpu.global.add.u32");
+reduction!(red_min_relaxed_gpu_u64, u64, reg64, "red.relaxed.gpu.global.min.u64");
 
 /// `atom.relaxed.gpu.global.cas.b64`: returns the old value.
 ///

@@ -41,7 +41,7 @@ load!(ld_relaxed_gpu_u32, u32, reg32, "ld.relaxed.gpu.global.u32", ".");
 load!(ld_relaxed_gpu_u64, u64, reg64, "ld.relaxed.gpu.global.u64", ".");
 load!(ld_acquire_gpu_u32, u32, reg32, "ld.acquire.gpu.global.u32", ".");
 load!(ld_acquire_sys_u32, u32, reg32, "ld.acquire.sys.global.u32", ".");
-load!(ld_acquire_sys_u64, u64, reg64, "ld.acquire.sys.global.u64", ".");
+load!(ld_relaxed_sys_u64, u64, reg64, "ld.relaxed.sys.global.u64", ".");
 
 store!(st_weak_u32, u32, reg32, "st.global.u32", ".");
 store!(st_weak_u64, u64, reg64, "st.global.u64", "; the address may be a peer's.");

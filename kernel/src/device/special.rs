@@ -24,6 +24,15 @@ pub fn ctas() -> u32 {
     (unsafe { _grid_dim_x() }) as u32
 }
 
+/// `%smid`.
+#[inline(always)]
+pub fn smid() -> u32 {
+    let sm: u32;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {0}, %smid;", out(reg32) sm) };
+    sm
+}
+
 /// `%globaltimer`, in nanoseconds.
 #[inline(always)]
 pub fn globaltimer() -> u64 {

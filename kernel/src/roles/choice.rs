@@ -3,6 +3,7 @@
 use crate::device::global::ld_weak_u32;
 use crate::device::warp::match_any;
 use crate::launch::Launch;
+use crate::layout::Shape;
 use crate::status::Fault;
 
 /// One entry of the top-k ids.
@@ -16,12 +17,22 @@ pub enum Choice {
     Bad(Fault),
 }
 
-/// Checks the entries of a warp: each `active` lane looks at `(token, k)`, lanes with the same `token` at different `k`. All lanes call this.
+/// [`load`], then [`check`].
 #[inline(always)]
 pub fn choose(launch: &Launch, token: u32, k: u32, active: bool, lane: u32) -> Choice {
-    let shape = &launch.params().shape;
+    check(&launch.params().shape, load(launch, token, k, active), token, lane)
+}
+
+/// The id at `(token, k)`; -1 if not `active`.
+#[inline(always)]
+pub fn load(launch: &Launch, token: u32, k: u32, active: bool) -> u32 {
     // SAFETY: active lanes stay within the [tokens][top_k] ids.
-    let id = if active { unsafe { ld_weak_u32(launch.topk_id(token * shape.top_k + k)) } } else { u32::MAX };
+    if active { unsafe { ld_weak_u32(launch.topk_id(token * launch.params().shape.top_k + k)) } } else { u32::MAX }
+}
+
+/// Checks the ids of a warp: lanes with the same `token` hold different entries of it. All lanes call this.
+#[inline(always)]
+pub fn check(shape: &Shape, id: u32, token: u32, lane: u32) -> Choice {
     let in_range = id < shape.experts;
     // Lanes of one token meet at their expert; every other lane is alone. Warps hold at most 32 neighbouring tokens.
     let key = if in_range { (token % 32) << 24 | id } else { u32::MAX - lane };

@@ -123,6 +123,7 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let mut combiner = Combiner::new(launch, cta, warp, lane);
     let mut combining = false;
     loop {
+        mark!(launch, WaitForTask);
         let task = tasks.take_warp(lane);
         if task.phase == Phase::End as u32 {
             return;
@@ -130,11 +131,13 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
         if task.phase == Phase::Combine as u32 {
             // The combine buffers are the stages: every warp must be done with its last product.
             if !combining {
+                mark!(launch, WaitForWarpgroup);
                 bar_sync::<CONSUMERS_BARRIER, { CONSUMER_WARPS * WARP }>();
                 combining = true;
             }
             combiner.combine(task.expert);
         } else {
+            mark!(launch, WaitForStage, &task);
             match task.width {
                 0 => run::<1>(consumer, &task, &mut ring, &mut staging),
                 1 => run::<2>(consumer, &task, &mut ring, &mut staging),
@@ -190,6 +193,7 @@ where
     Accumulators<QUADS>: MmaAsync,
 {
     let Consumer { cta, warpgroup, lane, .. } = consumer;
+    mark!(consumer.launch, Multiply);
     // SAFETY: zeros are valid f32. An array expression would be built in local memory, and stay there.
     let mut accumulators: Accumulators<QUADS> = unsafe { core::mem::zeroed() };
     let mut previous = ring.slot;
@@ -213,6 +217,7 @@ where
     }
     wgmma_wait_group::<0>();
     release(cta, previous, lane);
+    mark!(consumer.launch, Epilogue);
     accumulators
 }
 

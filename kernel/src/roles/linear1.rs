@@ -3,7 +3,7 @@
 use crate::cta::Ring;
 use crate::device::address::SharedAddress;
 use crate::device::convert::{bf16x2, ex2, max_nan, min_nan, rcp};
-use crate::device::fence::fence_proxy_async;
+use crate::device::fence::fence_proxy_async_shared;
 use crate::device::matrix::{stmatrix_x1_trans, stmatrix_x2_trans, stmatrix_x4_trans};
 use crate::device::wgmma::Accumulators;
 use crate::roles::consume::Consumer;
@@ -24,7 +24,7 @@ pub fn finish<const QUADS: usize>(consumer: Consumer<'_>, staging: &mut Ring, ac
         }
         stage::<QUADS, CHUNK>(consumer, consumer.cta.staging(consumer.warpgroup, staging.slot), accumulators);
         // The rows were written by ordinary stores, and will be read by a bulk copy.
-        fence_proxy_async();
+        fence_proxy_async_shared();
         consumer.hand_over(staging);
     });
 }

@@ -3,7 +3,7 @@
 use crate::cta::{Cta, Pipeline, Ring, TaskReader};
 use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
-use crate::device::fence::fence_proxy_async;
+use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::ld_acquire_gpu_u32;
 use crate::launch::Launch;
 use crate::params::TensorMap;
@@ -27,6 +27,7 @@ pub fn produce(launch: &Launch, cta: Cta, lane: u32) {
     let mut tasks = TaskReader::new(cta);
     let mut ring = Ring::new();
     loop {
+        mark!(launch, WaitForTask);
         let task = tasks.take();
         if task.phase == Phase::Linear1 as u32 {
             load_linear1(launch, cta, &task, &mut ring);
@@ -97,6 +98,7 @@ impl Operands {
         let everyone = (1 << cluster) - 1;
         let pipeline = cta.pipeline(task);
         let mut early = 0;
+        mark!(launch, LoadWeights, task);
         if !tokens_ready() {
             let mut weights_ring = *ring;
             early = self.k_blocks.min(pipeline.stages);
@@ -104,10 +106,12 @@ impl Operands {
                 self.load_weights(cta, pipeline, task, weights_ring, k_block);
                 weights_ring.advance(pipeline.stages);
             }
+            mark!(launch, WaitForTokens);
             launch.wait_until(missing, tokens_ready);
         }
+        mark!(launch, Load);
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
-        fence_proxy_async();
+        fence_proxy_async_global();
         for k_block in 0..self.k_blocks {
             if k_block >= early {
                 self.load_weights(cta, pipeline, task, *ring, k_block);

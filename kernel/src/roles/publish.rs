@@ -5,7 +5,7 @@
 use crate::cta::{Cta, Ring, TaskReader};
 use crate::device::atomic::{atom_add_acq_rel_sys, red_add_release_gpu};
 use crate::device::bulk::{bulk_commit_group, bulk_wait_group, bulk_wait_group_read, tensor_store_2d};
-use crate::device::fence::{fence_acq_rel_sys, fence_proxy_async};
+use crate::device::fence::{fence_acq_rel_sys, fence_proxy_async_global};
 use crate::device::global::st_relaxed_sys_u32;
 use crate::launch::Launch;
 use crate::params::{ACTIVATION_MAPS, TensorMap};
@@ -26,6 +26,7 @@ pub fn publish(launch: &Launch, cta: Cta, lane: u32) {
     let mut first = Publisher::new(launch, cta, 0);
     let mut second = Publisher::new(launch, cta, 1);
     const _: () = assert!(CONSUMER_WARPGROUPS == 2);
+    mark!(launch, WaitForStaged);
     loop {
         let progress = first.poll() | second.poll();
         if !progress {
@@ -50,8 +51,8 @@ struct Publisher<'a> {
     ring: Ring,
     /// Tokens of the linear 1 task that were stored.
     stored: u32,
-    /// Tile of a linear 1 task whose columns are under way, and not counted yet.
-    unannounced: Option<u32>,
+    /// A linear 1 task whose columns are under way, and not counted yet.
+    unannounced: Option<Task>,
     ended: bool,
 }
 
@@ -87,6 +88,7 @@ impl<'a> Publisher<'a> {
         }
         self.cta.staging_empty(self.warpgroup, self.ring.slot).arrive();
         self.ring.advance(STAGING_BUFFERS);
+        mark!(self.launch, WaitForStaged);
         true
     }
 
@@ -110,6 +112,7 @@ impl<'a> Publisher<'a> {
         if self.stored == 0 {
             self.announce_columns();
         }
+        mark!(self.launch, Store, task);
         let map = (task.width as usize).min(ACTIVATION_MAPS - 1);
         let map = (&raw const self.launch.params().maps.activation).cast::<TensorMap>().wrapping_add(map);
         let column = task.weight_row / 2 + self.warpgroup * COLUMNS;
@@ -130,7 +133,7 @@ impl<'a> Publisher<'a> {
         self.stored = end;
         if end == width {
             self.stored = 0;
-            self.unannounced = Some(task.tile);
+            self.unannounced = Some(*task);
             self.task = None;
         }
     }
@@ -138,20 +141,23 @@ impl<'a> Publisher<'a> {
     /// Counts the columns of the last linear 1 task for their tile, when they are stored.
     #[inline(always)]
     fn announce_columns(&mut self) {
-        let Some(tile) = self.unannounced else { return };
+        let Some(task) = self.unannounced else { return };
+        mark!(self.launch, Announce, &task);
         bulk_wait_group::<0>();
         // Written, and to be read, by bulk copies; the release is an ordinary one.
-        fence_proxy_async();
-        let stored = self.launch.counter(self.launch.params().workspace.counter.columns_ready, tile);
+        fence_proxy_async_global();
+        let stored = self.launch.counter(self.launch.params().workspace.counter.columns_ready, task.tile);
         // SAFETY: a counter of this launch.
         unsafe { red_add_release_gpu(stored, 1) };
         self.unannounced = None;
+        mark!(self.launch, WaitForStaged);
     }
 
     /// Linear 2: counts a task's stores; the last of an expert raises its flag on every rank that sent it tokens.
     #[inline(always)]
     fn announce_results(&self, task: &Task) {
         let launch = self.launch;
+        mark!(launch, Announce, task);
         let params = launch.params();
         let shape = &params.shape;
         let done = launch.counter(params.workspace.counter.expert_done, task.expert);

@@ -6,36 +6,43 @@ use crate::cta::{Cta, Ring};
 use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
-use crate::device::fence::fence_proxy_async;
+use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u64, st_weak_u64};
 use crate::device::special::ctas;
-use crate::device::warp::{ballot, redux_add};
+use crate::device::warp::{ballot, redux_add, shfl_idx};
 use crate::launch::{COUNTS_BARRIER, Launch};
 use crate::layout::{MAX_RANKS, RowMeta};
 use crate::roles::route::claim;
 use crate::roles::schedule::COUNTS_THREADS;
 use crate::schedule::{Row, RowCursor, pull_rows};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
+use crate::sources::{Sources, source_at};
 
 /// Pulls rows until none is left.
 #[inline(always)]
 pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let params = launch.params();
     let experts = params.shape.local_experts();
+    let next = launch.counter(params.workspace.counter.pull_ticket, 0);
+    // As the scheduler's first.
+    let claimed = claim(next, lane);
+    mark!(launch, WaitForCounts);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     // SAFETY: the scheduler warp wrote the counts before the barrier.
     let rows = |expert: u32| unsafe { cta.expert_rows(expert).load_u32() };
     let batch = pull_rows(count_rows(experts, lane, rows), ctas());
     let mut puller = Puller { launch, cta, warp, lane, piece: PULL_BYTES / batch, ring: Ring::new() };
-    let next = launch.counter(params.workspace.counter.pull_ticket, 0);
     let mut cursor = RowCursor::new();
+    let mut ticket = shfl_idx(claimed, 0);
     loop {
-        let first = claim(next, lane) * batch;
-        let row = if lane < batch { cursor.seek(first + lane, experts, rows) } else { None };
+        let row = if lane < batch { cursor.seek(ticket * batch + lane, experts, rows) } else { None };
         if ballot(row.is_some()) == 0 {
             return;
         }
+        mark!(launch, Pull, ticket * batch);
         puller.copy(row);
+        mark!(launch, ClaimRows);
+        ticket = shfl_idx(claim(next, lane), 0);
     }
 }
 
@@ -61,38 +68,42 @@ pub fn count_from(launch: &Launch, source: u32, expert: u32) -> u32 {
     if (word >> 32) as u32 == launch.epoch() { word as u32 } else { 0 }
 }
 
-/// Where a pool row comes from: its meta, and the token's number on its rank.
+/// Rows of a local expert by source. All counts are loaded before the first is looked at.
 #[inline(always)]
-fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32) {
+fn sources_of(launch: &Launch, expert: u32) -> Sources {
+    let (rank, ranks) = (launch.params().rank, launch.params().shape.ranks);
+    // SAFETY: zeros are valid u32.
+    let mut counts: [u32; MAX_RANKS as usize] = unsafe { core::mem::zeroed() };
+    unroll!(PLACE < MAX_RANKS as usize, {
+        if (PLACE as u32) < ranks {
+            counts[PLACE] = count_from(launch, source_at(rank, ranks, PLACE as u32), expert);
+        }
+    });
+    Sources(counts)
+}
+
+/// Where a pool row comes from: its meta, and the token's hidden state.
+#[inline(always)]
+fn source_of(launch: &Launch, row: Row) -> (RowMeta, u64) {
     let params = launch.params();
     let shape = &params.shape;
     let routed = shape.routed_experts();
+    let bytes = launch.row_bytes() as u64;
     if row.expert >= routed {
         let slot = shape.top_k + row.expert - routed;
         let combine_row = row.row * shape.slots() + slot;
-        return (RowMeta { combine_row, rank: params.rank, weight: 1.0 }, row.row);
+        let meta = RowMeta { combine_row, rank: params.rank, weight: 1.0 };
+        return (meta, launch.hidden_states() + row.row as u64 * bytes);
     }
-    // Rows of one expert come source rank by source rank. All counts are loaded before the first is looked at.
-    // SAFETY: zeros are valid u32.
-    let mut counts: [u32; MAX_RANKS as usize] = unsafe { core::mem::zeroed() };
-    unroll!(SOURCE < MAX_RANKS as usize, {
-        if (SOURCE as u32) < shape.ranks {
-            counts[SOURCE] = count_from(launch, SOURCE as u32, row.expert);
-        }
-    });
-    let (mut source, mut slot, mut first) = (0, row.row, 0);
-    unroll!(SOURCE < MAX_RANKS as usize, {
-        if row.row >= first {
-            source = SOURCE as u32;
-            slot = row.row - first;
-        }
-        first += counts[SOURCE];
-    });
+    let (place, slot) = sources_of(launch, row.expert).locate(row.row);
+    let source = source_at(params.rank, shape.ranks, place);
     let list = (source * routed + row.expert) as u64 * shape.max_tokens as u64;
-    // SAFETY: the source has published `count` entries, and `slot` is below it.
-    let entry = unsafe { ld_weak_u64(launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64)) };
-    let entry = RowMeta { rank: source, ..RowMeta::unpack(entry) };
-    (entry, entry.combine_row / shape.slots())
+    let entry = launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64);
+    // SAFETY: the source has written the distance and `count` entries before its counts, and `slot` is below `count`.
+    let (entry, distance) = unsafe { (ld_weak_u64(entry), ld_weak_u64(launch.hidden_distance(params.rank, source))) };
+    let meta = RowMeta { rank: source, ..RowMeta::unpack(entry) };
+    let token = meta.combine_row / shape.slots();
+    (meta, launch.symmetric_base(source).wrapping_add(distance) + token as u64 * bytes)
 }
 
 /// A dispatch warp that copies rows.
@@ -113,22 +124,16 @@ impl Puller<'_> {
         let launch = self.launch;
         let workspace = &launch.params().workspace;
         let mut meta = RowMeta { combine_row: 0, rank: 0, weight: 0.0 };
-        let (mut source, mut destination) = (core::ptr::null(), core::ptr::null_mut());
+        let (mut source, mut destination) = (0, core::ptr::null_mut());
         if let Some(row) = row {
-            let token;
-            (meta, token) = source_of(launch, row);
-            let bytes = launch.row_bytes() as u64;
-            // SAFETY: the source published the distance before its counts.
-            let distance = unsafe { ld_weak_u64(launch.hidden_distance(launch.params().rank, meta.rank)) };
-            let hidden_states = launch.symmetric_base(meta.rank).wrapping_add(distance);
-            source = (hidden_states + token as u64 * bytes) as *const u8;
-            destination = launch.workspace(workspace.tokens, row.pool_row as u64 * bytes);
+            (meta, source) = source_of(launch, row);
+            destination = launch.workspace(workspace.tokens, row.pool_row as u64 * launch.row_bytes() as u64);
         }
-        self.copy_pieces(row.is_some(), source, destination);
+        self.copy_pieces(row.is_some(), source as *const u8, destination);
         if let Some(row) = row {
             bulk_wait_group::<0>();
             // The row was written, and will be read, by bulk copies; the release is an ordinary one.
-            fence_proxy_async();
+            fence_proxy_async_global();
             // SAFETY: the row and its tile lie in the pools, and this lane alone has the row.
             unsafe {
                 st_weak_u64(launch.workspace(workspace.row_meta, row.pool_row as u64), meta.pack());

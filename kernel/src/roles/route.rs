@@ -1,6 +1,7 @@
 //! Route: each valid (token, k) gets a slot in its expert's list on the rank that owns the expert.
 //!
-//! Dispatch warps claim chunks of tokens. The warp that finishes a rank's last chunk publishes the rank's counts to every rank.
+//! Dispatch warps claim chunks of tokens; while tokens are few, one chunk is all of them. The warp that finishes a rank's last chunk publishes
+//! the rank's counts to every rank.
 
 use crate::device::atomic::{atom_add_acq_rel_gpu, atom_add_relaxed_gpu, red_min_relaxed_gpu_u64};
 use crate::device::barrier::bar_warp_sync;
@@ -9,91 +10,137 @@ use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64,
 use crate::device::warp::shfl_idx;
 use crate::launch::Launch;
 use crate::layout::RowMeta;
-use crate::roles::choice::{Choice, choose};
-use crate::schedule::{ROUTE_TOKENS, route_chunks};
+use crate::roles::choice::{Choice, check, load};
+use crate::schedule::{ROUTE_PASSES, route_chunks, route_step, route_tokens};
 use crate::shared::WARP;
 use crate::status::BadChoice;
+
+const PASSES: usize = ROUTE_PASSES as usize;
+/// Counts that a lane has under way at once.
+const COUNTS_AT_ONCE: usize = 8;
 
 /// Routes chunks until none is left.
 #[inline(always)]
 pub fn route(launch: &Launch, lane: u32) {
     let counters = &launch.params().workspace.counter;
-    let tokens = launch.tokens();
-    let chunks = route_chunks(tokens);
+    let (tokens, top_k) = (launch.tokens(), launch.params().shape.top_k);
+    let (per_chunk, chunks) = (route_tokens(tokens, top_k), route_chunks(tokens, top_k));
     let ticket = launch.counter(counters.route_ticket, 0);
+    let mut claimed = claim(ticket, lane);
+    // Under way together with the claim: while tokens are few, nothing else is there to do.
+    let mut chosen = Chosen::load(launch, 0, per_chunk.min(tokens), lane);
     loop {
-        let chunk = claim(ticket, lane);
+        let chunk = shfl_idx(claimed, 0);
         if chunk >= chunks {
             return;
         }
-        route_chunk(launch, tokens, chunk, lane);
+        mark!(launch, Route, chunk);
+        let (mut token, end) = (chunk * per_chunk, tokens.min((chunk + 1) * per_chunk));
+        if chunk > 0 {
+            chosen = Chosen::load(launch, token, end, lane);
+        }
+        while token < end {
+            let next = Chosen::load(launch, token + route_step(top_k), end, lane);
+            chosen.send(launch, token, lane);
+            chosen = next;
+            token += route_step(top_k);
+        }
         // The lists of the whole warp, then of all warps, come before the counts that are published.
         bar_warp_sync();
-        let mut routed = 0;
-        if lane == 0 {
+        let mut routed = 1;
+        if lane == 0 && chunks > 1 {
             fence_acq_rel_sys();
             // SAFETY: a counter of this launch.
-            routed = unsafe { atom_add_acq_rel_gpu(launch.counter(counters.routed_chunks, 0), 1) } + 1;
+            routed += unsafe { atom_add_acq_rel_gpu(launch.counter(counters.routed_chunks, 0), 1) };
         }
         if shfl_idx(routed, 0) == chunks {
+            mark!(launch, PublishCounts);
             publish(launch, lane);
         }
+        claimed = claim(ticket, lane);
     }
 }
 
-/// The next ticket, for a whole warp.
+/// Claims the next ticket: lane 0 has it.
 #[inline(always)]
 pub fn claim(ticket: *mut u32, lane: u32) -> u32 {
-    let mut claimed = 0;
-    if lane == 0 {
-        // SAFETY: a counter of this launch.
-        claimed = unsafe { atom_add_relaxed_gpu(ticket, 1) };
-    }
-    shfl_idx(claimed, 0)
+    // SAFETY: a counter of this launch.
+    if lane == 0 { unsafe { atom_add_relaxed_gpu(ticket, 1) } } else { 0 }
 }
 
-/// Routes one chunk: a lane for each choice, as many tokens at once as fit the warp.
+/// The token and the choice that a lane looks at in a pass over the tokens from `first` on.
 #[inline(always)]
-fn route_chunk(launch: &Launch, tokens: u32, chunk: u32, lane: u32) {
-    let params = launch.params();
-    let shape = &params.shape;
-    let lanes_per_token = shape.top_k.next_power_of_two();
-    let k = lane % lanes_per_token;
-    let mut token = chunk * ROUTE_TOKENS + lane / lanes_per_token;
-    let end = tokens.min((chunk + 1) * ROUTE_TOKENS);
-    let mut first = chunk * ROUTE_TOKENS;
-    while first < end {
-        match choose(launch, token, k, k < shape.top_k && token < end, lane) {
-            Choice::Expert(expert) => send(launch, token, k, expert),
-            Choice::Bad(fault) => {
-                let report = BadChoice { token, k, fault }.pack();
-                // SAFETY: the status words lie in the workspace.
-                unsafe { red_min_relaxed_gpu_u64(&raw mut (*launch.status()).bad_choice, report) };
+fn choice_at(top_k: u32, first: u32, pass: usize, lane: u32) -> (u32, u32) {
+    let lanes = top_k.next_power_of_two();
+    (first + (pass as u32 * WARP + lane) / lanes, lane % lanes)
+}
+
+/// What a lane has loaded of the choices of a few tokens, one in each pass.
+struct Chosen {
+    ids: [u32; PASSES],
+    weights: [f32; PASSES],
+}
+
+impl Chosen {
+    /// Starts to load the choices of the tokens from `first` on that are below `end`.
+    #[inline(always)]
+    fn load(launch: &Launch, first: u32, end: u32, lane: u32) -> Self {
+        let top_k = launch.params().shape.top_k;
+        // SAFETY: zeros are valid.
+        let mut chosen: Self = unsafe { core::mem::zeroed() };
+        unroll!(PASS < PASSES, {
+            let (token, k) = choice_at(top_k, first, PASS, lane);
+            let exists = k < top_k && token < end;
+            chosen.ids[PASS] = load(launch, token, k, exists);
+            if exists {
+                // SAFETY: within the [tokens][top_k] weights.
+                chosen.weights[PASS] = unsafe { ld_weak_f32(launch.topk_weight(token * top_k + k)) };
             }
-            Choice::None => {}
-        }
-        token += WARP / lanes_per_token;
-        first += WARP / lanes_per_token;
+        });
+        chosen
+    }
+
+    /// Checks the choices, and puts each into its expert's list.
+    #[inline(always)]
+    fn send(&self, launch: &Launch, first: u32, lane: u32) {
+        let params = launch.params();
+        let shape = &params.shape;
+        // SAFETY: zeros are valid.
+        let (mut experts, mut slots): ([u32; PASSES], [u32; PASSES]) = unsafe { core::mem::zeroed() };
+        // All slots are under way before the first is needed.
+        unroll!(PASS < PASSES, {
+            let (token, k) = choice_at(shape.top_k, first, PASS, lane);
+            experts[PASS] = u32::MAX;
+            match check(shape, self.ids[PASS], token, lane) {
+                Choice::Expert(expert) => {
+                    experts[PASS] = expert;
+                    let sent = launch.counter(params.workspace.counter.sent, expert);
+                    // SAFETY: `expert` is below the number of experts.
+                    slots[PASS] = unsafe { atom_add_relaxed_gpu(sent, 1) };
+                }
+                Choice::Bad(fault) => {
+                    let report = BadChoice { token, k, fault }.pack();
+                    // SAFETY: the status words lie in the workspace.
+                    unsafe { red_min_relaxed_gpu_u64(&raw mut (*launch.status()).bad_choice, report) };
+                }
+                Choice::None => {}
+            }
+        });
+        unroll!(PASS < PASSES, {
+            let (token, k) = choice_at(shape.top_k, first, PASS, lane);
+            if experts[PASS] < shape.experts {
+                let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
+                let entry = RowMeta { combine_row: token * shape.slots() + k, rank: 0, weight: self.weights[PASS] };
+                let list = (params.rank * shape.routed_experts() + local) as u64 * shape.max_tokens as u64;
+                let place = launch.symmetric(owner, params.symmetric.lists, list + slots[PASS] as u64);
+                // SAFETY: a token names an expert at most once, so that the slot is below the maximum of tokens.
+                unsafe { st_weak_u64(place, entry.pack()) };
+            }
+        });
     }
 }
 
-/// Puts one choice into its expert's list.
-#[inline(always)]
-fn send(launch: &Launch, token: u32, k: u32, expert: u32) {
-    let params = launch.params();
-    let shape = &params.shape;
-    let (owner, local) = (expert / shape.routed_experts(), expert % shape.routed_experts());
-    // SAFETY: `expert` is below the number of experts, and a token names an expert at most once: the slot is below the maximum of tokens.
-    unsafe {
-        let slot = atom_add_relaxed_gpu(launch.counter(params.workspace.counter.sent, expert), 1);
-        let weight = ld_weak_f32(launch.topk_weight(token * shape.top_k + k));
-        let entry = RowMeta { combine_row: token * shape.slots() + k, rank: 0, weight };
-        let list = (params.rank * shape.routed_experts() + local) as u64 * shape.max_tokens as u64;
-        st_weak_u64(launch.symmetric(owner, params.symmetric.lists, list + slot as u64), entry.pack());
-    }
-}
-
-/// Tells every rank how many rows it gets for each of its experts, and where this rank's hidden states are.
+/// Tells every rank where this rank's hidden states are, then how many rows it gets for each of its experts.
 #[inline(always)]
 fn publish(launch: &Launch, lane: u32) {
     let params = launch.params();
@@ -104,17 +151,27 @@ fn publish(launch: &Launch, lane: u32) {
         unsafe { st_weak_u64(launch.hidden_distance(lane, params.rank), distance) };
     }
     bar_warp_sync();
-    fence_acq_rel_sys();
-    let epoch = launch.epoch();
-    let mut expert = lane;
-    while expert < shape.experts {
-        let (owner, local) = (expert / shape.routed_experts(), expert % shape.routed_experts());
-        // SAFETY: every rank has a place for every source's count of each of its experts.
-        unsafe {
-            let count = ld_relaxed_gpu_u32(launch.counter(params.workspace.counter.sent, expert));
-            let place = launch.symmetric(owner, params.symmetric.counts, launch.count_index(params.rank, local));
-            st_relaxed_sys_u64(place, (epoch as u64) << 32 | count as u64);
-        }
-        expert += WARP;
+    let mut first = lane;
+    while first < shape.experts {
+        // SAFETY: zeros are valid u32.
+        let mut counts: [u32; COUNTS_AT_ONCE] = unsafe { core::mem::zeroed() };
+        unroll!(COUNT < COUNTS_AT_ONCE, {
+            let expert = (first + COUNT as u32 * WARP).min(shape.experts - 1);
+            // SAFETY: a counter of this launch.
+            counts[COUNT] = unsafe { ld_relaxed_gpu_u32(launch.counter(params.workspace.counter.sent, expert)) };
+        });
+        // The counts are under way while the lists are.
+        fence_acq_rel_sys();
+        unroll!(COUNT < COUNTS_AT_ONCE, {
+            let expert = first + COUNT as u32 * WARP;
+            if expert < shape.experts {
+                let (owner, local) = (expert / shape.routed_experts(), expert % shape.routed_experts());
+                let place = launch.symmetric(owner, params.symmetric.counts, launch.count_index(params.rank, local));
+                let word = (launch.epoch() as u64) << 32 | counts[COUNT] as u64;
+                // SAFETY: every rank has a place for every source's count of each of its experts.
+                unsafe { st_relaxed_sys_u64(place, word) };
+            }
+        });
+        first += COUNTS_AT_ONCE as u32 * WARP;
     }
 }

@@ -4,11 +4,11 @@ use crate::cta::{Cta, TaskWriter};
 use crate::device::atomic::atom_add_relaxed_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
-use crate::device::global::{ld_acquire_sys_u64, st_weak_u32, st_weak_u64};
+use crate::device::fence::fence_acq_rel_sys;
+use crate::device::global::{ld_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
 use crate::device::warp::redux_max;
 use crate::launch::{COUNTS_BARRIER, Launch};
-use crate::roles::pull::count_from;
 use crate::schedule::{Phase, ScheduleShape, TaskCursor, combine_chunks};
 use crate::shared::{DISPATCH_WARPS, WARP};
 use crate::status::{Stage, Timeout};
@@ -16,18 +16,22 @@ use crate::status::{Stage, Timeout};
 /// Threads that meet when the counts are in shared memory: the scheduler and dispatch warps.
 pub const COUNTS_THREADS: u32 = (1 + DISPATCH_WARPS) * WARP;
 
+/// Counts that a lane loads at once.
+const COUNTS_AT_ONCE: usize = 8;
+
 /// Schedules until no task is left.
 #[inline(always)]
 pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     check_tokens(launch, lane);
-    zero_next_counters(launch, lane);
+    let hands_out = lane == 0 && cluster_cta() == 0;
+    // Claimed before the counts are there: the wait for them hides the way there and back.
+    let first = if hands_out { claim_task(launch) } else { 0 };
+    mark!(launch, GatherCounts);
     gather_counts(launch, cta, lane);
-    // Lanes wait for counts apart from each other, and `bar.sync` is for whole warps.
-    bar_warp_sync();
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
     let most_rows = most_rows(launch, cta, lane);
-    if lane == 0 && cluster_cta() == 0 {
-        hand_out_tasks(launch, cta, most_rows);
+    if hands_out {
+        hand_out_tasks(launch, cta, most_rows, first);
     }
 }
 
@@ -43,7 +47,7 @@ fn check_tokens(launch: &Launch, lane: u32) {
 
 /// Zeroes this CTA's share of the counters that the next launch uses.
 #[inline(always)]
-fn zero_next_counters(launch: &Launch, lane: u32) {
+pub fn zero_next_counters(launch: &Launch, lane: u32) {
     let words = (launch.params().workspace.counter.bytes / 4) as u32;
     let mut word = cta_index() * WARP + lane;
     while word < words {
@@ -53,31 +57,56 @@ fn zero_next_counters(launch: &Launch, lane: u32) {
     }
 }
 
-/// Waits for every rank's counts, and writes the rows of every local expert to shared memory.
+/// Waits for every rank's counts, and adds up the rows of every local expert in shared memory.
 #[inline(always)]
 fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     let params = launch.params();
     let shape = &params.shape;
-    let routed = shape.routed_experts();
-    let epoch = launch.epoch();
+    let (routed, epoch) = (shape.routed_experts(), launch.epoch());
     let mut expert = lane;
     while expert < shape.local_experts() {
-        let mut rows = 0;
-        if expert < routed {
-            for source in 0..shape.ranks {
-                let place = launch.symmetric(params.rank, params.symmetric.counts, launch.count_index(source, expert));
-                let missing = || Timeout { stage: Stage::Counts, rank: source, subject: params.rank * routed + expert };
-                // SAFETY: a place in the counts.
-                launch.wait_until(missing, || (unsafe { ld_acquire_sys_u64(place) } >> 32) as u32 == epoch);
-                rows += count_from(launch, source, expert);
-            }
-        } else {
-            rows = launch.tokens();
-        }
         // SAFETY: the array holds all local experts, and each has one writer.
-        unsafe { cta.expert_rows(expert).store_u32(rows) };
+        unsafe { cta.expert_rows(expert).store_u32(if expert < routed { 0 } else { launch.tokens() }) };
         expert += WARP;
     }
+    bar_warp_sync();
+    let counts: *const u64 = launch.symmetric(params.rank, params.symmetric.counts, launch.count_index(0, 0));
+    // SAFETY: a place in the counts, which lie as `[ranks][routed_experts]`.
+    let load = |index: u32| unsafe { ld_relaxed_sys_u64(counts.wrapping_add(index as usize)) };
+    let is_new = |word: u64| (word >> 32) as u32 == epoch;
+    let last = shape.experts - 1;
+    let mut first = lane;
+    while first <= last {
+        let at = |count: usize| first + count as u32 * WARP;
+        // Behind the last, a lane looks at its first once more.
+        let within = |index: u32| if index <= last { index } else { first };
+        // SAFETY: zeros are valid u64.
+        let mut words: [u64; COUNTS_AT_ONCE] = unsafe { core::mem::zeroed() };
+        let missing = || {
+            let mut index = first;
+            while index + WARP <= last && is_new(load(index)) {
+                index += WARP;
+            }
+            Timeout { stage: Stage::Counts, rank: index / routed, subject: params.rank * routed + index % routed }
+        };
+        launch.wait_until(missing, || {
+            unroll!(COUNT < COUNTS_AT_ONCE, { words[COUNT] = load(within(at(COUNT))) });
+            let mut all = true;
+            unroll!(COUNT < COUNTS_AT_ONCE, { all &= is_new(words[COUNT]) });
+            all
+        });
+        unroll!(COUNT < COUNTS_AT_ONCE, {
+            if at(COUNT) <= last && is_new(words[COUNT]) {
+                // SAFETY: as above; the array is zeroed, and lanes only add to it.
+                unsafe { cta.expert_rows(at(COUNT) % routed).red_add_relaxed_cta(words[COUNT] as u32) };
+            }
+        });
+        first = at(COUNTS_AT_ONCE);
+    }
+    // Lanes wait apart from each other. Their loads are relaxed, so as to be under way together: the fence makes them acquire what the sources
+    // wrote before their counts, for this warp and those that it tells.
+    bar_warp_sync();
+    fence_acq_rel_sys();
 }
 
 /// Rows of the local expert that has the most.
@@ -93,9 +122,16 @@ fn most_rows(launch: &Launch, cta: Cta, lane: u32) -> u32 {
     redux_max(most)
 }
 
-/// Claims tickets and puts their tasks into the slots of the cluster's CTAs, in order, until the tasks end.
+/// The next ticket of the tasks.
 #[inline(always)]
-fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32) {
+fn claim_task(launch: &Launch) -> u32 {
+    // SAFETY: a counter of this launch.
+    unsafe { atom_add_relaxed_gpu(launch.counter(launch.params().workspace.counter.task_ticket, 0), 1) }
+}
+
+/// Puts the tasks of `ticket` and those claimed after it into the slots of the cluster's CTAs, in order, until the tasks end.
+#[inline(always)]
+fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32, mut ticket: u32) {
     let params = launch.params();
     let shape = &params.shape;
     let mut cursor = TaskCursor::new(ScheduleShape {
@@ -108,15 +144,15 @@ fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32) {
         most_rows,
     });
     let mut writer = TaskWriter::new(cta);
-    let next = launch.counter(params.workspace.counter.task_ticket, 0);
     loop {
-        // SAFETY: a counter of this launch.
-        let ticket = unsafe { atom_add_relaxed_gpu(next, 1) };
         // SAFETY: this warp wrote the counts.
         let task = cursor.seek(ticket, |expert| unsafe { cta.expert_rows(expert).load_u32() });
+        mark!(launch, HandOut, &task);
         writer.put(task);
         if task.phase == Phase::End as u32 {
             return;
         }
+        mark!(launch, ClaimTask);
+        ticket = claim_task(launch);
     }
 }

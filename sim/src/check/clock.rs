@@ -4,7 +4,7 @@
 //! and of some lanes up to which later one. Where two entries name different lanes, their union takes the later tick:
 //! that may hide a race, but never invents one.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::registers::ALL;
 
@@ -81,11 +81,11 @@ impl Lattice for u32 {
 /// Agents of one chunk: about those of a CTA, which learns of most others' news never or all at once.
 const CHUNK: usize = 16;
 
-type Chunk<T> = Option<Rc<[T; CHUNK]>>;
+type Chunk<T> = Option<Arc<[T; CHUNK]>>;
 
 /// A value for each agent, in chunks that clones share.
 #[derive(Debug, Clone, Default)]
-struct Known<T>(Rc<Vec<Chunk<T>>>);
+struct Known<T>(Arc<Vec<Chunk<T>>>);
 
 impl<T: Lattice> Known<T> {
     #[inline]
@@ -100,17 +100,17 @@ impl<T: Lattice> Known<T> {
         if joined == known {
             return;
         }
-        let chunks = Rc::make_mut(&mut self.0);
+        let chunks = Arc::make_mut(&mut self.0);
         let index = agent as usize / CHUNK;
         if chunks.len() <= index {
             chunks.resize(index + 1, None);
         }
-        let chunk = chunks[index].get_or_insert_with(|| Rc::new([T::default(); CHUNK]));
-        Rc::make_mut(chunk)[agent as usize % CHUNK] = joined;
+        let chunk = chunks[index].get_or_insert_with(|| Arc::new([T::default(); CHUNK]));
+        Arc::make_mut(chunk)[agent as usize % CHUNK] = joined;
     }
 
     fn join(&mut self, other: &Self) {
-        if Rc::ptr_eq(&self.0, &other.0) {
+        if Arc::ptr_eq(&self.0, &other.0) {
             return;
         }
         if self.0.is_empty() {
@@ -123,17 +123,17 @@ impl<T: Lattice> Known<T> {
             };
             let news = match self.0.get(index).and_then(Option::as_ref) {
                 None => theirs.clone(),
-                Some(mine) if Rc::ptr_eq(mine, theirs) => continue,
+                Some(mine) if Arc::ptr_eq(mine, theirs) => continue,
                 Some(mine) => {
                     let joined: [T; CHUNK] = std::array::from_fn(|agent| mine[agent].join(theirs[agent]));
                     if joined == **mine {
                         continue;
                     }
                     // Whoever knows the same shares it, and need not be compared again.
-                    if joined == **theirs { theirs.clone() } else { Rc::new(joined) }
+                    if joined == **theirs { theirs.clone() } else { Arc::new(joined) }
                 }
             };
-            let chunks = Rc::make_mut(&mut self.0);
+            let chunks = Arc::make_mut(&mut self.0);
             if chunks.len() <= index {
                 chunks.resize(index + 1, None);
             }

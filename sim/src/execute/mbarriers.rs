@@ -239,9 +239,12 @@ impl Context<'_> {
             if suspends && !timed_out {
                 let limit = limit.map_or(SUSPEND_NS, |limit| u64::from(limit.get(&self.warp.registers)[lane]));
                 let until = self.time() + limit;
+                self.cost.mbarrier_suspensions += 1;
                 return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
             }
             self.cost.polls += 1;
+        } else {
+            self.cost.mbarrier_waits += 1;
         }
         self.warp.registers.set_predicate(done, active, complete);
         if complete != 0

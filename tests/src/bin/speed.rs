@@ -1,5 +1,6 @@
 //! How fast the simulator runs the kernel's own PTX, and what its checks cost.
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,7 +20,7 @@ const CHECKS_GOAL: f64 = 4.0;
 #[command(bin_name = "cargo xtask bench simulator")]
 struct Arguments {
     /// Ranks to simulate, one table row each.
-    #[arg(long, value_delimiter = ',', default_value = "1,8", value_name = "N,...")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", value_name = "N,...")]
     ranks: Vec<usize>,
     /// Runs of each kind; the fastest counts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
@@ -34,6 +35,8 @@ struct Measured {
     /// Without checks.
     time: Duration,
     with_checks: Duration,
+    /// The time that passes without checks: on one thread, and on all.
+    passed: [Duration; 2],
     /// Of a third kind of run, slower than the first.
     profile: Profile,
 }
@@ -53,7 +56,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     println!(
         "The kernel's PTX in the simulator, a second being one of processor time; the fastest of {} runs.\n\
          Goals: {:.0} M thread instructions/s without checks and without wgmma, checks on at most {CHECKS_GOAL}x.\n\n\
-         {:<14} {:>5} {:>14} {:>21} {:>10} {:>11}",
+         {:<14} {:>5} {:>14} {:>21} {:>10} {:>11} {:>9} {:>12}",
         arguments.runs,
         RATE_GOAL / 1e6,
         "case",
@@ -61,7 +64,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         "warp instr/s",
         "thread instr/s, no wgmma",
         "checks",
-        "wgmma time"
+        "wgmma time",
+        "1 thread",
+        "all threads"
     );
     let mut short = 0;
     for case in small_matrix().iter().filter(|case| case.succeeds()) {
@@ -70,11 +75,13 @@ fn run(arguments: &Arguments) -> Result<()> {
                 .with_context(|| format!("case `{}` on {ranks} ranks", case.name))?;
             let (rate, ratio) = (measured.thread_rate(), measured.checks_ratio());
             println!(
-                "{:<14} {ranks:>5} {:>12.2} M {:>22.1} M {ratio:>9.2}x {:>10.0}%",
+                "{:<14} {ranks:>5} {:>12.2} M {:>22.1} M {ratio:>9.2}x {:>10.0}% {:>6.0} ms {:>11.2}x",
                 case.name,
                 measured.warp_rate() / 1e6,
                 rate / 1e6,
                 100.0 * measured.product_time().as_secs_f64() / measured.time.as_secs_f64(),
+                1e3 * measured.passed[0].as_secs_f64(),
+                measured.passed[0].as_secs_f64() / measured.passed[1].as_secs_f64(),
             );
             let falls_short = rate < RATE_GOAL || ratio > CHECKS_GOAL;
             short += u32::from(falls_short);
@@ -87,17 +94,25 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Runs a case without checks, with them, and with a profile, each from the same seed.
+/// Runs a case without checks on one thread and on all, with checks, and with a profile, each from the same seed.
 fn measure(case: &SmallCase, module: &Arc<Module>, runs: u32) -> Result<Measured> {
-    let time = |options: &RunOptions| anyhow::Ok(case.run(module, 0, options)?.processor_time);
-    let plain = RunOptions { checks: false, ..RunOptions::default() };
-    let checked = RunOptions { checks: true, ..RunOptions::default() };
-    let mut measured = Measured { time: Duration::MAX, with_checks: Duration::MAX, profile: Profile::default() };
+    let run = |options: &RunOptions| case.run(module, 0, options);
+    let plain = RunOptions { checks: false, threads: Some(NonZeroUsize::MIN), ..RunOptions::default() };
+    let [checked, parallel] =
+        [RunOptions { checks: true, ..plain.clone() }, RunOptions { threads: None, ..plain.clone() }];
+    let mut measured = Measured {
+        time: Duration::MAX,
+        with_checks: Duration::MAX,
+        passed: [Duration::MAX; 2],
+        profile: Profile::default(),
+    };
     for turn in 0..runs {
-        measured.time = measured.time.min(time(&plain)?);
-        measured.with_checks = measured.with_checks.min(time(&checked)?);
+        let ran = run(&plain)?;
+        measured.time = measured.time.min(ran.processor_time);
+        measured.passed = [measured.passed[0].min(ran.time), measured.passed[1].min(run(&parallel)?.time)];
+        measured.with_checks = measured.with_checks.min(run(&checked)?.processor_time);
         let profile = Arc::new(Mutex::new(Profile::default()));
-        time(&RunOptions { profile: Some(profile.clone()), ..plain.clone() })?;
+        run(&RunOptions { profile: Some(profile.clone()), ..plain.clone() })?;
         let profile = profile.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if turn == 0 || profile.total().time < measured.profile.total().time {
             measured.profile = profile;

@@ -151,8 +151,8 @@ fn fences() -> Vec<Mutant> {
         bug("no fences around the count of results", FENCE, "publish::announce_results", Drop),
         bug("no fence at the lists, and the count of routed chunks relaxed", FENCE, "route::route", Drop).and(bug(
             "",
-            ATOM,
-            "route::route atomic::atom_add_acq_rel_gpu",
+            "atom.acq_rel",
+            "route::route",
             Replace("acq_rel", "relaxed"),
         )),
         bug_at("no fence at the result rows, and their count relaxed", FENCE, "publish::announce_results", 0, Drop)
@@ -504,24 +504,32 @@ fn clusters() -> Vec<Mutant> {
 }
 
 fn global_order() -> Vec<Mutant> {
-    let (load, counts) = ("ld.acquire", "schedule::gather_counts");
+    let (load, count, counts) = ("ld.acquire", "ld.relaxed.sys", "schedule::gather_counts");
     let (rows, columns, flags) = ("produce::load_linear1", "produce::load_linear2", "combine::wait_for_flag");
     let relaxed = Replace("acquire", "relaxed");
     let release = "red.release";
     vec![
         bug("rows are waited for with a relaxed load", load, rows, relaxed),
         bug("columns are waited for with a relaxed load", load, columns, relaxed),
-        bug("counts are waited for with a relaxed load", load, counts, relaxed),
+        bug("counts are loaded, but nothing is acquired with them", FENCE, counts, Drop),
         bug("results are waited for with a relaxed load", load, flags, relaxed),
         bug("rows are waited for with CTA scope", load, rows, Replace(".gpu", ".cta")),
         bug("columns are waited for with CTA scope", load, columns, Replace(".gpu", ".cta")),
-        bug("counts are waited for with GPU scope", load, counts, Replace(".sys", ".gpu")),
-        bug("counts are waited for with CTA scope", load, counts, Replace(".sys", ".cta")),
+        bug("counts are loaded with GPU scope", count, counts, Replace(".sys", ".gpu")),
+        bug("counts are loaded with CTA scope", count, counts, Replace(".sys", ".cta")),
+        bug("fence behind the counts has GPU scope", FENCE, counts, Replace(".sys", ".gpu")),
+        bug("fence behind the counts has CTA scope", FENCE, counts, Replace(".sys", ".cta")),
+        bug(
+            "counts are added up by ordinary stores",
+            "red.relaxed.cta.shared",
+            counts,
+            Replace("red.relaxed.cta.shared.add", "st.shared"),
+        ),
         bug("results are waited for with GPU scope", load, flags, Replace(".sys", ".gpu")),
         bug("results are waited for with CTA scope", load, flags, Replace(".sys", ".cta")),
         bug("rows are not waited for", load, rows, Set(0x7fff_ffff)),
         bug("columns are not waited for", load, columns, Set(0x7fff_ffff)),
-        bug("counts of the first launch are not waited for", load, counts, Set(1 << 32)),
+        bug("counts of the first launch are not waited for", count, counts, Set(1 << 32)),
         bug("results of the first launch are not waited for", load, flags, Set(1)),
         bug("pulled rows are counted relaxed", release, "pull::pull", Replace("release", "relaxed")),
         bug("stored columns are counted relaxed", release, "publish::store_columns", Replace("release", "relaxed")),
@@ -544,8 +552,8 @@ fn global_order() -> Vec<Mutant> {
         ),
         bug(
             "routed chunks are counted relaxed, with CTA scope",
-            ATOM,
-            "route::route atomic::atom_add_acq_rel_gpu",
+            "atom.acq_rel",
+            "route::route",
             Replace("acq_rel.gpu", "relaxed.cta"),
         ),
         bug(
@@ -557,7 +565,7 @@ fn global_order() -> Vec<Mutant> {
         bug("the end of CTAs is counted relaxed", ATOM, "entry::end_launch", Replace("acq_rel", "relaxed")),
         bug("the end of CTAs is counted with CTA scope", ATOM, "entry::end_launch", Replace(".gpu", ".cta")),
         bug("list places are claimed with CTA scope", ATOM, "route::send", Replace(".gpu", ".cta")),
-        bug("tasks are claimed with CTA scope", ATOM, "schedule::hand_out_tasks", Replace(".gpu", ".cta")),
+        bug("tasks are claimed with CTA scope", ATOM, "schedule::claim_task", Replace(".gpu", ".cta")),
         bug("rows are claimed with CTA scope", ATOM, "route::claim pull::pull", Replace(".gpu", ".cta")),
     ]
 }
@@ -575,10 +583,10 @@ fn global_counts() -> Vec<Mutant> {
         bug("counts are one too high", "st.relaxed.sys", "route::publish", Add(-1, 1)),
         bug("counts are one too low", "st.relaxed.sys", "route::publish", Add(-1, -1)),
         bug("list places are claimed two by two", ATOM, "route::send", Add(-1, 1)),
-        bug("every second task is skipped", ATOM, "schedule::hand_out_tasks", Add(-1, 1)),
+        bug("every second task is skipped", ATOM, "schedule::claim_task", Add(-1, 1)),
         bug("every second row is skipped", ATOM, "route::claim pull::pull", Add(-1, 1)),
         bug("every second chunk of tokens is skipped", ATOM, "route::claim route::route", Add(-1, 1)),
-        bug("routed chunks count two", ATOM, "route::route atomic::atom_add_acq_rel_gpu", Add(-1, 1)),
+        bug("routed chunks count two", "atom.acq_rel", "route::route", Add(-1, 1)),
         bug("where the rows are is not told", "st.global.u64", "route::publish", Drop),
         bug("counters are not zeroed for the next launch", "st.global.u32", "schedule::zero_next_counters", Drop),
         bug("the epoch moves on with every CTA", ATOM, "entry::end_launch", Stay),

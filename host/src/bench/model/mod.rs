@@ -1,0 +1,300 @@
+//! What a layer should take on a GPU that is not there: bytes and operations of each phase from the routing and the kernel's own schedule, the
+//! machine's rates, and a time line of tasks on SMs. docs/performance.md says what is assumed.
+
+mod timeline;
+
+use ferromoe_kernel::layout::{BF16_BYTES, Shape};
+use ferromoe_kernel::schedule::{Phase, Task, TaskCursor};
+use ferromoe_kernel::tile::{WEIGHT_TILE, token_tile};
+use serde::Serialize;
+
+use crate::bench::{Choice, Plan, draw};
+use crate::error::Result;
+use crate::fused::{cluster, layer_shape, wave_experts};
+use crate::group::DeviceGroup;
+use crate::router::Routing;
+use crate::trace::Trace;
+use timeline::RankModel;
+
+/// The rates of a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Machine {
+    /// What it is called.
+    pub name: &'static str,
+    /// Streaming multiprocessors.
+    pub sms: u32,
+    /// Device memory as a large copy reaches it, 1e9 bytes a second, reads and writes.
+    pub memory_gbs: f64,
+    /// NVLink in one direction, 1e9 bytes a second.
+    pub nvlink_gbs: f64,
+    /// Dense bf16 products, 1e12 operations a second.
+    pub tflops: f64,
+    /// Bytes that stay in the L2 cache while others go through it: half of it, for each half keeps what its SMs read.
+    pub l2_bytes: u64,
+}
+
+/// The machines that are modelled: an H200 as measured (docs/measurements.md, its NVLink by the datasheet), an H20 by its datasheet.
+pub const MACHINES: [Machine; 2] = [
+    Machine { name: "H200", sms: 132, memory_gbs: 4273.0, nvlink_gbs: 450.0, tflops: 790.0, l2_bytes: 30 << 20 },
+    Machine { name: "H20", sms: 78, memory_gbs: 4000.0, nvlink_gbs: 450.0, tflops: 148.0, l2_bytes: 30 << 20 },
+];
+
+/// What one phase moves and computes, on the rank that takes longest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct PhaseWork {
+    /// Bytes of device memory that the schedule moves.
+    pub memory_bytes: f64,
+    /// The least: weights once; rows written once and read once where they do not stay in the cache.
+    pub least_memory_bytes: f64,
+    /// Bytes that come from or go to other ranks, the larger direction.
+    pub nvlink_bytes: f64,
+    /// Operations that the tensor cores do, padding included.
+    pub tensor_ops: f64,
+    /// Those for tokens.
+    pub useful_ops: f64,
+}
+
+/// A layer on a machine.
+#[derive(Clone, Debug, Serialize)]
+pub struct Modelled {
+    /// "model"
+    pub implementation: &'static str,
+    /// The machine.
+    pub device: &'static str,
+    /// The shape's name.
+    pub shape: &'static str,
+    /// Tokens of every rank.
+    pub tokens: usize,
+    /// Number of ranks.
+    pub ranks: usize,
+    /// How tokens choose experts.
+    pub routing: Choice,
+    /// The time of the slowest rank's launch on the time line, in microseconds.
+    pub us: f64,
+    /// Dispatch, linear 1, linear 2, combine; of the slowest rank.
+    pub phases: [PhaseWork; 4],
+    /// All memory traffic at the machine's rate, in microseconds.
+    pub memory_us: f64,
+    /// All NVLink traffic.
+    pub nvlink_us: f64,
+    /// All operations.
+    pub tensor_us: f64,
+    /// The largest of these three and of what the time line has beyond the largest.
+    pub bottleneck: &'static str,
+    /// When everything happens.
+    #[serde(skip)]
+    pub trace: Trace,
+    /// H and I.
+    #[serde(skip)]
+    pub sizes: [usize; 2],
+}
+
+/// The names of [`Modelled::phases`].
+pub const PHASES: [&str; 4] = ["dispatch", "linear 1", "linear 2", "combine"];
+
+/// Models every number of tokens of a plan on `ranks` GPUs.
+///
+/// # Errors
+/// A configuration that the kernel cannot run.
+pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Modelled>> {
+    let config = plan.config();
+    let shape = layer_shape(&config, ranks)?;
+    let of_tokens = |&tokens: &usize| {
+        let routings: Vec<Routing> =
+            (0..ranks).map(|rank| draw::routing(&config, tokens, plan.choice, rank as u64)).collect::<Result<_>>()?;
+        let loads: Vec<Load> = (0..ranks).map(|rank| Load::new(&shape, machine, &routings, rank)).collect();
+        let mut models: Vec<RankModel> = loads.iter().map(|load| RankModel::new(load, machine)).collect();
+        let results = models.iter().map(|model| model.products_end).fold(0.0, f64::max);
+        models.iter_mut().zip(&loads).for_each(|(model, load)| model.combine(load, machine, results));
+        let slowest = (0..ranks).max_by(|&a, &b| models[a].end.total_cmp(&models[b].end)).unwrap_or(0);
+        let us = models[slowest].end / 1e3;
+        let phases = loads[slowest].phases();
+        let sum = |part: fn(&PhaseWork) -> f64| phases.iter().map(part).sum::<f64>();
+        let memory_us = sum(|phase| phase.memory_bytes) / machine.memory_gbs / 1e3;
+        let nvlink_us = sum(|phase| phase.nvlink_bytes) / machine.nvlink_gbs / 1e3;
+        let tensor_us = sum(|phase| phase.tensor_ops) / machine.tflops / 1e6;
+        let largest = memory_us.max(nvlink_us).max(tensor_us);
+        let terms = [
+            ("memory", memory_us),
+            ("NVLink", nvlink_us),
+            ("tensor cores", tensor_us),
+            ("latency and order", us - largest),
+        ];
+        let bottleneck = terms.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("", |term| term.0);
+        Ok(Modelled {
+            implementation: "model",
+            device: machine.name,
+            shape: plan.shape.name,
+            tokens,
+            ranks,
+            routing: plan.choice,
+            us,
+            phases,
+            memory_us,
+            nvlink_us,
+            tensor_us,
+            bottleneck,
+            trace: Trace::modelled(models.into_iter().zip(&loads).map(|(model, load)| (model.ctas, load.wave_experts))),
+            sizes: [config.hidden, config.intermediate],
+        })
+    };
+    plan.tokens.iter().map(of_tokens).collect()
+}
+
+/// What the schedule says of the phases of a launch on a simulated group, the sums over all ranks. The simulator counts what is read again as read once.
+pub(super) fn phases_of_ranks(shape: &Shape, group: &DeviceGroup, routings: &[Routing]) -> [PhaseWork; 4] {
+    let mut sum = [PhaseWork::default(); 4];
+    for rank in 0..routings.len() {
+        let sms = group.backend.resident_ctas(rank);
+        let machine = Machine { sms, l2_bytes: u64::MAX, ..MACHINES[0] };
+        for (sum, phase) in sum.iter_mut().zip(Load::new(shape, &machine, routings, rank).phases()) {
+            sum.memory_bytes += phase.memory_bytes;
+            sum.least_memory_bytes += phase.least_memory_bytes;
+            sum.nvlink_bytes += phase.nvlink_bytes;
+            sum.tensor_ops += phase.tensor_ops;
+            sum.useful_ops += phase.useful_ops;
+        }
+    }
+    sum
+}
+
+/// What one rank has to do.
+pub(super) struct Load {
+    shape: Shape,
+    /// Tokens of the rank.
+    tokens: u32,
+    /// Rows of each local expert, shared ones last.
+    rows: Vec<u32>,
+    /// The part of the rows of each local expert that come from other ranks.
+    remote: Vec<f64>,
+    /// Results of own tokens that other ranks send.
+    received: u32,
+    cluster: u32,
+    ctas: u32,
+    wave_experts: u32,
+    /// Whether the weights of one expert stay in the cache from one token tile to the next, in linear 1 and in linear 2.
+    kept: [bool; 2],
+}
+
+impl Load {
+    fn new(shape: &Shape, machine: &Machine, routings: &[Routing], rank: usize) -> Self {
+        let routed = shape.routed_experts() as usize;
+        let own = rank * routed..(rank + 1) * routed;
+        let mut rows = vec![0u32; shape.local_experts() as usize];
+        let mut from_others = vec![0u32; rows.len()];
+        let mut received = 0;
+        for (source, routing) in routings.iter().enumerate() {
+            for expert in routing.topk_idx().iter().filter_map(|&id| usize::try_from(id).ok()) {
+                if own.contains(&expert) {
+                    rows[expert - own.start] += 1;
+                    from_others[expert - own.start] += u32::from(source != rank);
+                } else if source == rank {
+                    received += 1;
+                }
+            }
+        }
+        let tokens = routings[rank].tokens() as u32;
+        rows[routed..].fill(tokens);
+        let remote =
+            rows.iter().zip(&from_others).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect();
+        let cluster = cluster(shape, machine.sms);
+        let kept = [2, 1].map(|times| {
+            times * u64::from(shape.intermediate) * u64::from(shape.hidden) * BF16_BYTES <= machine.l2_bytes
+        });
+        Self {
+            shape: *shape,
+            tokens,
+            rows,
+            remote,
+            received,
+            cluster,
+            ctas: machine.sms / cluster * cluster,
+            wave_experts: wave_experts(shape, machine.sms),
+            kept,
+        }
+    }
+
+    /// The GEMM tasks of clusters, in ticket order.
+    fn tasks(&self) -> impl Iterator<Item = Task> {
+        let mut cursor = TaskCursor::new(ferromoe_kernel::schedule::ScheduleShape {
+            experts: self.shape.local_experts(),
+            wave_experts: self.wave_experts,
+            linear1_rows: 2 * self.shape.intermediate,
+            linear2_rows: self.shape.hidden,
+            combine_chunks: 0,
+            cluster: self.cluster,
+            most_rows: self.rows.iter().copied().max().unwrap_or(0),
+        });
+        (0..)
+            .map(move |ticket| cursor.seek(ticket, |expert| self.rows[expert as usize]))
+            .take_while(|task| task.phase <= Phase::Linear2 as u32)
+    }
+
+    /// Elements that a task's products sum over.
+    fn depth(&self, task: &Task) -> f64 {
+        f64::from(if task.phase == Phase::Linear1 as u32 { self.shape.hidden } else { self.shape.intermediate })
+    }
+
+    /// Whether a task is of its expert's first token tile.
+    fn first_tile(&self, task: &Task, first_tiles: &[u32]) -> bool {
+        first_tiles[task.expert as usize] == task.tile
+    }
+
+    /// The number of each expert's first tile.
+    fn first_tiles(&self) -> Vec<u32> {
+        let mut next = 0;
+        let first = |&rows: &u32| {
+            next += ferromoe_kernel::tile::token_tiles(rows);
+            next - ferromoe_kernel::tile::token_tiles(rows)
+        };
+        self.rows.iter().map(first).collect()
+    }
+
+    /// Bytes of weights that a cluster's task reads from device memory.
+    fn weight_bytes(&self, task: &Task, first_tiles: &[u32]) -> f64 {
+        let read = !self.kept[task.phase as usize] || self.first_tile(task, first_tiles);
+        if read { f64::from(WEIGHT_TILE * self.cluster) * self.depth(task) * BF16_BYTES as f64 } else { 0.0 }
+    }
+
+    /// Operations of one CTA's task.
+    fn operations(&self, task: &Task) -> f64 {
+        2.0 * f64::from(WEIGHT_TILE * token_tile(task.width)) * self.depth(task)
+    }
+
+    fn row_bytes(&self) -> f64 {
+        f64::from(self.shape.hidden) * BF16_BYTES as f64
+    }
+
+    /// Bytes that combine reads and writes.
+    fn combine_bytes(&self) -> f64 {
+        let results: f64 = f64::from(self.tokens) * f64::from(self.shape.slots() + 1);
+        results * self.row_bytes()
+    }
+
+    fn phases(&self) -> [PhaseWork; 4] {
+        let mut phases = [PhaseWork::default(); 4];
+        let row = self.row_bytes();
+        let all: f64 = self.rows.iter().map(|&rows| f64::from(rows)).sum();
+        let remote: f64 = self.rows.iter().zip(&self.remote).map(|(&rows, part)| f64::from(rows) * part).sum();
+        // Own tokens are read once; every row is written to the pool.
+        phases[0].memory_bytes = f64::from(self.tokens) * row + all * row;
+        phases[0].least_memory_bytes = f64::from(self.tokens) * row;
+        phases[0].nvlink_bytes = remote * row;
+        let first_tiles = self.first_tiles();
+        for task in self.tasks() {
+            let work = &mut phases[1 + task.phase as usize];
+            work.memory_bytes += self.weight_bytes(&task, &first_tiles);
+            if self.first_tile(&task, &first_tiles) {
+                work.least_memory_bytes +=
+                    f64::from(WEIGHT_TILE * self.cluster) * self.depth(&task) * BF16_BYTES as f64;
+            }
+            let operations = f64::from(self.cluster) * self.operations(&task);
+            work.tensor_ops += operations;
+            work.useful_ops += operations * f64::from(task.rows) / f64::from(token_tile(task.width));
+        }
+        phases[2].nvlink_bytes = (remote * row).max(f64::from(self.received) * row);
+        phases[3].memory_bytes = self.combine_bytes();
+        phases[3].least_memory_bytes = self.combine_bytes();
+        phases
+    }
+}

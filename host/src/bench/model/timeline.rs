@@ -1,0 +1,170 @@
+//! Tasks on SMs: a server for each cluster of CTAs, one for device memory, one for NVLink. Times are nanoseconds.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+
+use ferromoe_kernel::layout::BF16_BYTES;
+use ferromoe_kernel::schedule::{Phase, Task, combine_chunks, pull_rows};
+use ferromoe_kernel::shared::TASK_SLOTS;
+use ferromoe_kernel::tile::{MAX_TOKEN_TILE, WEIGHT_TILE};
+use ferromoe_kernel::trace::Activity;
+
+use super::{Load, Machine};
+use crate::trace::{CONSUMERS, CtaTrace, DISPATCH, ROLE_NAMES, Span};
+
+/// Until the first task is known, and then until the first rows are there: flash, 8 tokens (docs/measurements.md).
+const COUNTS_NS: f64 = 13_000.0;
+const FIRST_ROWS_NS: f64 = 11_000.0;
+/// From a row's first byte asked for to its last stored (docs/measurements.md, several rows a pull ticket).
+const ROW_NS: f64 = 5_700.0;
+/// The epilogue of linear 2, 5 us for 256 rows (docs/measurements.md); linear 1 stores half as much.
+const EPILOGUE_NS: [f64; 2] = [10.0, 20.0];
+/// From a result stored to another CTA's load of it: a release, a poll and a load through L2.
+const HAND_OVER_NS: f64 = 2_000.0;
+/// From a load of device memory to its arrival.
+const MEMORY_NS: f64 = 1_000.0;
+
+/// One rank on the time line.
+pub(super) struct RankModel {
+    /// What its CTAs do.
+    pub(super) ctas: Vec<CtaTrace>,
+    /// When its last product is stored.
+    pub(super) products_end: f64,
+    /// When it ends.
+    pub(super) end: f64,
+    /// When each CTA has no more products.
+    free: Vec<f64>,
+}
+
+/// Something that bytes go through one after the other.
+struct Pipe {
+    free: f64,
+    bytes_per_ns: f64,
+}
+
+impl Pipe {
+    /// When `bytes` that are asked for at `from` are through.
+    fn pass(&mut self, from: f64, bytes: f64) -> f64 {
+        self.free = self.free.max(from) + bytes / self.bytes_per_ns;
+        self.free
+    }
+}
+
+/// The CTAs of a cluster, which work on neighbouring weight tiles of the same token tile.
+struct Cluster {
+    free: f64,
+    /// When its tasks were begun: a task is claimed when that [`TASK_SLOTS`] before it was.
+    begun: Vec<f64>,
+}
+
+impl RankModel {
+    /// Dispatch and both products.
+    pub(super) fn new(load: &Load, machine: &Machine) -> Self {
+        let mut ctas: Vec<CtaTrace> =
+            (0..load.ctas).map(|cta| CtaTrace { sm: cta, roles: vec![Vec::new(); ROLE_NAMES.len()] }).collect();
+        let rows_there = pull(load, machine, &mut ctas);
+        let mut memory = Pipe { free: 0.0, bytes_per_ns: machine.memory_gbs };
+        let mut nvlink = Pipe { free: 0.0, bytes_per_ns: machine.nvlink_gbs };
+        let mut clusters: Vec<Cluster> =
+            (0..load.ctas / load.cluster).map(|_| Cluster { free: COUNTS_NS, begun: Vec::new() }).collect();
+        // Times as whole nanoseconds: they are ordered.
+        let mut claims: BinaryHeap<Reverse<(u64, usize)>> =
+            (0..clusters.len()).map(|cluster| Reverse((COUNTS_NS as u64, cluster))).collect();
+        let ops_per_ns = machine.tflops * 1e3 / f64::from(machine.sms);
+        let first_tiles = load.first_tiles();
+        let mut columns_there: HashMap<u32, f64> = HashMap::new();
+        let mut products_end: f64 = COUNTS_NS;
+        for task in load.tasks() {
+            let Some(Reverse((claimed, index))) = claims.pop() else { break };
+            let cluster = &mut clusters[index];
+            let linear1 = task.phase == Phase::Linear1 as u32;
+            let operands = match linear1 {
+                true => rows_there.get(task.tile as usize).copied().unwrap_or(0.0),
+                false => columns_there.get(&task.tile).copied().unwrap_or(0.0) + HAND_OVER_NS,
+            };
+            let begins = cluster.free.max(claimed as f64);
+            // The first stages of weights are on their way while the task before is stored.
+            let loaded = memory.pass(claimed as f64, load.weight_bytes(&task, &first_tiles)) + MEMORY_NS;
+            let starts = begins.max(operands);
+            let multiplied = (starts + load.operations(&task) / ops_per_ns).max(loaded);
+            let stored = multiplied + EPILOGUE_NS[task.phase as usize] * f64::from(task.rows);
+            let remote = load.remote[task.expert as usize] * f64::from(task.rows * WEIGHT_TILE * load.cluster);
+            let sent = if linear1 { stored } else { nvlink.pass(stored, remote * BF16_BYTES as f64).max(stored) };
+            if linear1 {
+                let there = columns_there.entry(task.tile).or_default();
+                *there = there.max(stored);
+            }
+            products_end = products_end.max(sent);
+            for cta in 0..load.cluster {
+                let roles = &mut ctas[index * load.cluster as usize + cta as usize].roles;
+                let parts = [
+                    (Activity::WaitForTask, cluster.free, begins, None),
+                    (Activity::WaitForStage, begins, starts, Some(task.of(cta))),
+                    (Activity::Multiply, starts, multiplied, Some(task.of(cta))),
+                    (Activity::Epilogue, multiplied, stored, Some(task.of(cta))),
+                ];
+                CONSUMERS.into_iter().for_each(|role| parts.into_iter().for_each(|part| push(&mut roles[role], part)));
+            }
+            cluster.free = stored;
+            cluster.begun.push(begins);
+            let next =
+                cluster.begun.len().checked_sub(TASK_SLOTS as usize).map_or(COUNTS_NS, |slot| cluster.begun[slot]);
+            claims.push(Reverse((next.max(claimed as f64) as u64, index)));
+        }
+        let free = clusters.iter().flat_map(|cluster| vec![cluster.free; load.cluster as usize]).collect();
+        Self { ctas, products_end, end: products_end, free }
+    }
+
+    /// Combine, when all ranks' results are there at `results`.
+    pub(super) fn combine(&mut self, load: &Load, machine: &Machine, results: f64) {
+        let chunks = combine_chunks(load.tokens, load.ctas);
+        let there = results + HAND_OVER_NS;
+        let takes = 2.0 * MEMORY_NS + load.combine_bytes() / machine.memory_gbs;
+        for (index, (cta, &free)) in self.ctas.iter_mut().zip(&self.free).enumerate() {
+            if (index as u32) < chunks {
+                for role in CONSUMERS {
+                    push(&mut cta.roles[role], (Activity::WaitForResults, free, there, None));
+                    push(&mut cta.roles[role], (Activity::Combine, there, there + takes, None));
+                }
+            }
+        }
+        self.end = there + takes;
+    }
+}
+
+/// When the rows of each tile are in the pool.
+fn pull(load: &Load, machine: &Machine, ctas: &mut [CtaTrace]) -> Vec<f64> {
+    let all: u32 = load.rows.iter().sum();
+    let in_flight = f64::from(load.ctas * pull_rows(all, load.ctas));
+    let mut nvlink = Pipe { free: COUNTS_NS, bytes_per_ns: machine.nvlink_gbs };
+    let first = COUNTS_NS + FIRST_ROWS_NS;
+    let (mut pulled, mut tiles) = (0.0, Vec::new());
+    for (&rows, &remote) in load.rows.iter().zip(&load.remote) {
+        let mut left = rows;
+        while left > 0 {
+            let rows = left.min(MAX_TOKEN_TILE);
+            pulled += f64::from(rows);
+            let in_time = first + ROW_NS * (pulled / in_flight - 1.0).max(0.0);
+            tiles.push(in_time.max(nvlink.pass(COUNTS_NS, f64::from(rows) * remote * load.row_bytes())));
+            left -= rows;
+        }
+    }
+    let last = tiles.last().copied().unwrap_or(COUNTS_NS);
+    for cta in ctas {
+        push(&mut cta.roles[DISPATCH], (Activity::Route, 0.0, COUNTS_NS, None));
+        push(&mut cta.roles[DISPATCH], (Activity::Pull, COUNTS_NS, first, None));
+        push(&mut cta.roles[DISPATCH], (Activity::Pull, first, last, None));
+        CONSUMERS
+            .into_iter()
+            .for_each(|role| push(&mut cta.roles[role], (Activity::WaitForTask, 0.0, COUNTS_NS, None)));
+    }
+    tiles
+}
+
+/// Adds a span that is not empty.
+fn push(spans: &mut Vec<Span>, (activity, start, end, task): (Activity, f64, f64, Option<Task>)) {
+    let [start, end] = [start, end].map(|ns| ns.round() as u64);
+    if end > start {
+        spans.push(Span { activity, start, end, task, argument: 0 });
+    }
+}

@@ -1,0 +1,52 @@
+//! What the launches of a traced kernel record.
+
+use bytemuck::Zeroable;
+use ferromoe_kernel::trace::{ROLES, Record, TraceBuffer};
+
+use super::FusedMoe;
+use crate::error::{Error, Result};
+use crate::memory::DeviceBuffer;
+use crate::trace::Trace;
+
+impl FusedMoe {
+    /// Makes every later launch record up to `capacity` activities of each role of a CTA, over what the launch before recorded.
+    ///
+    /// # Errors
+    /// A group whose kernel records nothing ([`crate::DeviceGroup::open_traced`]), or memory that runs out.
+    pub fn record_trace(&mut self, capacity: u32) -> Result<()> {
+        if !self.group.is_traced() {
+            return Err(Error::NotTraced);
+        }
+        let backend = &self.group.backend;
+        let buffer = |(rank, state): (usize, &super::Rank)| {
+            let records = u64::from(self.ctas(rank, &state.params) * ROLES) * u64::from(capacity);
+            let bytes = (records * size_of::<Record>() as u64).max(1);
+            let buffer = DeviceBuffer::new(backend, rank, bytes, "trace")?;
+            backend.fill(rank, buffer.address(), bytes, 0)?;
+            Ok(buffer)
+        };
+        self.records = self.numbered().map(buffer).collect::<Result<_>>()?;
+        for (state, buffer) in self.ranks.iter_mut().zip(&self.records) {
+            state.params.trace = TraceBuffer { address: buffer.address(), capacity, reserved: 0 };
+        }
+        Ok(())
+    }
+
+    /// What the last launch of this process's ranks recorded. No launch may be running.
+    ///
+    /// # Errors
+    /// No launch since [`Self::record_trace`], or one that recorded more than its capacity.
+    pub fn trace(&self) -> Result<Trace> {
+        let capacity = self.ranks.first().map_or(0, |state| state.params.trace.capacity) as usize;
+        if self.records.is_empty() || capacity == 0 {
+            return Err(Error::NotTraced);
+        }
+        let mut ranks = Vec::new();
+        for ((rank, state), buffer) in self.numbered().zip(&self.records) {
+            let mut records = vec![Record::zeroed(); buffer.bytes() as usize / size_of::<Record>()];
+            buffer.read(bytemuck::cast_slice_mut(&mut records))?;
+            ranks.push((rank, state.params.wave_experts, records));
+        }
+        Trace::new(ranks, capacity)
+    }
+}

@@ -1,0 +1,167 @@
+//! Devices that run side by side: what one run gives does not depend on the threads it has.
+
+mod common;
+
+use std::num::NonZeroUsize;
+
+use common::kernel;
+use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, SimError};
+
+const DEVICES: usize = 3;
+const BYTES: usize = 4096;
+
+/// What a run leaves: its costs or its error, and the memory of all devices.
+type Left = (Result<Vec<Cost>, String>, Vec<u8>);
+
+/// Runs a body on every device, in 2 CTAs of 64 threads: `%r1` is the thread's number in its device and `%r2` the device's, `%rd2` is a
+/// buffer on device 0, and `%rd3` one on the next device. Buffers start as zeros.
+fn run(body: &str, options: &RunOptions) -> (Result<Vec<Cost>, SimError>, Vec<u8>) {
+    let text = kernel(
+        ".visible .global .align 4 .u32 number;",
+        &format!(
+            ".shared .align 128 .b8 tile[1024]; .shared .align 8 .b64 bar;
+             mov.u32 %r3, %ctaid.x; shl.b32 %r3, %r3, 6; add.u32 %r1, %r1, %r3;
+             shr.u64 %rd5, %rd3, 40; cvt.u32.u64 %r2, %rd5; add.u32 %r2, %r2, {}; rem.u32 %r2, %r2, {DEVICES};
+             {body}",
+            DEVICES - 2,
+        ),
+    );
+    let module = Module::parse(&text).unwrap_or_else(|error| panic!("{error}"));
+    let mut machine = Machine::new(DEVICES);
+    let buffers: Vec<u64> = (0..DEVICES)
+        .map(|device| {
+            let buffer = machine.alloc(device, BYTES as u64, &format!("buffer {device}")).unwrap();
+            machine.fill(buffer, BYTES as u64, 0).unwrap();
+            buffer
+        })
+        .collect();
+    let launches: Vec<_> = (0..DEVICES)
+        .map(|device| Launch {
+            device,
+            module: &module,
+            entry: "k",
+            grid: [2, 1, 1],
+            cluster: [1, 1, 1],
+            block: [64, 1, 1],
+            shared_bytes: 0,
+            args: vec![Arg::U64(buffers[0]), Arg::U64(buffers[(device + 1) % DEVICES])],
+        })
+        .collect();
+    let result = machine.run(&launches, options);
+    let mut memory = vec![0; DEVICES * BYTES];
+    for (buffer, bytes) in buffers.iter().zip(memory.chunks_exact_mut(BYTES)) {
+        machine.read(*buffer, bytes).unwrap();
+    }
+    (result, memory)
+}
+
+fn options(seed: u64) -> RunOptions {
+    RunOptions { seed, step_limit: Some(1_000_000), checks: false, ..RunOptions::default() }
+}
+
+/// What a body leaves, which is the same on 1, 2 and 3 threads.
+fn left(body: &str, seed: u64) -> Left {
+    let on = |threads| {
+        let (result, memory) = run(body, &RunOptions { threads: NonZeroUsize::new(threads), ..options(seed) });
+        (result.map_err(|error| error.to_string()), memory)
+    };
+    let first = on(1);
+    for threads in [2, 3] {
+        assert!(on(threads) == first, "seed {seed}: {threads} threads give another run than 1");
+    }
+    first
+}
+
+/// Every thread draws a ticket from device 0, tells the next device, waits for all, copies what the next device was told, and leaves
+/// that beside its ticket and the time.
+const TALK: &str = "atom.relaxed.sys.global.add.u32 %r4, [%rd2], 1; mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd4, %rd3;
+    st.global.u32 [%rd4+1024], %r4; bar.sync 0;
+    and.b32 %r5, %r1, 63; setp.ne.u32 %p1, %r5, 0; @%p1 bra WAIT; red.release.sys.global.add.u32 [%rd2+4], 1;
+    WAIT: ld.acquire.sys.global.u32 %r6, [%rd2+4]; setp.ne.u32 %p2, %r6, 6; @%p2 bra WAIT;
+    mov.u32 %r7, bar; mov.u32 %r8, tile; @%p1 bra LANDED; mbarrier.init.shared.b64 [%r7], 1; fence.proxy.async;
+    mbarrier.arrive.expect_tx.shared.b64 _, [%r7], 512;
+    add.s64 %rd6, %rd3, 1024;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r8], [%rd6], 512, [%r7];
+    LANDED: bar.sync 0; LAND: mbarrier.try_wait.parity.shared.b64 %p3, [%r7], 0; @!%p3 bra LAND;
+    shl.b32 %r9, %r1, 2; add.u32 %r9, %r9, %r8; ld.shared.u32 %r10, [%r9]; mov.u64 %rd7, %globaltimer; cvt.u32.u64 %r11, %rd7;
+    mul.wide.u32 %rd8, %r1, 16; add.s64 %rd8, %rd8, %rd3; st.global.v4.u32 [%rd8+2048], {%r4, %r10, %r11, %r6};";
+
+#[test]
+fn a_run_does_not_depend_on_its_threads() {
+    let all: Vec<Left> = (0..10).map(|seed| left(TALK, seed)).collect();
+    for (costs, memory) in &all {
+        let words: Vec<u32> = memory.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect();
+        assert_eq!(words[..2], [384, 6], "{costs:?}");
+        let mut tickets = Vec::new();
+        for device in words.chunks_exact(BYTES / 4) {
+            for (thread, left) in device[512..].chunks_exact(4).enumerate() {
+                assert_eq!((left[1], left[3]), (left[0], 6), "thread {thread}");
+                assert_eq!(device[256 + thread], left[0]);
+                tickets.push(left[0]);
+            }
+        }
+        tickets.sort_unstable();
+        assert!(tickets.iter().copied().eq(0..384));
+    }
+    assert!(all.windows(2).all(|two| two[0] != two[1]), "two seeds give the same run");
+}
+
+#[test]
+fn checked_runs_repeat_and_find_nothing_in_what_is_right() {
+    let checked = |seed| run(TALK, &RunOptions { checks: true, ..options(seed) });
+    for seed in 0..5 {
+        let (result, memory) = checked(seed);
+        assert_eq!(result.as_ref().map_err(ToString::to_string), checked(seed).0.as_ref().map_err(ToString::to_string));
+        assert!(result.is_ok() && memory == checked(seed).1, "{result:?}");
+    }
+}
+
+#[test]
+fn of_several_errors_one_is_reported_on_any_number_of_threads() {
+    let trap = "mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd4, %rd3; st.global.u32 [%rd4], %r2; trap;";
+    let away = "mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd4, %rd3; ld.global.u32 %r4, [%rd4+4000];";
+    let reports: Vec<_> =
+        (0..10).map(|seed| [left(trap, seed).0.unwrap_err(), left(away, seed).0.unwrap_err()]).collect();
+    for [trap, away] in &reports {
+        assert!(trap.contains("device "), "{trap}");
+        assert!(away.contains("4 bytes past its end") || away.contains("`buffer "), "{away}");
+    }
+    assert!(reports.iter().any(|report| report != &reports[0]), "every seed has the same error first");
+}
+
+#[test]
+fn what_never_comes_from_a_peer_is_told_from_a_deadlock() {
+    let poll = "WAIT: ld.acquire.sys.global.u32 %r4, [%rd3]; setp.eq.u32 %p1, %r4, 0; @%p1 bra WAIT;";
+    let wait = "setp.ne.u32 %p1, %r1, 0; @%p1 exit; setp.eq.u32 %p2, %r2, 0; @%p2 exit; bar.sync 1, 64;";
+    for (body, devices, is_livelock) in [(poll, 3, true), (wait, 2, false)] {
+        for threads in [1, 2] {
+            let stuck = match run(body, &RunOptions { threads: NonZeroUsize::new(threads), ..options(3) }).0 {
+                Err(SimError::Livelock(stuck)) if is_livelock => stuck,
+                Err(SimError::Deadlock(stuck)) if !is_livelock => stuck,
+                other => panic!("{other:?}"),
+            };
+            let mut named: Vec<_> = stuck.iter().map(|stuck| stuck.position.device).collect();
+            assert!(named.is_sorted());
+            named.dedup();
+            assert_eq!(named.len(), devices);
+        }
+    }
+}
+
+#[test]
+fn time_passes_for_all_devices() {
+    // Each device waits for a word that only a device that has given up a wait of 2 ms writes; all of them see times close to each other.
+    let body = "setp.ne.u32 %p1, %r1, 0; @%p1 exit; setp.ne.u32 %p2, %r2, 1; @%p2 bra WAIT;
+        SLEEP: mov.u64 %rd6, %globaltimer; ld.relaxed.sys.global.u32 %r5, [%rd3+8]; setp.lt.u64 %p3, %rd6, 2000000; @%p3 bra SLEEP;
+        st.release.sys.global.u32 [%rd2+64], 1;
+        WAIT: ld.acquire.sys.global.u32 %r4, [%rd2+64]; setp.eq.u32 %p4, %r4, 0; @%p4 bra WAIT;
+        mov.u64 %rd7, %globaltimer; st.global.u64 [%rd3], %rd7;";
+    let (costs, memory) = left(body, 1);
+    let times = memory.chunks_exact(BYTES).map(|device| u64::from_le_bytes(device[..8].try_into().unwrap()));
+    let times: Vec<_> = times.collect();
+    assert!(
+        times.iter().all(|time| *time >= 2_000_000) && costs.unwrap().iter().all(|cost| cost.polls < 10_000),
+        "{times:?}"
+    );
+    assert!(times.iter().max().unwrap() - times.iter().min().unwrap() < 1_000_000, "{times:?}");
+}
