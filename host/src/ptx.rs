@@ -1,10 +1,10 @@
 //! The kernel's PTX, as `cargo xtask build` made it.
 
 /// The PTX module with the kernel, for sm_90a. Its first line is the stamp: a digest of the kernel's sources.
-pub const PTX: &str = include_str!("../ptx/ferromoe.ptx");
+pub static PTX: &str = include_str!("../ptx/ferromoe.ptx");
 
 /// The same kernel, but it records what its roles do when: see [`crate::DeviceGroup::open_traced`].
-pub const TRACED_PTX: &str = include_str!("../ptx/ferromoe-trace.ptx");
+pub static TRACED_PTX: &str = include_str!("../ptx/ferromoe-trace.ptx");
 
 /// The digest in the stamp.
 pub(crate) fn source_digest() -> [u8; 32] {

@@ -23,12 +23,12 @@ const NAMED_BARRIERS: u32 = 15;
 const WIDE: u32 = 64;
 /// Instructions issued for each wgmma of a wide tile, four of which make a stage: what loads descriptors, waits and counts must hide
 /// behind a 64x64x16 product, 32 cycles for each of the four schedulers. Six is where a loop without waste would be.
-const BESIDE_WGMMA: u32 = 20;
+const BESIDE_WGMMA: u32 = 16;
 /// Groups of wgmmas that a loop's waits leave in flight; with none the tensor cores stand still while the next group is issued.
 const LEAST_IN_FLIGHT: u32 = 1;
-/// Non-blank lines of the modules that only the device compiles: a reader gets through them in a day.
+/// Lines of code of the modules that only the device compiles: a reader gets through them in a day.
 const DEVICE_LINES: u32 = 2500;
-/// Non-blank lines of a function. clippy.toml has the same limit for what clippy sees; it does not see the device's modules.
+/// Lines of code of a function. clippy.toml has the same limit for what clippy sees; it does not see the device's modules.
 const FUNCTION_LINES: u32 = 120;
 
 /// What a figure must be.
@@ -282,7 +282,7 @@ ptxas info    : Function properties for helper
             (
                 ".L_loop:\n",
                 &format!(".L_loop:\n{beside}"),
-                "moe: n64 loop at 0070: beside each wgmma is 21, must be <= 20",
+                "moe: n64 loop at 0070: beside each wgmma is 17, must be <= 16",
             ),
         ] {
             assert_eq!(faults(PTXAS, &clean_sass().replacen(found, instead, 1)), [fault], "{found} as {instead}");
@@ -302,7 +302,7 @@ ptxas info    : Function properties for helper
         let straight = clean_sass().replace("@P0 BRA `(.L_loop)", "NOP");
         let expected = [
             "moe: n64 in no loop: wgmma is 0, must be >= 1",
-            "moe: n64 in no loop: beside each wgmma is -, must be <= 20",
+            "moe: n64 in no loop: beside each wgmma is -, must be <= 16",
             "moe: n64 in no loop: groups in flight is -, must be >= 1",
         ];
         assert_eq!(faults(PTXAS, &straight), expected);

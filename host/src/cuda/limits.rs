@@ -20,9 +20,10 @@ pub const CUBLAS_VARIABLE: &str = "FERROMOE_CUBLAS";
 const COPY_BYTES: usize = 2 << 30;
 /// M, N and K of the matrix product.
 const PRODUCT_SIZE: usize = 8192;
-/// Runs before those that count, and those that count.
-const WARM_UP: usize = 5;
-const RUNS: usize = 30;
+/// Runs before those that count, and those that count: together most of a second, as long as a layer is measured. A GPU that was idle runs its first
+/// tens of milliseconds at clocks that its power limit does not let it keep.
+const WARM_UP: usize = 150;
+const RUNS: usize = 350;
 
 /// The measured limits.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -31,7 +32,7 @@ pub struct Limits {
     pub copy_gbs: f64,
     /// A large copy from the first GPU to the second, 1e9 bytes a second; none with one GPU.
     pub peer_copy_gbs: Option<f64>,
-    /// A dense bf16 product of random 8192 x 8192 matrices through cuBLAS, 1e12 operations a second; none without cuBLAS.
+    /// A dense bf16 product of random 8192 x 8192 matrices through cuBLAS, again and again, 1e12 operations a second; none without cuBLAS.
     pub bf16_tflops: Option<f64>,
     /// Why there is no cuBLAS.
     #[serde(skip)]

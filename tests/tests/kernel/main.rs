@@ -1,0 +1,6 @@
+//! The kernel against the reference. One program, so that the kernel's PTX is in it once.
+
+mod errors;
+mod launches;
+mod layer;
+mod trace;
