@@ -68,6 +68,8 @@ struct EngineRank {
     topk_weights: DeviceBuffer,
     tokens: DeviceBuffer,
     output: DeviceBuffer,
+    /// A graph is launched with any number of tokens.
+    most_tokens: u32,
     stream: Stream,
     graph: Option<CapturedGraph>,
     random: StdRng,
@@ -85,6 +87,7 @@ impl EngineRank {
             topk_weights: group.alloc(rank, choices, "routing weights")?,
             tokens: group.alloc(rank, 4, "token count")?,
             output: group.alloc(rank, states, "output")?,
+            most_tokens: config.max_tokens_per_rank as u32,
             stream: group.stream(rank)?,
             graph: None,
             random: StdRng::seed_from_u64(rank as u64),
@@ -99,6 +102,7 @@ impl EngineRank {
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
             output: self.output.address(),
+            most_tokens: self.most_tokens,
         }
     }
 

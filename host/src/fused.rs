@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ferromoe_kernel::layout::{MAX_COMBINE_ROWS, MAX_RANKS, Shape, WorkspaceLayout};
-use ferromoe_kernel::params::{Arguments, ENTRY, Params};
+use ferromoe_kernel::params::{Arguments, ENTRY};
 use ferromoe_kernel::shared::THREADS;
 use ferromoe_kernel::status::{BadChoice, Fault, Status, Timeout};
 use half::bf16;
@@ -25,7 +25,7 @@ use crate::rendezvous::RendezvousError;
 use crate::weights::ExpertWeights;
 
 use rank::{Rank, symmetric_buffer};
-pub(crate) use rank::{cluster, wave_experts};
+pub(crate) use rank::{clusters_pay, wave_experts};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -68,6 +68,9 @@ pub struct RankInputs {
     pub tokens: u64,
     /// bf16 [T, H], 16-byte aligned; written.
     pub output: u64,
+    /// The most tokens that any rank may have in this launch, as far as the caller knows: at the latest the layer's maximum. Nothing but speed depends on
+    /// it: with many, CTAs work in clusters.
+    pub most_tokens: u32,
 }
 
 /// One MoE layer, ready to run on the ranks of a group: on those of this process, which is all unless every rank is a process.
@@ -145,8 +148,8 @@ impl FusedMoe {
     /// Sets how long one wait of this process's kernels may last before the launch ends with an error, from the next launch on. A CUDA
     /// graph keeps what it was captured with.
     pub fn set_deadline(&mut self, deadline: Duration) {
-        for rank in &mut self.ranks {
-            rank.params.deadline_ns = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
+        for params in self.ranks.iter_mut().flat_map(|rank| &mut rank.params) {
+            params.deadline_ns = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
         }
     }
 
@@ -169,7 +172,9 @@ impl FusedMoe {
         for (rank, tokens) in self.ranks.iter().zip(batch) {
             rank.upload_batch(backend, tokens)?;
         }
-        let inputs = launched.iter().map(|&rank| Ok((rank, self.rank(rank)?.inputs.arguments())));
+        let most_tokens =
+            batch.iter().map(|tokens| tokens.hidden_states.len() / self.config.hidden).max().unwrap_or(0) as u32;
+        let inputs = launched.iter().map(|&rank| Ok((rank, self.rank(rank)?.inputs.arguments(most_tokens))));
         let reports = self.launch(&inputs.collect::<Result<Vec<_>>>()?)?;
         self.check_status(Some(batch))?;
         let output = |(&rank, report): (&usize, RankReport)| {
@@ -200,7 +205,7 @@ impl FusedMoe {
         let launches: Vec<_> = inputs
             .iter()
             .zip(&arguments)
-            .map(|((rank, _), arguments)| self.rank_launch(*rank, arguments))
+            .map(|((rank, inputs), arguments)| self.rank_launch(*rank, inputs.most_tokens, arguments))
             .collect::<Result<_>>()?;
         self.group.backend.launch(&launches)
     }
@@ -219,7 +224,7 @@ impl FusedMoe {
     pub unsafe fn enqueue(&self, rank: usize, stream: *mut c_void, inputs: RankInputs) -> Result<()> {
         let arguments = self.arguments(rank, inputs)?;
         // SAFETY: the caller's; the layer's own memory outlives its launches as the caller's does.
-        unsafe { self.group.backend.enqueue(&self.rank_launch(rank, &arguments)?, stream) }
+        unsafe { self.group.backend.enqueue(&self.rank_launch(rank, inputs.most_tokens, &arguments)?, stream) }
     }
 
     /// What the launches of this process's ranks since the last call reported. No launch may be running.
@@ -338,23 +343,20 @@ impl FusedMoe {
         })
     }
 
-    fn rank_launch<'a>(&'a self, rank: usize, arguments: &'a Arguments) -> Result<RankLaunch<'a>> {
-        let params = &self.rank(rank)?.params;
+    fn rank_launch<'a>(&'a self, rank: usize, most_tokens: u32, arguments: &'a Arguments) -> Result<RankLaunch<'a>> {
+        let params = self.rank(rank)?.params(most_tokens);
+        let sms = self.group.backend.sms(rank);
         Ok(RankLaunch {
             rank,
             entry: ENTRY,
-            grid: [self.ctas(rank, params), 1, 1],
+            // Whole clusters.
+            grid: [sms / params.cluster * params.cluster, 1, 1],
             cluster: params.cluster,
             block: [THREADS, 1, 1],
             shared_bytes: self.group.shared_bytes(),
             params: bytemuck::bytes_of(params),
             args: bytemuck::cast_slice(std::slice::from_ref(arguments)),
         })
-    }
-
-    /// CTAs of a rank's launch: whole clusters.
-    fn ctas(&self, rank: usize, params: &Params) -> u32 {
-        self.group.backend.sms(rank) / params.cluster * params.cluster
     }
 
     /// Reads and clears the status words of all ranks; the batch, if it is known, gives the ids that were wrong.

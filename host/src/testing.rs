@@ -78,6 +78,7 @@ pub struct EngineRank {
     topk_weights: DeviceBuffer,
     tokens: DeviceBuffer,
     output: DeviceBuffer,
+    most_tokens: u32,
     pub stream: Stream,
 }
 
@@ -92,6 +93,7 @@ impl EngineRank {
             topk_weights: alloc(choices, "routing weights"),
             tokens: alloc(4, "token count"),
             output: alloc(states, "output"),
+            most_tokens: config.max_tokens_per_rank as u32,
             stream: group.stream(rank).unwrap(),
         }
     }
@@ -103,6 +105,7 @@ impl EngineRank {
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
             output: self.output.address(),
+            most_tokens: self.most_tokens,
         }
     }
 

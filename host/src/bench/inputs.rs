@@ -84,6 +84,7 @@ impl InputSet {
             topk_weights: buffers.topk_weights.address(),
             tokens: buffers.tokens.address(),
             output: buffers.output.address(),
+            most_tokens: self.routings.iter().map(Routing::tokens).max().unwrap_or(0) as u32,
         }
     }
 

@@ -508,6 +508,7 @@ fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights)
         topk_weights: address,
         tokens: address,
         output: address,
+        most_tokens: 1,
     };
     // SAFETY: the kernel uses nothing, and the stream outlives the graph.
     let graph = unsafe { CapturedGraph::capture::<Error>(stream.raw(), || moe.enqueue(rank, stream.raw(), inputs)) }?;

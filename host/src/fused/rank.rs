@@ -18,7 +18,8 @@ use crate::weights::RankWeights;
 
 /// What a layer has on one rank.
 pub(super) struct Rank {
-    pub(super) params: Params,
+    /// For clusters of one CTA, and for the largest ones.
+    pub(super) params: [Params; 2],
     pub(super) workspace: DeviceBuffer,
     _linear1: DeviceBuffer,
     _linear2: DeviceBuffer,
@@ -53,10 +54,10 @@ impl Rank {
         let linear1 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear1), "linear 1 weights")?;
         let linear2 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear2), "linear 2 weights")?;
         let sms = backend.sms(rank);
-        let cluster = cluster(&shape, backend.resident_ctas(rank));
         let (pools, first, second) = (workspace.address(), linear1.address(), linear2.address());
-        let params = Params {
-            maps: tensor_maps(&**backend, &shape, &layout, cluster, pools, first, second)?,
+        let maps = |cluster| tensor_maps(&**backend, &shape, &layout, cluster, pools, first, second);
+        let single = Params {
+            maps: maps(1)?,
             symmetric_bases,
             workspace_base: workspace.address(),
             deadline_ns: DEFAULT_DEADLINE.as_nanos() as u64,
@@ -66,12 +67,13 @@ impl Rank {
             rank: rank as u32,
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
             wave_experts: wave_experts(&shape, sms),
-            cluster,
+            cluster: 1,
             reserved: 0,
             trace: TraceBuffer::NONE,
         };
+        let cluster = MAX_CLUSTER.min(backend.resident_ctas(rank));
         Ok(Self {
-            params,
+            params: [single, Params { maps: maps(cluster)?, cluster, ..single }],
             workspace,
             _linear1: linear1,
             _linear2: linear2,
@@ -79,15 +81,22 @@ impl Rank {
         })
     }
 
+    /// The parameter block for a launch in which no rank has more tokens than this.
+    pub(super) fn params(&self, most_tokens: u32) -> &Params {
+        let [single, clustered] = &self.params;
+        if clusters_pay(&single.shape, most_tokens) { clustered } else { single }
+    }
+
     pub(super) fn upload_batch(&self, backend: &dyn Backend, batch: &RankBatch<'_>) -> Result<()> {
-        let tokens = (batch.hidden_states.len() / self.params.shape.hidden as usize) as u32;
+        let params = &self.params[0];
+        let tokens = (batch.hidden_states.len() / params.shape.hidden as usize) as u32;
         let inputs = &self.inputs;
         inputs.hidden_states.write(bytemuck::cast_slice(batch.hidden_states))?;
         inputs.topk_idx.write(bytemuck::cast_slice(batch.topk_idx))?;
         inputs.topk_weights.write(bytemuck::cast_slice(batch.topk_weights))?;
         inputs.tokens.write(bytemuck::bytes_of(&tokens))?;
         // NaN everywhere: a value that the kernel does not write is never one of an earlier launch.
-        backend.fill(self.params.rank as usize, inputs.output.address(), inputs.output.bytes(), 0xff)
+        backend.fill(params.rank as usize, inputs.output.address(), inputs.output.bytes(), 0xff)
     }
 }
 
@@ -103,13 +112,14 @@ impl InputBuffers {
         })
     }
 
-    pub(super) fn arguments(&self) -> RankInputs {
+    pub(super) fn arguments(&self, most_tokens: u32) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states.address(),
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
             output: self.output.address(),
+            most_tokens,
         }
     }
 }
@@ -142,8 +152,29 @@ pub(crate) fn wave_experts(shape: &Shape, sms: u32) -> u32 {
 /// more than the tokens that they need not load twice (docs/measurements.md).
 const CLUSTER_ROWS: u64 = 64;
 
-/// CTAs of a cluster, where at least `resident` CTAs run at once.
-pub(crate) fn cluster(shape: &Shape, resident: u32) -> u32 {
-    let choices = u64::from(shape.max_tokens) * u64::from(shape.ranks * shape.top_k);
-    if choices / u64::from(shape.experts.max(1)) < CLUSTER_ROWS { 1 } else { MAX_CLUSTER.min(resident) }
+/// Whether a launch in which no rank has more than `tokens` tokens is faster with clusters.
+pub(crate) fn clusters_pay(shape: &Shape, tokens: u32) -> bool {
+    let choices = u64::from(tokens) * u64::from(shape.ranks * shape.top_k);
+    choices / u64::from(shape.experts.max(1)) >= CLUSTER_ROWS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_are_for_many_rows_an_expert() {
+        let shape = Shape {
+            hidden: 64,
+            intermediate: 64,
+            experts: 32,
+            shared_experts: 1,
+            top_k: 8,
+            max_tokens: 8192,
+            ranks: 1,
+        };
+        for (tokens, pay) in [(0, false), (255, false), (256, true), (u32::MAX, true)] {
+            assert_eq!(clusters_pay(&shape, tokens), pay, "{tokens} tokens");
+        }
+    }
 }

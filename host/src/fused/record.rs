@@ -18,16 +18,18 @@ impl FusedMoe {
             return Err(Error::NotTraced);
         }
         let backend = &self.group.backend;
-        let buffer = |(rank, state): (usize, &super::Rank)| {
-            let records = u64::from(self.ctas(rank, &state.params) * ROLES) * u64::from(capacity);
+        let buffer = |rank: usize| {
+            let records = u64::from(backend.sms(rank) * ROLES) * u64::from(capacity);
             let bytes = (records * size_of::<Record>() as u64).max(1);
             let buffer = DeviceBuffer::new(backend, rank, bytes, "trace")?;
             backend.fill(rank, buffer.address(), bytes, 0)?;
             Ok(buffer)
         };
-        self.records = self.numbered().map(buffer).collect::<Result<_>>()?;
+        self.records = self.local_ranks().map(buffer).collect::<Result<_>>()?;
         for (state, buffer) in self.ranks.iter_mut().zip(&self.records) {
-            state.params.trace = TraceBuffer { address: buffer.address(), capacity, reserved: 0 };
+            for params in &mut state.params {
+                params.trace = TraceBuffer { address: buffer.address(), capacity, reserved: 0 };
+            }
         }
         Ok(())
     }
@@ -37,7 +39,7 @@ impl FusedMoe {
     /// # Errors
     /// No launch since [`Self::record_trace`], or one that recorded more than its capacity.
     pub fn trace(&self) -> Result<Trace> {
-        let capacity = self.ranks.first().map_or(0, |state| state.params.trace.capacity) as usize;
+        let capacity = self.ranks.first().map_or(0, |state| state.params[0].trace.capacity) as usize;
         if self.records.is_empty() || capacity == 0 {
             return Err(Error::NotTraced);
         }
@@ -45,7 +47,11 @@ impl FusedMoe {
         for ((rank, state), buffer) in self.numbered().zip(&self.records) {
             let mut records = vec![Record::zeroed(); buffer.bytes() as usize / size_of::<Record>()];
             buffer.read(bytemuck::cast_slice_mut(&mut records))?;
-            ranks.push((rank, state.params.wave_experts, records));
+            // A launch of whole clusters may leave the last SM out.
+            let per_cta = capacity * ROLES as usize;
+            let ran = records.chunks(per_cta).rposition(|records| records[0].time_ns != 0);
+            records.truncate(ran.map_or(records.len(), |last| (last + 1) * per_cta));
+            ranks.push((rank, state.params[0].wave_experts, records));
         }
         Trace::new(ranks, capacity)
     }

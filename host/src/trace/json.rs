@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_product_is_an_event_around_its_parts() {
-        let task = Task { expert: 3, weight_row: 256, rows: 9, tile: 5, ..Task::plain(Phase::Linear2, 0) };
+        let task = Task { expert: 3, weight_row: 256, rows: 9, tile: 5, width: 1, ..Task::plain(Phase::Linear2, 0) };
         let span = |activity, start, end, task| Span { activity, start, end, task, argument: 0 };
         let spans = vec![
             span(Activity::WaitForStage, 2000, 2000, Some(task)),

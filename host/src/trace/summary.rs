@@ -317,7 +317,7 @@ mod tests {
 
     /// Consumers that wait for `wait`, multiply for 100 and store for 20, on a task of width 32.
     fn consumers(wait: u64) -> Vec<Span> {
-        let task = Some(Task { width: 1, rows: 20, ..Task::plain(Phase::Linear1, 0) });
+        let task = Some(Task { width: 2, rows: 20, ..Task::plain(Phase::Linear1, 0) });
         let span = |activity, start, end, task| Span { activity, start, end, task, argument: 0 };
         vec![
             span(Activity::Start, 10, 20, None),

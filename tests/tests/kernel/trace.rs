@@ -133,7 +133,8 @@ fn the_file_is_json_whose_events_nest() {
         let [start, length] = ["ts", "dur"].map(|field| event[field].as_f64().unwrap());
         threads.entry((pid, tid)).or_default().push((start, start + length));
     }
-    assert_eq!(threads.len(), 2 * SimOptions::default().sms as usize * ROLE_NAMES.len());
+    let ctas: usize = trace.ranks.iter().map(|rank| rank.ctas.len()).sum();
+    assert_eq!(threads.len(), ctas * ROLE_NAMES.len());
     for (thread, events) in threads {
         let mut open: Vec<f64> = Vec::new();
         let mut last = 0.0;

@@ -5,12 +5,12 @@ mod timeline;
 
 use ferromoe_kernel::layout::{BF16_BYTES, Shape};
 use ferromoe_kernel::schedule::{Phase, Task, TaskCursor};
-use ferromoe_kernel::tile::{WEIGHT_TILE, token_tile};
+use ferromoe_kernel::tile::{MAX_CLUSTER, WEIGHT_TILE, token_tile};
 use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
 use crate::error::Result;
-use crate::fused::{cluster, layer_shape, wave_experts};
+use crate::fused::{clusters_pay, layer_shape, wave_experts};
 use crate::group::DeviceGroup;
 use crate::router::Routing;
 use crate::trace::Trace;
@@ -197,7 +197,7 @@ impl Load {
         rows[routed..].fill(tokens);
         let remote =
             rows.iter().zip(&from_others).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect();
-        let cluster = cluster(shape, machine.sms);
+        let cluster = if clusters_pay(shape, shape.max_tokens) { MAX_CLUSTER } else { 1 };
         let kept = [2, 1].map(|times| {
             times * u64::from(shape.intermediate) * u64::from(shape.hidden) * BF16_BYTES <= machine.l2_bytes
         });
