@@ -248,8 +248,8 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug("a stage expects 16 bytes too few", EXPECT, "produce::load_weights", Add(-1, -16)),
         bug("a pull buffer expects 16 bytes too many", EXPECT, "pull::pull", Add(-1, 16)),
         bug("a pull buffer expects 16 bytes too few", EXPECT, "pull::pull", Add(-1, -16)),
-        bug("a combine buffer expects 16 bytes too many", EXPECT, "combine::load_next", Add(-1, 16)),
-        bug("a combine buffer expects 16 bytes too few", EXPECT, "combine::load_next", Add(-1, -16)),
+        bug("a combine buffer expects 16 bytes too many", EXPECT, "combine::load", Add(-1, 16)),
+        bug("a combine buffer expects 16 bytes too few", EXPECT, "combine::load", Add(-1, -16)),
         bug("the producer's ring has a stage less", "setp.eq", "cta::advance produce::load", Add(-1, -1)),
         bug("the consumers' ring has a stage less", "setp.eq", "cta::advance consume::multiply", Add(-1, -1)),
         bug("the scheduler's ring has a task slot less", "setp.eq", "cta::advance cta::put", Replace(", 4;", ", 3;")),
@@ -269,7 +269,7 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug(
             "the ring of combine loads has a buffer more",
             "setp.eq",
-            "cta::advance combine::load_next",
+            "cta::advance combine::load",
             Replace(", 8;", ", 9;"),
         ),
     ];
@@ -350,7 +350,7 @@ fn bulk_copies() -> Vec<Mutant> {
         bug("a pulled piece is 16 bytes short", "cp.async.bulk.shared", "pull::pull", Add(2, -16)),
         bug("a stored piece is 16 bytes short", "cp.async.bulk.global", "pull::pull", Add(-1, -16)),
         bug("a stored piece is 16 bytes long", "cp.async.bulk.global", "pull::pull", Add(-1, 16)),
-        bug("a combined piece is 16 bytes long", "cp.async.bulk.shared", "combine::load_next", Add(2, 16)),
+        bug("a combined piece is 16 bytes long", "cp.async.bulk.shared", "combine::load", Add(2, 16)),
     ]
 }
 
@@ -592,11 +592,11 @@ fn global_counts() -> Vec<Mutant> {
         bug("the epoch moves on with every CTA", ATOM, "entry::end_launch", Stay),
         bug_at("the count of ended CTAs is not reset", "st.global.u32", "entry::end_launch", 0, Drop),
         bug_at("the epoch does not move on", "st.global.u32", "entry::end_launch", 1, Drop),
-        bug("choices that do not exist are not reported", "red.relaxed.gpu.global.min", "route::route_chunk", Drop),
+        bug("choices that do not exist are not reported", "red.relaxed.gpu.global.min", "route::send", Drop),
         bug(
             "the last bad choice is reported, not the first",
             "red.relaxed.gpu.global.min",
-            "route::route_chunk",
+            "route::send",
             Replace("min", "max"),
         ),
     ]
