@@ -178,6 +178,10 @@ impl PoolPosition {
     /// The position behind this expert, which has `rows` rows.
     #[inline(always)]
     pub const fn next(self, rows: u32) -> Self {
+        // Most experts have none when tokens are few, and every CTA walks past all of them.
+        if rows == 0 {
+            return Self { expert: self.expert + 1, ..self };
+        }
         Self {
             expert: self.expert + 1,
             pool_row: self.pool_row + padded_rows(rows),
@@ -260,8 +264,12 @@ pub struct ScheduleShape {
 /// Walks the tasks in ticket order.
 pub struct TaskCursor {
     shape: ScheduleShape,
+    /// Tasks of one token tile in each GEMM phase, of which each stands for one a CTA of the cluster.
+    blocks: [u32; 2],
     /// The next expert of each GEMM phase.
     next: [PoolPosition; 2],
+    /// The first expert behind the wave that linear 2 is at.
+    wave_end: u32,
     /// The expert whose tasks the cursor stands at.
     current: PoolPosition,
     phase: Phase,
@@ -272,9 +280,12 @@ pub struct TaskCursor {
 impl TaskCursor {
     /// Before the first task.
     pub const fn new(shape: ScheduleShape) -> Self {
+        let rows = WEIGHT_TILE * shape.cluster;
         Self {
             shape,
+            blocks: [shape.linear1_rows.div_ceil(rows), shape.linear2_rows.div_ceil(rows)],
             next: [PoolPosition::START; 2],
+            wave_end: shape.wave_experts,
             current: PoolPosition::START,
             phase: Phase::Linear1,
             first_ticket: 0,
@@ -296,7 +307,7 @@ impl TaskCursor {
         }
         // Blocks first: neighbouring CTAs share a tile of tokens, of which each loads twice as much as of its weights.
         let count = rows(self.current.expert);
-        let blocks = self.tickets / token_tiles(count);
+        let blocks = if self.phase as u32 == Phase::Linear1 as u32 { self.blocks[0] } else { self.blocks[1] };
         let (tile, block) = (index / blocks, index % blocks);
         let rest = count - tile * MAX_TOKEN_TILE;
         let rows = if rest < MAX_TOKEN_TILE { rest } else { MAX_TOKEN_TILE };
@@ -313,33 +324,44 @@ impl TaskCursor {
         }
     }
 
-    /// Steps to the next expert of the next phase; false behind the last task.
+    /// Steps to the next expert with rows in the next phase; false behind the last task. One thread walks past experts before a CTA's first product
+    /// can begin.
     #[inline(always)]
     fn advance(&mut self, rows: &impl Fn(u32) -> u32) -> bool {
         self.first_ticket += self.tickets;
-        let [linear1, linear2] = self.next;
-        let wave = linear2.expert / self.shape.wave_experts;
-        let ahead = (wave + WAVES) * self.shape.wave_experts;
-        let ScheduleShape { linear1_rows, linear2_rows, cluster, .. } = self.shape;
-        let blocks;
-        if linear1.expert < self.shape.experts && linear1.expert < ahead {
-            self.phase = Phase::Linear1;
-            self.current = linear1;
-            self.next[0] = linear1.next(rows(linear1.expert));
-            blocks = linear1_rows.div_ceil(WEIGHT_TILE * cluster);
-        } else if linear2.expert < self.shape.experts {
-            self.phase = Phase::Linear2;
-            self.current = linear2;
-            self.next[1] = linear2.next(rows(linear2.expert));
-            blocks = linear2_rows.div_ceil(WEIGHT_TILE * cluster);
-        } else if self.phase as u32 != Phase::Combine as u32 {
-            self.phase = Phase::Combine;
-            self.tickets = self.shape.combine_chunks.div_ceil(self.shape.cluster);
-            return true;
-        } else {
+        self.tickets = 0;
+        let ScheduleShape { experts, wave_experts, cluster, .. } = self.shape;
+        // Each phase by itself: a position that is chosen at run time would lie in memory.
+        loop {
+            let [linear1, linear2] = self.next;
+            let ahead = self.wave_end + (WAVES - 1) * wave_experts;
+            if linear1.expert < experts && linear1.expert < ahead {
+                let count = rows(linear1.expert);
+                self.next[0] = linear1.next(count);
+                if count > 0 {
+                    (self.phase, self.current) = (Phase::Linear1, linear1);
+                    self.tickets = token_tiles(count) * self.blocks[0];
+                    return true;
+                }
+            } else if linear2.expert == experts {
+                break;
+            } else if linear2.expert == self.wave_end {
+                self.wave_end += wave_experts;
+            } else {
+                let count = rows(linear2.expert);
+                self.next[1] = linear2.next(count);
+                if count > 0 {
+                    (self.phase, self.current) = (Phase::Linear2, linear2);
+                    self.tickets = token_tiles(count) * self.blocks[1];
+                    return true;
+                }
+            }
+        }
+        if self.phase as u32 == Phase::Combine as u32 {
             return false;
         }
-        self.tickets = token_tiles(rows(self.current.expert)) * blocks;
+        self.phase = Phase::Combine;
+        self.tickets = self.shape.combine_chunks.div_ceil(cluster);
         true
     }
 }

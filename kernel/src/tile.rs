@@ -68,7 +68,7 @@ pub const fn token_tiles(rows: u32) -> u32 {
 /// Pool rows that `rows` rows of one expert take, padded so that every tile lies within its expert's rows.
 pub const fn padded_rows(rows: u32) -> u32 {
     let rest = rows % MAX_TOKEN_TILE;
-    if rest == 0 { rows } else { rows - rest + TOKEN_TILES[tile_index(rest) as usize] }
+    if rest == 0 { rows } else { rows - rest + token_tile(tile_index(rest)) }
 }
 
 /// The most rows that [`padded_rows`] adds to one expert.
