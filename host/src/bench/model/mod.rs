@@ -35,7 +35,7 @@ pub struct Machine {
 
 /// The machines that are modelled: an H200 as measured (docs/measurements.md, its NVLink by the datasheet), an H20 by its datasheet.
 pub const MACHINES: [Machine; 2] = [
-    Machine { name: "H200", sms: 132, memory_gbs: 4273.0, nvlink_gbs: 450.0, tflops: 790.0, l2_bytes: 30 << 20 },
+    Machine { name: "H200", sms: 132, memory_gbs: 4273.0, nvlink_gbs: 450.0, tflops: 680.0, l2_bytes: 30 << 20 },
     Machine { name: "H20", sms: 78, memory_gbs: 4000.0, nvlink_gbs: 450.0, tflops: 148.0, l2_bytes: 30 << 20 },
 ];
 
