@@ -1,5 +1,5 @@
 //! The order of an expert's rows: by slot, then by source rank. Neighbouring rows come from different ranks, and each owner begins with
-//! another one, so that no link is hot.
+//! another one, so that no two read over the same link at once.
 
 use crate::layout::MAX_RANKS;
 
@@ -9,11 +9,6 @@ const RANKS: usize = MAX_RANKS as usize;
 pub const fn source_at(owner: u32, ranks: u32, place: u32) -> u32 {
     let source = owner + 1 + place;
     if source < ranks { source } else { source - ranks }
-}
-
-/// The place of `source` in the order of rank `owner`.
-pub const fn place_of(owner: u32, ranks: u32, source: u32) -> u32 {
-    if source > owner { source - owner - 1 } else { source + ranks - owner - 1 }
 }
 
 /// Rows that each source has for one expert, by place; 0 where there is no rank.
