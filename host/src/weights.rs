@@ -33,12 +33,12 @@ pub struct ExpertWeights {
     pub shared: Vec<Expert>,
 }
 
-/// The weights of one rank, as the kernel reads them: its own experts in order, then the shared ones.
+/// The weights of one rank, as the kernel reads them: the shared experts, then its own in order.
 #[derive(Debug, PartialEq)]
 pub struct RankWeights {
-    /// [own + shared, 2I, H]: rows 16j to 16j+8 are gate rows 8j to 8j+8, rows 16j+8 to 16j+16 the same up rows.
+    /// [shared + own, 2I, H]: rows 16j to 16j+8 are gate rows 8j to 8j+8, rows 16j+8 to 16j+16 the same up rows.
     pub linear1: Vec<bf16>,
-    /// [own + shared, H, I]: the down matrices.
+    /// [shared + own, H, I]: the down matrices.
     pub linear2: Vec<bf16>,
 }
 
@@ -137,7 +137,7 @@ impl ExpertWeights {
 
     /// The experts whose weights `rank` of `ranks` holds, in the order of its matrices.
     pub fn of_rank(&self, config: &MoeConfig, rank: usize, ranks: usize) -> impl Iterator<Item = &Expert> {
-        self.experts[config.experts_of(rank, ranks)].iter().chain(&self.shared)
+        self.shared.iter().chain(&self.experts[config.experts_of(rank, ranks)])
     }
 
     /// Lays out the weights for `rank` of `ranks`. The configuration must be valid for that many ranks.
@@ -180,9 +180,9 @@ mod tests {
                 prop_assert_eq!(prepared.linear1.len(), locals * 2 * intermediate * hidden);
                 prop_assert_eq!(prepared.linear2.len(), locals * hidden * intermediate);
                 for local in 0..locals {
-                    let expert = match local.checked_sub(share) {
-                        Some(shared) => &weights.shared[shared],
-                        None => &weights.experts[rank * share + local],
+                    let expert = match local.checked_sub(shared) {
+                        Some(routed) => &weights.experts[rank * share + routed],
+                        None => &weights.shared[local],
                     };
                     for i in 0..intermediate {
                         let row = |r: usize| &prepared.linear1[(local * 2 * intermediate + r) * hidden..][..hidden];

@@ -4,6 +4,7 @@ use crate::device::address::SharedAddress;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas, mapa};
 use crate::device::mbarrier::Mbarrier;
+use crate::device::warp::shfl_idx;
 use crate::schedule::{TASK_BYTES, Task};
 use crate::shared::*;
 use crate::tile::{MAX_TOKEN_TILE, token_tile};
@@ -18,7 +19,7 @@ macro_rules! mbarriers {
             $(#[$doc])*
             #[inline(always)]
             pub fn $name(self, index: u32) -> Mbarrier {
-                Mbarrier(self.0.offset($offset + index * 8))
+                Mbarrier(self.0.offset($offset)).offset(index)
             }
         )*
     };
@@ -49,20 +50,20 @@ impl Cta {
     /// A consumer warpgroup's results are the publisher's to store or to announce.
     #[inline(always)]
     pub fn staging_full(self, warpgroup: u32, buffer: u32) -> Mbarrier {
-        Mbarrier(self.0.offset(STAGING_FULL_OFFSET + (warpgroup * STAGING_BUFFERS + buffer) * 8))
+        Mbarrier(self.0.offset(STAGING_FULL_OFFSET)).offset(warpgroup * STAGING_BUFFERS + buffer)
     }
 
     /// A staging buffer is its consumer warpgroup's again.
     #[inline(always)]
     pub fn staging_empty(self, warpgroup: u32, buffer: u32) -> Mbarrier {
-        Mbarrier(self.0.offset(STAGING_EMPTY_OFFSET + (warpgroup * STAGING_BUFFERS + buffer) * 8))
+        Mbarrier(self.0.offset(STAGING_EMPTY_OFFSET)).offset(warpgroup * STAGING_BUFFERS + buffer)
     }
 
     /// The stages of the launch that a task is of.
     #[inline(always)]
     pub fn pipeline(self, task: &Task) -> Pipeline {
-        let bytes = stage_bytes(token_tile(task.widest));
-        Pipeline { first: self.0.offset(STAGES_OFFSET), bytes, stages: stages(task.widest) }
+        let stage_bytes = stage_bytes(token_tile(task.widest));
+        Pipeline { first: self.0.offset(STAGES_OFFSET), stage_bytes, stages: stages(task.widest) }
     }
 
     /// A staging buffer of a consumer warpgroup.
@@ -106,7 +107,8 @@ impl Cta {
 #[derive(Clone, Copy)]
 pub struct Pipeline {
     first: SharedAddress,
-    bytes: u32,
+    /// Bytes of a stage.
+    pub stage_bytes: u32,
     /// How many there are.
     pub stages: u32,
 }
@@ -115,7 +117,7 @@ impl Pipeline {
     /// The weight tile of a stage: `[128][64]` bf16, 128-byte swizzle.
     #[inline(always)]
     pub fn weights(self, stage: u32) -> SharedAddress {
-        self.first.offset(stage * self.bytes)
+        self.first.offset(stage * self.stage_bytes)
     }
 
     /// The token tile of a stage: `[width][64]` bf16, 128-byte swizzle.
@@ -145,6 +147,12 @@ impl Ring {
     #[inline(always)]
     pub fn advance(&mut self, slots: u32) {
         self.slot += 1;
+        self.wrap(slots);
+    }
+
+    /// From behind the last of `slots` slots to the first.
+    #[inline(always)]
+    pub fn wrap(&mut self, slots: u32) {
         if self.slot == slots {
             self.slot = 0;
             self.parity ^= 1;
@@ -221,6 +229,8 @@ impl TaskReader {
         while !self.is_ready() {}
         let task = self.read();
         bar_warp_sync();
+        // The same in all lanes, and known to be: what a task decides is a branch of the whole warp.
+        let task = Task::from_words(task.words().map(|words| words.map(|word| shfl_idx(word, 0))));
         if lane == 0 {
             self.cta.task_empty(self.ring.slot).of(0).arrive();
         }

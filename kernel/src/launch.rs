@@ -92,7 +92,7 @@ impl Launch {
         (self.symmetric_base(rank) + offset + index * size_of::<T>() as u64) as *mut T
     }
 
-    /// Index of (source rank, local expert) in a rank's counts, for this launch's parity.
+    /// Index of (source rank, routed expert of the rank) in a rank's counts, for this launch's parity.
     #[inline(always)]
     pub fn count_index(&self, source: u32, expert: u32) -> u64 {
         let shape = &self.params().shape;

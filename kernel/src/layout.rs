@@ -48,7 +48,8 @@ impl Shape {
         self.experts / self.ranks
     }
 
-    /// Experts whose weights one rank holds: its routed ones, then the shared ones.
+    /// Experts whose weights one rank holds: the shared ones, then its routed ones. A shared expert has all tokens of its rank, and so the widest tiles:
+    /// were they the last, few CTAs would be busy with them at the end.
     pub const fn local_experts(&self) -> u32 {
         self.routed_experts() + self.shared_experts
     }

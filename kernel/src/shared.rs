@@ -75,7 +75,7 @@ pub const COMBINE_BYTES: u32 = 2048;
 pub const COMBINE_BUFFERS: u32 = 8;
 
 /// Bytes of an mbarrier object.
-const MBARRIER_BYTES: u32 = 8;
+pub const MBARRIER_BYTES: u32 = 8;
 
 /// Byte offset of the pipeline stages; 1024-byte aligned for the 128-byte swizzle.
 pub const STAGES_OFFSET: u32 = 0;

@@ -4,6 +4,7 @@ use core::arch::asm;
 
 use super::address::SharedAddress;
 use super::cluster::{ClusterAddress, mapa};
+use crate::shared::MBARRIER_BYTES;
 
 /// An mbarrier object.
 #[derive(Clone, Copy)]
@@ -18,6 +19,12 @@ impl Mbarrier {
     pub unsafe fn init(self, arrivals: u32) {
         // SAFETY: the caller's.
         unsafe { asm!("mbarrier.init.shared::cta.b64 [{0}], {1};", in(reg32) self.0.0, in(reg32) arrivals) };
+    }
+
+    /// The barrier `count` barriers further on.
+    #[inline(always)]
+    pub const fn offset(self, count: u32) -> Self {
+        Self(self.0.offset(count * MBARRIER_BYTES))
     }
 
     /// `mbarrier.arrive`, release at CTA scope.
@@ -86,6 +93,12 @@ impl Mbarrier {
 pub struct ClusterMbarrier(pub ClusterAddress);
 
 impl ClusterMbarrier {
+    /// The barrier `count` barriers further on, in the same CTA.
+    #[inline(always)]
+    pub const fn offset(self, count: u32) -> Self {
+        Self(self.0.offset(count * MBARRIER_BYTES))
+    }
+
     /// `mbarrier.arrive`: says that this thread is done with reading. What it has written is not published: that would take a fence.
     #[inline(always)]
     pub fn arrive(self) {

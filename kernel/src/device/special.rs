@@ -10,6 +10,15 @@ pub fn thread() -> u32 {
     (unsafe { _thread_idx_x() }) as u32
 }
 
+/// `%laneid`.
+#[inline(always)]
+pub fn lane() -> u32 {
+    let lane: u32;
+    // SAFETY: reads a special register.
+    unsafe { asm!("mov.u32 {0}, %laneid;", out(reg32) lane) };
+    lane
+}
+
 /// `%ctaid.x`.
 #[inline(always)]
 pub fn cta() -> u32 {

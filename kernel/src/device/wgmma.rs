@@ -3,6 +3,7 @@
 use core::arch::asm;
 
 use super::address::SharedAddress;
+use super::warp::shfl_idx;
 
 /// The lower half of a shared-memory matrix descriptor: K-major rows of 128 bytes with the 128-byte swizzle, groups of eight rows 1024 bytes
 /// apart (PTX ISA 8.6, "wgmma matrix descriptor"). The upper half is the same for all.
@@ -19,6 +20,12 @@ impl MatrixDescriptor {
     #[inline(always)]
     pub fn new(address: SharedAddress) -> Self {
         Self(Self::LEADING | (address.0 & 0x3_ffff) >> 4)
+    }
+
+    /// The same, known to be so in all lanes: ptxas keeps it in a uniform register, which wgmma takes it from.
+    #[inline(always)]
+    pub fn uniform(self) -> Self {
+        Self(shfl_idx(self.0, 0))
     }
 
     /// The matrix `bytes` further on: another one, or within a swizzle row.

@@ -6,6 +6,8 @@ use crate::cta::{Cta, Pipeline, Ring, TaskReader};
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::cluster_ctas;
 use crate::device::global::ld_weak_u64;
+use crate::device::mbarrier::ClusterMbarrier;
+use crate::device::special;
 use crate::device::wgmma::{
     Accumulators, MatrixDescriptor, MmaAsync, wgmma_commit_group, wgmma_fence, wgmma_wait_group,
 };
@@ -116,7 +118,6 @@ impl Consumer<'_> {
 #[inline(always)]
 pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let warps = WARPGROUP / WARP;
-    let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
     let mut tasks = TaskReader::new(cta);
     let mut ring = Ring::new();
     let mut staging = Ring::new();
@@ -138,6 +139,8 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
             combiner.combine(task.expert);
         } else {
             mark!(launch, WaitForStage, &task);
+            // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
+            let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane: special::lane() };
             match task.width {
                 0 => run::<1>(consumer, &task, &mut ring, &mut staging),
                 1 => run::<2>(consumer, &task, &mut ring, &mut staging),
@@ -196,36 +199,47 @@ where
     mark!(consumer.launch, Multiply);
     // SAFETY: zeros are valid f32. An array expression would be built in local memory, and stay there.
     let mut accumulators: Accumulators<QUADS> = unsafe { core::mem::zeroed() };
-    let mut previous = ring.slot;
-    for k_block in 0..k_blocks {
-        cta.stage_full(ring.slot).wait(ring.parity);
-        let stage = MatrixDescriptor::new(pipeline.weights(ring.slot));
-        let (weights, tokens) = (stage.offset(warpgroup * (WEIGHT_STAGE_BYTES / 2)), stage.offset(WEIGHT_STAGE_BYTES));
-        wgmma_fence();
-        unroll!(STEP < (K_BLOCK / K_STEP) as usize, {
-            let bytes = STEP as u32 * K_STEP * 2;
-            // SAFETY: the stage is full, and released only after the group was waited for.
-            unsafe { accumulators.mma_async(weights.offset(bytes), tokens.offset(bytes)) };
-        });
-        wgmma_commit_group();
-        wgmma_wait_group::<1>();
-        if k_block > 0 {
-            release(cta, previous, lane);
+    // Every producer of the cluster writes to a stage: a lane for each gives it back.
+    let (releases, stage_empty) = (lane < cluster_ctas(), cta.stage_empty(0).of(lane.min(cluster_ctas() - 1)));
+    let first_row = warpgroup * (WEIGHT_STAGE_BYTES / 2);
+    let mut previous = None;
+    let mut rest = k_blocks;
+    while rest > 0 {
+        // Up to the ring's end a stage lies behind the one before it.
+        let end = pipeline.stages.min(ring.slot + rest);
+        rest -= end - ring.slot;
+        let mut next = MatrixDescriptor::new(pipeline.weights(ring.slot)).offset(first_row);
+        while ring.slot < end {
+            cta.stage_full(ring.slot).wait(ring.parity);
+            wgmma_fence();
+            let weights = next.uniform();
+            let tokens = weights.offset(WEIGHT_STAGE_BYTES - first_row);
+            unroll!(STEP < (K_BLOCK / K_STEP) as usize, {
+                let bytes = STEP as u32 * K_STEP * 2;
+                // SAFETY: the stage is full, and released only after the group was waited for.
+                unsafe { accumulators.mma_async(weights.offset(bytes), tokens.offset(bytes)) };
+            });
+            wgmma_commit_group();
+            wgmma_wait_group::<1>();
+            if releases && let Some(stage) = previous {
+                release(stage_empty, stage);
+            }
+            previous = Some(ring.slot);
+            next = next.offset(pipeline.stage_bytes);
+            ring.slot += 1;
         }
-        previous = ring.slot;
-        ring.advance(pipeline.stages);
+        ring.wrap(pipeline.stages);
     }
     wgmma_wait_group::<0>();
-    release(cta, previous, lane);
+    if releases && let Some(stage) = previous {
+        release(stage_empty, stage);
+    }
     mark!(consumer.launch, Epilogue);
     accumulators
 }
 
-/// Gives a stage back to the producers of the cluster, who all write to it.
+/// Gives a stage back. No lane waits for the others: each has waited for the products of the whole warp.
 #[inline(always)]
-fn release(cta: Cta, stage: u32, lane: u32) {
-    bar_warp_sync();
-    if lane < cluster_ctas() {
-        cta.stage_empty(stage).of(lane).arrive();
-    }
+fn release(stage_empty: ClusterMbarrier, stage: u32) {
+    stage_empty.offset(stage).arrive();
 }

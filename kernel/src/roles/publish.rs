@@ -3,7 +3,7 @@
 //! The two consumer warpgroups are served apart from each other, so that one multiplies while the other finishes its tile.
 
 use crate::cta::{Cta, Ring, TaskReader};
-use crate::device::atomic::{atom_add_acq_rel_sys, red_add_release_gpu};
+use crate::device::atomic::{atom_add_relaxed_gpu, red_add_release_gpu};
 use crate::device::bulk::{bulk_commit_group, bulk_wait_group, bulk_wait_group_read, tensor_store_2d};
 use crate::device::fence::{fence_acq_rel_sys, fence_proxy_async_global};
 use crate::device::global::st_relaxed_sys_u32;
@@ -161,10 +161,10 @@ impl<'a> Publisher<'a> {
         let params = launch.params();
         let shape = &params.shape;
         let done = launch.counter(params.workspace.counter.expert_done, task.expert);
-        // The warpgroup's stores to all ranks come before the count, and all counted stores before the flag.
+        // The warpgroup's stores to all ranks come before the count, and all counted stores before the flag: with the fences the count releases and acquires.
         fence_acq_rel_sys();
         // SAFETY: a counter of this launch.
-        if unsafe { atom_add_acq_rel_sys(done, 1) } + 1 < task.expert_tasks * CONSUMER_WARPGROUPS {
+        if unsafe { atom_add_relaxed_gpu(done, 1) } + 1 < task.expert_tasks * CONSUMER_WARPGROUPS {
             return;
         }
         fence_acq_rel_sys();
@@ -174,13 +174,14 @@ impl<'a> Publisher<'a> {
             // SAFETY: every rank has a flag for every expert.
             unsafe { st_relaxed_sys_u32(launch.symmetric(rank, params.symmetric.flags, flag as u64), epoch) };
         };
-        if task.expert >= routed {
-            raise(params.rank, shape.experts + task.expert - routed);
+        if task.expert < shape.shared_experts {
+            raise(params.rank, shape.experts + task.expert);
             return;
         }
+        let expert = task.expert - shape.shared_experts;
         for rank in 0..shape.ranks {
-            if count_from(launch, rank, task.expert) > 0 {
-                raise(rank, params.rank * routed + task.expert);
+            if count_from(launch, rank, expert) > 0 {
+                raise(rank, params.rank * routed + expert);
             }
         }
     }

@@ -58,7 +58,7 @@ fn count_rows(experts: u32, lane: u32, rows: impl Fn(u32) -> u32) -> u32 {
     redux_add(sum)
 }
 
-/// Rows that `source` sends to a local expert in this launch; 0 if it has not published (the wait for it ran out).
+/// Rows that `source` sends to a routed expert of this rank in this launch; 0 if it has not published (the wait for it ran out).
 #[inline(always)]
 pub fn count_from(launch: &Launch, source: u32, expert: u32) -> u32 {
     let params = launch.params();
@@ -68,7 +68,7 @@ pub fn count_from(launch: &Launch, source: u32, expert: u32) -> u32 {
     if (word >> 32) as u32 == launch.epoch() { word as u32 } else { 0 }
 }
 
-/// Rows of a local expert by source. All counts are loaded before the first is looked at.
+/// Rows of a routed expert of this rank by source. All counts are loaded before the first is looked at.
 #[inline(always)]
 fn sources_of(launch: &Launch, expert: u32) -> Sources {
     let (rank, ranks) = (launch.params().rank, launch.params().shape.ranks);
@@ -89,15 +89,16 @@ fn source_of(launch: &Launch, row: Row) -> (RowMeta, u64) {
     let shape = &params.shape;
     let routed = shape.routed_experts();
     let bytes = launch.row_bytes() as u64;
-    if row.expert >= routed {
-        let slot = shape.top_k + row.expert - routed;
+    if row.expert < shape.shared_experts {
+        let slot = shape.top_k + row.expert;
         let combine_row = row.row * shape.slots() + slot;
         let meta = RowMeta { combine_row, rank: params.rank, weight: 1.0 };
         return (meta, launch.hidden_states() + row.row as u64 * bytes);
     }
-    let (place, slot) = sources_of(launch, row.expert).locate(row.row);
+    let expert = row.expert - shape.shared_experts;
+    let (place, slot) = sources_of(launch, expert).locate(row.row);
     let source = source_at(params.rank, shape.ranks, place);
-    let list = (source * routed + row.expert) as u64 * shape.max_tokens as u64;
+    let list = (source * routed + expert) as u64 * shape.max_tokens as u64;
     let entry = launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64);
     // SAFETY: the source has written the distance and `count` entries before its counts, and `slot` is below `count`.
     let (entry, distance) = unsafe { (ld_weak_u64(entry), ld_weak_u64(launch.hidden_distance(params.rank, source))) };

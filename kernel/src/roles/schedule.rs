@@ -62,11 +62,11 @@ pub fn zero_next_counters(launch: &Launch, lane: u32) {
 fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     let params = launch.params();
     let shape = &params.shape;
-    let (routed, epoch) = (shape.routed_experts(), launch.epoch());
+    let (shared, routed, epoch) = (shape.shared_experts, shape.routed_experts(), launch.epoch());
     let mut expert = lane;
     while expert < shape.local_experts() {
         // SAFETY: the array holds all local experts, and each has one writer.
-        unsafe { cta.expert_rows(expert).store_u32(if expert < routed { 0 } else { launch.tokens() }) };
+        unsafe { cta.expert_rows(expert).store_u32(if expert < shared { launch.tokens() } else { 0 }) };
         expert += WARP;
     }
     bar_warp_sync();
@@ -98,7 +98,7 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
         unroll!(COUNT < COUNTS_AT_ONCE, {
             if at(COUNT) <= last && is_new(words[COUNT]) {
                 // SAFETY: as above; the array is zeroed, and lanes only add to it.
-                unsafe { cta.expert_rows(at(COUNT) % routed).red_add_relaxed_cta(words[COUNT] as u32) };
+                unsafe { cta.expert_rows(shared + at(COUNT) % routed).red_add_relaxed_cta(words[COUNT] as u32) };
             }
         });
         first = at(COUNTS_AT_ONCE);

@@ -36,10 +36,10 @@ fn expected(case: &Case, tokens: &Tokens, rank: usize) -> Products {
         if let Some(local) = usize::try_from(*expert).ok().and_then(|expert| expert.checked_sub(rank * per_rank))
             && local < per_rank
         {
-            rows[local] += 1;
+            rows[config.shared_experts + local] += 1;
         }
     }
-    rows[per_rank..].fill(case.tokens[rank] as u32);
+    rows[..config.shared_experts].fill(case.tokens[rank] as u32);
     let mut cursor = TaskCursor::new(ScheduleShape {
         experts: rows.len() as u32,
         wave_experts: 1,

@@ -163,7 +163,7 @@ pub(super) struct Load {
     shape: Shape,
     /// Tokens of the rank.
     tokens: u32,
-    /// Rows of each local expert, shared ones last.
+    /// Rows of each local expert, shared ones first.
     rows: Vec<u32>,
     /// The part of the rows of each local expert that come from other ranks.
     remote: Vec<f64>,
@@ -178,7 +178,7 @@ pub(super) struct Load {
 
 impl Load {
     fn new(shape: &Shape, machine: &Machine, routings: &[Routing], rank: usize) -> Self {
-        let routed = shape.routed_experts() as usize;
+        let (shared, routed) = (shape.shared_experts as usize, shape.routed_experts() as usize);
         let own = rank * routed..(rank + 1) * routed;
         let mut rows = vec![0u32; shape.local_experts() as usize];
         let mut from_others = vec![0u32; rows.len()];
@@ -186,15 +186,15 @@ impl Load {
         for (source, routing) in routings.iter().enumerate() {
             for expert in routing.topk_idx().iter().filter_map(|&id| usize::try_from(id).ok()) {
                 if own.contains(&expert) {
-                    rows[expert - own.start] += 1;
-                    from_others[expert - own.start] += u32::from(source != rank);
+                    rows[shared + expert - own.start] += 1;
+                    from_others[shared + expert - own.start] += u32::from(source != rank);
                 } else if source == rank {
                     received += 1;
                 }
             }
         }
         let tokens = routings[rank].tokens() as u32;
-        rows[routed..].fill(tokens);
+        rows[..shared].fill(tokens);
         let remote =
             rows.iter().zip(&from_others).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect();
         let cluster = if clusters_pay(shape, shape.max_tokens) { MAX_CLUSTER } else { 1 };
