@@ -246,7 +246,7 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug("a combine buffer expects 16 bytes too many", EXPECT, "combine::load", Add(-1, 16)),
         bug("a combine buffer expects 16 bytes too few", EXPECT, "combine::load", Add(-1, -16)),
         bug("the producer's ring has a stage less", "setp.eq", "cta::advance produce::load", Add(-1, -1)),
-        bug("the consumers' ring has a stage less", "setp.eq", "cta::advance consume::multiply", Add(-1, -1)),
+        bug("the consumers' ring never wraps", "setp.eq", "cta::wrap consume::multiply", Add(-1, -1)),
         bug("the scheduler's ring has a task slot less", "setp.eq", "cta::advance cta::put", Replace(", 4;", ", 3;")),
         bug(
             "the consumers' ring has a task slot more",
@@ -394,7 +394,6 @@ fn barriers() -> Vec<Mutant> {
             Replace("0xffffffff", "0x0000ffff"),
         ),
         bug("staging is handed over before all lanes have written it", warp, "consume::hand_over", Drop),
-        bug("a stage is given back with no warp barrier", warp, "consume::release", Drop).harmless("the wait for the product before it is one of the whole warp (`.sync.aligned`), and no lane reads the stage otherwise"),
         bug("a combine buffer is refilled before all lanes have read it", warp, "combine::sum", Drop),
         bug("results are loaded before all lanes have seen their flags", warp, "combine::wait_for_results", Drop),
         bug("lists are counted before all lanes have written them", warp, "route::route", Drop),
@@ -405,7 +404,8 @@ fn barriers() -> Vec<Mutant> {
 
 /// What CTAs of a cluster do for each other, and where they wait for each other.
 fn clusters() -> Vec<Mutant> {
-    let (entry, release, write) = ("entry::ferromoe_forward cluster::barrier_cluster", "consume::release", "cta::put");
+    let (entry, multiply, write) =
+        ("entry::ferromoe_forward cluster::barrier_cluster", "consume::multiply", "cta::put");
     let (warps, roles) = (CONSUMER_WARPS as i64, (1 + CONSUMER_WARPGROUPS + CONSUMER_WARPS) as i64);
     let mapa = "mapa.shared::cluster";
     let apart = |what, place| {
@@ -448,9 +448,9 @@ fn clusters() -> Vec<Mutant> {
             3,
             Become(-1, roles),
         ),
-        bug("consumers give stages back to their own CTA only", mapa, release, BecomeRank(2)),
-        bug("consumers give stages back to the first CTA only", mapa, release, Become(2, 0)),
-        bug("consumers give stages back to the second CTA only", mapa, release, Become(2, 1)),
+        bug("consumers give stages back to their own CTA only", mapa, multiply, BecomeRank(2)),
+        bug("consumers give stages back to the first CTA only", mapa, multiply, Become(2, 0)),
+        bug("consumers give stages back to the second CTA only", mapa, multiply, Become(2, 1)),
         bug("consumers of the second CTA give task slots back to it", mapa, "cta::take_warp", BecomeRank(2)),
         bug("the second CTA's producer gives task slots back to it", mapa, "cta::take produce::produce", BecomeRank(2)),
         bug(
