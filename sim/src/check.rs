@@ -14,11 +14,11 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::error::Fault;
-use crate::program::{CopyKind, WgmmaUse};
+use crate::program::{CopyKind, Space, WgmmaUse};
 use clock::{Clock, Entry};
 use phases::Phases;
 use shadow::{Actor, Agent, FastMap, Shadow, Site};
-pub(crate) use shadow::{Clash, ClashKind, Mode, Record, Scope, shared_key, shared_owner};
+pub(crate) use shadow::{Clash, ClashKind, Mode, Record, Scope, is_shared, shared_key, shared_owner};
 
 /// Lanes with the same clock.
 #[derive(Debug, Clone)]
@@ -257,7 +257,7 @@ impl Checker {
             self.clusters.remove(&checks.cluster);
         }
         self.shadow.forget_shared(cta, checks.shared_bytes);
-        self.words.retain(|key, _| key >> 63 == 0 || shared_owner(*key) != cta);
+        self.words.retain(|key, _| !is_shared(*key) || shared_owner(*key) != cta);
         clash
     }
 
@@ -281,8 +281,8 @@ impl Checker {
                 continue;
             }
             let record = Record::new(Agent::Warp(warp), state.tick, lanes, pc, strong, false, warp);
-            let actor = Actor { record, clock: &view.clock, mode, observes, homes: &self.scopes };
-            if let Err(clash) = self.shadow.access(key, bytes, &actor) {
+            let actor = Actor { key, record, clock: &view.clock, mode, observes, homes: &self.scopes };
+            if let Err(clash) = self.shadow.access(bytes, &actor) {
                 return Err(note(&mut self.clash, clash));
             }
         }
@@ -433,7 +433,7 @@ impl Checker {
     /// `fence.mbarrier_init`: it releases the initialisations to the cluster, and to the asynchronous proxy. All that came
     /// before is taken for one.
     pub fn fence_mbarrier_init(&mut self, warp: u32, lanes: u32) {
-        self.fence_proxy(warp, lanes);
+        self.fence_proxy(warp, lanes, Space::Shared);
         let clock = self.snapshot(warp, lanes);
         if let Some(state) = self.warps.get_mut(warp as usize) {
             state.initialised.retain(|aside| aside.lanes & !lanes != 0);
@@ -474,8 +474,8 @@ impl Checker {
         self.advance(warp);
     }
 
-    /// `fence.proxy.async`.
-    pub fn fence_proxy(&mut self, warp: u32, lanes: u32) {
+    /// `fence.proxy.async`: of global, shared or (generic) all memory.
+    pub fn fence_proxy(&mut self, warp: u32, lanes: u32, space: Space) {
         let Some(state) = self.warps.get(warp as usize) else {
             return;
         };
@@ -484,12 +484,12 @@ impl Checker {
         self.learn(warp, lanes, |clock| {
             if single {
                 clock.learn(warp, Entry::new(tick, lanes));
-                clock.fence_proxy();
+                clock.fence_proxy(space);
             } else {
                 // Each lane fences its own accesses; that others' are not yet known is left to the race check.
                 let known = clock.clone();
                 clock.learn(warp, Entry::new(tick, lanes | absent));
-                clock.fence_proxy();
+                clock.fence_proxy(space);
                 clock.forget_warps(&known);
             }
         });
@@ -645,10 +645,10 @@ impl Checker {
         };
         let part = if mode == Mode::Read { flight.reads } else { flight.writes };
         let record = flight.record(part, atomic.then_some(Scope::Gpu));
-        let actor = Actor { record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
         for range in ranges {
-            let bytes = range.end - range.start;
-            self.shadow.access(range.start, bytes, &actor).map_err(|clash| note(&mut self.clash, clash))?;
+            let (key, bytes) = (range.start, range.end - range.start);
+            let actor = Actor { key, record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
+            self.shadow.access(bytes, &actor).map_err(|clash| note(&mut self.clash, clash))?;
         }
         Ok(())
     }
@@ -659,9 +659,9 @@ impl Checker {
             return Ok(());
         };
         let record = flight.record(flight.writes, Some(Scope::Cluster));
-        let actor = Actor { record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
         let key = shared_key(cta, u64::from(address));
-        self.shadow.access(key, 8, &actor).map_err(|clash| note(&mut self.clash, clash))
+        let actor = Actor { key, record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
+        self.shadow.access(8, &actor).map_err(|clash| note(&mut self.clash, clash))
     }
 
     pub fn commit_group(&mut self, warp: u32, lane: usize, kind: CopyKind) {
@@ -824,9 +824,9 @@ impl Checker {
         };
         let record = Record::new(Agent::Warp(agent), tick, u32::MAX, pc, None, true, warp);
         for range in ranges {
-            let actor = Actor { record, clock: &clock, mode: Mode::Read, observes: false, homes: &self.scopes };
             let key = shared_key(cta, u64::from(range.start));
-            self.shadow.access(key, range.len() as u64, &actor).map_err(|clash| note(&mut self.clash, clash))?;
+            let actor = Actor { key, record, clock: &clock, mode: Mode::Read, observes: false, homes: &self.scopes };
+            self.shadow.access(range.len() as u64, &actor).map_err(|clash| note(&mut self.clash, clash))?;
         }
         Ok(())
     }

@@ -202,9 +202,11 @@ pub enum Fault {
     },
     /// An ordinary write, and an asynchronous access after it, with no proxy fence between.
     #[error(
-        "missing fence.proxy.async: {now} at {place}, which is ordered after the {before} by [{earlier}], but not across proxies"
+        "missing fence.proxy.async or fence.proxy.async.{space}: {now} at {place}, which is ordered after the {before} by [{earlier}], but not across proxies"
     )]
     ProxyFence {
+        /// The state space that the fence must be of, if not of all.
+        space: &'static str,
         /// The address: buffer and offset.
         place: String,
         /// What the access does.

@@ -286,9 +286,9 @@ impl Context<'_> {
                 }
                 Ok(Flow::Next)
             }
-            Op::FenceProxy => {
+            Op::FenceProxy(space) => {
                 if let Some(checker) = &mut self.checker {
-                    checker.fence_proxy(self.agent, active);
+                    checker.fence_proxy(self.agent, active, *space);
                 }
                 Ok(Flow::Next)
             }
@@ -567,7 +567,7 @@ impl Op {
             Self::Alu(_)
                 | Self::Nothing
                 | Self::Fence(_)
-                | Self::FenceProxy
+                | Self::FenceProxy(_)
                 | Self::FenceMbarrierInit
                 | Self::MapShared { .. }
                 | Self::CtaRank { .. }

@@ -441,8 +441,8 @@ pub(crate) enum Op {
     Nothing,
     /// `fence.acq_rel`, `fence.sc` and `membar`.
     Fence(Scope),
-    /// `fence.proxy.async`.
-    FenceProxy,
+    /// `fence.proxy.async`: of global, shared or (generic) all memory.
+    FenceProxy(Space),
     /// `fence.mbarrier_init.release.cluster`.
     FenceMbarrierInit,
     /// `mapa`: the address of the same place in the shared memory of the CTA of a rank.

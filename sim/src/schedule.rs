@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::asynchronous::{AsyncQueue, Event, Issuer, Place};
-use crate::check::{Checker, Clash, ClashKind, Home, Mode, Record, shared_owner};
+use crate::check::{Checker, Clash, ClashKind, Home, Mode, Record, is_shared, shared_owner};
 use crate::cost::Cost;
 use crate::cta::{
     BARRIERS, Cluster, Cta, CtaState, Fragment, NamedBarrier, Polls, Wait, Warp, Warpgroup, initial_registers,
@@ -588,9 +588,9 @@ impl<'a> Run<'a> {
 
     /// Two accesses that nothing orders, as an error at the later one.
     fn clashed(&self, checker: &Checker, clash: &Clash) -> SimError {
-        let place = match clash.key >> 63 {
-            0 => self.memory.place(clash.key),
-            _ => {
+        let place = match is_shared(clash.key) {
+            false => self.memory.place(clash.key),
+            true => {
                 let place = shared_place_of(clash.key & 0xff_ffff);
                 let id = shared_owner(clash.key);
                 match self.ctas.iter().flatten().find(|cta| cta.state.id == id) {
@@ -606,7 +606,10 @@ impl<'a> Run<'a> {
         let earlier = Box::new(earlier);
         let fault = match clash.kind {
             ClashKind::Race => Fault::Race { place, now, before, earlier },
-            ClashKind::Proxy => Fault::ProxyFence { place, now, before, earlier },
+            ClashKind::Proxy => {
+                let space = if is_shared(clash.key) { "shared::cta" } else { "global" };
+                Fault::ProxyFence { space, place, now, before, earlier }
+            }
             ClashKind::Phase => Fault::PhaseOrder { place, earlier },
         };
         SimError::Fault { fault, position: Box::new(position) }

@@ -41,9 +41,11 @@ fn races(errors: Vec<SimError>) -> String {
     errors[0].to_string()
 }
 
-fn proxy_fences(errors: Vec<SimError>) {
+/// The errors tell that a proxy fence of all memory or of this state space is missing.
+fn proxy_fences(errors: Vec<SimError>, missing: &str) {
     for error in &errors {
-        assert!(matches!(error, SimError::Fault { fault: Fault::ProxyFence { .. }, .. }), "{error}");
+        let SimError::Fault { fault: Fault::ProxyFence { space, .. }, .. } = error else { panic!("{error}") };
+        assert!(*space == missing && error.to_string().contains(&format!("fence.proxy.async.{missing}:")), "{error}");
     }
 }
 
@@ -193,7 +195,9 @@ fn what_a_bulk_copy_writes_is_read_after_its_phase() {
         // Where the copy has not landed, the bytes were never written.
         assert!(matches!(fault, Fault::Race { .. } | Fault::Uninitialised { .. }), "{error}");
     }
-    proxy_fences(breaks(TILE, COPY, ("fence.mbarrier_init.release.cluster;", ""), 32, 1));
+    for wrong in ["", "fence.proxy.async.global;"] {
+        proxy_fences(breaks(TILE, COPY, ("fence.mbarrier_init.release.cluster;", wrong), 32, 1), "shared::cta");
+    }
 }
 
 #[test]
@@ -223,6 +227,33 @@ fn a_stage_is_refilled_after_it_was_read() {
     ));
 }
 
+/// Proxy fences of shared memory, however they are written.
+const SHARED_FENCES: [&str; 5] = [
+    "fence.proxy.async.shared::cta;",
+    "fence.proxy.async.shared::cluster;",
+    "membar.proxy.async.shared::cta;",
+    "fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster;",
+    "fence.proxy.async::generic.acquire.sync_restrict::shared::cluster.cluster;",
+];
+
+#[test]
+fn a_load_from_global_memory_needs_a_proxy_fence_of_it() {
+    let body = COPY
+        .replace(
+            "mbarrier.arrive.expect_tx",
+            "st.global.u32 [%rd2], 9; fence.proxy.async.global; mbarrier.arrive.expect_tx",
+        )
+        .replace("[%r2], [%rd3], 64", "[%r2], [%rd2], 64");
+    for right in ["fence.proxy.async;", "membar.proxy.async;", "membar.proxy.async.global;"] {
+        passes(TILE, &body.replace("fence.proxy.async.global;", right), 32, 1);
+    }
+    for wrong in SHARED_FENCES.into_iter().chain(["", "fence.proxy.alias;"]) {
+        let errors = breaks(TILE, &body, ("fence.proxy.async.global;", wrong), 32, 1);
+        assert!(errors[0].to_string().contains("`out`+0"), "{}", errors[0]);
+        proxy_fences(errors, "global");
+    }
+}
+
 #[test]
 fn a_store_from_shared_memory_needs_a_proxy_fence_and_a_wait() {
     let body = "mov.u32 %r2, tile; setp.eq.u32 %p1, %r1, 0; shl.b32 %r3, %r1, 2; add.u32 %r4, %r2, %r3;
@@ -231,7 +262,12 @@ fn a_store_from_shared_memory_needs_a_proxy_fence_and_a_wait() {
         cp.async.bulk.wait_group.read 0;
         LAST: bar.warp.sync -1; st.shared.u32 [%r4], 9;
         @%p1 cp.async.bulk.wait_group 0; bar.warp.sync -1; ld.global.u32 %r5, [%rd1];";
-    proxy_fences(breaks(TILE, body, ("fence.proxy.async;", ""), 32, 1));
+    for right in SHARED_FENCES {
+        passes(TILE, &body.replace("fence.proxy.async;", right), 32, 1);
+    }
+    for wrong in ["", "fence.proxy.async.global;"] {
+        proxy_fences(breaks(TILE, body, ("fence.proxy.async;", wrong), 32, 1), "shared::cta");
+    }
     races(breaks(TILE, body, ("cp.async.bulk.wait_group.read 0;", ""), 32, 1));
     for error in breaks(TILE, body, ("@%p1 cp.async.bulk.wait_group 0;", ""), 32, 1) {
         assert!(error.to_string().contains("race"), "{error}");
@@ -262,7 +298,10 @@ const OPERANDS: &str = ".shared .align 1024 .b8 tile[16384];";
 
 #[test]
 fn wgmma_reads_what_was_fenced_and_before_it_is_overwritten() {
-    proxy_fences(breaks(OPERANDS, PRODUCT, ("fence.proxy.async;", ""), 128, 1));
+    passes(OPERANDS, &PRODUCT.replace("fence.proxy.async;", "fence.proxy.async.shared::cta;"), 128, 1);
+    for wrong in ["", "fence.proxy.async.global;"] {
+        proxy_fences(breaks(OPERANDS, PRODUCT, ("fence.proxy.async;", wrong), 128, 1), "shared::cta");
+    }
     let unordered =
         races(breaks(OPERANDS, PRODUCT, ("add.u32 %r6, %r20, %r21; bar.sync 0;", "mov.u32 %r6, 1;"), 128, 1));
     assert!(unordered.contains("wgmma.mma_async"), "{unordered}");

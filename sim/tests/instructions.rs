@@ -263,6 +263,17 @@ fn unknown_instructions_and_modifiers_are_refused_with_their_line() {
         ("add.u32 %r1, %rd2, %r3;", "64 bits where 32"),
         ("mov.u32 %r1, %nowhere;", "`%nowhere` is not known"),
         ("bra NOWHERE;", "no label"),
+        ("fence.proxy.async.local;", "`.local` is not known here"),
+        ("fence.proxy.async.const;", "`.const` is not known here"),
+        ("fence.proxy.async.param;", "`.param` is not known here"),
+        ("fence.proxy.async.shared;", "`.shared` is not known here"),
+        ("fence.proxy.async.global.shared::cta;", "`.shared::cta` is not known here"),
+        ("fence.proxy.alias.global;", "`.global` is not known here"),
+        ("membar.gl.alias;", "`.alias` is not known here"),
+        ("membar.proxy.tensormap::generic;", "the proxy is missing"),
+        ("fence.proxy.tensormap::generic.release;", "the scope is missing"),
+        ("fence.proxy.async::generic.global;", "`.acquire` or `.release` is missing"),
+        ("fence.proxy.async::generic.acquire.cluster;", "`.sync_restrict::shared::cluster.cluster` is missing"),
         ("wgmma.mma_async.sync.aligned.m64n24k32.f32.bf16.bf16 {%r1}, %rd1, %rd1, 1, 1, 1;", "no such shape"),
     ] {
         let ptx = kernel("", &format!("\n\n{body}"));

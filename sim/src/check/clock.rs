@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use crate::program::Space;
 use crate::registers::ALL;
 
 /// What is known of one warp (or, in parts of eight lanes, of the four warps' wgmmas of a warpgroup).
@@ -146,8 +147,9 @@ impl<T: Lattice> Known<T> {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Clock {
     warps: Known<Entry>,
-    /// The same for ordinary accesses that a proxy fence has made visible to the asynchronous proxy.
-    proxied: Known<Entry>,
+    /// The same for ordinary accesses to global and to shared memory that a proxy fence has made visible to the
+    /// asynchronous proxy.
+    proxied: [Known<Entry>; 2],
     /// Strong writes that were read: they come before, though what their warp did before them does not.
     seen: Known<Entry>,
     /// Of asynchronous operations, by the agent that stands for their completion.
@@ -159,7 +161,9 @@ pub(super) struct Clock {
 impl Clock {
     pub fn join(&mut self, other: &Self) {
         self.warps.join(&other.warps);
-        self.proxied.join(&other.proxied);
+        for (mine, theirs) in self.proxied.iter_mut().zip(&other.proxied) {
+            mine.join(theirs);
+        }
         self.seen.join(&other.seen);
         self.completed.join(&other.completed);
         self.read.join(&other.read);
@@ -192,9 +196,13 @@ impl Clock {
         self.completed.learn(agent, tick);
     }
 
-    /// Makes all that is known visible to the asynchronous proxy.
-    pub fn fence_proxy(&mut self) {
-        self.proxied.join(&self.warps);
+    /// Makes all that is known of global memory, of shared memory or (generic) of both visible to the asynchronous proxy.
+    pub fn fence_proxy(&mut self, space: Space) {
+        for (fenced, proxied) in [Space::Global, Space::Shared].into_iter().zip(&mut self.proxied) {
+            if space == fenced || space == Space::Generic {
+                proxied.join(&self.warps);
+            }
+        }
     }
 
     /// Knows of ordinary accesses only what another clock did.
@@ -223,9 +231,10 @@ impl Clock {
         self.completed.get(agent).unwrap_or(0)
     }
 
+    /// Whether accesses to shared or to global memory are known to be visible to the asynchronous proxy.
     #[inline]
-    pub fn knows_proxied(&self, warp: u32, tick: u32, lanes: u32) -> bool {
-        self.proxied.get(warp).is_some_and(|entry| entry.covers(tick, lanes))
+    pub fn knows_proxied(&self, shared: bool, warp: u32, tick: u32, lanes: u32) -> bool {
+        self.proxied[usize::from(shared)].get(warp).is_some_and(|entry| entry.covers(tick, lanes))
     }
 
     #[inline]
@@ -248,12 +257,17 @@ mod tests {
 
     #[test]
     fn a_fence_makes_what_is_known_visible_to_the_proxy() {
-        let mut clock = Clock::default();
-        clock.learn(2, Entry::new(4, 1));
-        assert!(clock.knows(2, 4, 1) && !clock.knows_proxied(2, 4, 1));
-        clock.fence_proxy();
-        clock.learn(2, Entry::new(5, 1));
-        assert!(clock.knows_proxied(2, 4, 1) && !clock.knows_proxied(2, 5, 1));
+        for (space, global, shared) in
+            [(Space::Generic, true, true), (Space::Global, true, false), (Space::Shared, false, true)]
+        {
+            let mut clock = Clock::default();
+            clock.learn(2, Entry::new(4, 1));
+            let proxied = |clock: &Clock, tick| [false, true].map(|shared| clock.knows_proxied(shared, 2, tick, 1));
+            assert!(clock.knows(2, 4, 1) && proxied(&clock, 4) == [false, false]);
+            clock.fence_proxy(space);
+            clock.learn(2, Entry::new(5, 1));
+            assert!(proxied(&clock, 4) == [global, shared] && proxied(&clock, 5) == [false, false], "{space:?}");
+        }
     }
 
     proptest! {

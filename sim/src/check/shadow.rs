@@ -134,6 +134,8 @@ impl Record {
 
 /// An access that is being checked.
 pub(crate) struct Actor<'a> {
+    /// Where it begins: a global address, or one of [`shared_key`].
+    pub key: u64,
     pub record: Record,
     pub clock: &'a Clock,
     pub mode: Mode,
@@ -162,7 +164,7 @@ pub(crate) struct Clash {
     pub now: Record,
     pub now_mode: Mode,
     pub kind: ClashKind,
-    /// Where: see [`Shadow::access`]; to 128 bytes.
+    /// Where: see [`Actor::key`]; to 128 bytes.
     pub key: u64,
 }
 
@@ -215,7 +217,7 @@ impl Actor<'_> {
             && !before.in_async_proxy()
             && before_mode == Mode::Write
             && let Agent::Warp(warp) = Agent::unpack(before.agent)
-            && !self.clock.knows_proxied(warp, before.tick, before.lanes)
+            && !self.clock.knows_proxied(is_shared(self.key), warp, before.tick, before.lanes)
         {
             return clash(ClashKind::Proxy);
         }
@@ -313,9 +315,9 @@ impl Hasher for NumberHasher {
 }
 
 impl Shadow {
-    /// Checks and remembers an access to `bytes` bytes at a key: a global address, or one of [`shared_key`].
-    pub fn access(&mut self, key: u64, bytes: u64, actor: &Actor<'_>) -> Result<(), Clash> {
-        let (mut at, end) = (key, key + bytes);
+    /// Checks and remembers an access to `bytes` bytes.
+    pub fn access(&mut self, bytes: u64, actor: &Actor<'_>) -> Result<(), Clash> {
+        let (mut at, end) = (actor.key, actor.key + bytes);
         while at < end {
             let first = self.page(at >> PAGE_SHIFT);
             let page_end = ((at >> PAGE_SHIFT) + 1) << PAGE_SHIFT;
@@ -334,7 +336,7 @@ impl Shadow {
     /// An access to the shared memory of a CTA, by another one, that `clock` does not know: what a CTA that exits knows.
     pub fn unknown_to_exit(&self, cta: u64, bytes: u64, clock: &Clock, homes: &[Site]) -> Option<Clash> {
         let now = Record::new(Agent::Warp(u32::MAX >> 1), 0, 0, 0, None, false, 0);
-        let actor = Actor { record: now, clock, mode: Mode::Write, observes: false, homes };
+        let actor = Actor { key: shared_key(cta, 0), record: now, clock, mode: Mode::Write, observes: false, homes };
         let unknown = |record: Record, mode: Mode| {
             let foreign = homes.get(record.issuer as usize).is_some_and(|home| home.cta != cta);
             record.tick != 0 && foreign && !actor.follows(record, mode)
@@ -551,6 +553,11 @@ impl Shadow {
     }
 }
 
+/// Whether a key is one of shared memory.
+pub(crate) fn is_shared(key: u64) -> bool {
+    key >> 63 != 0
+}
+
 /// The CTA of a key of shared memory.
 pub(crate) fn shared_owner(key: u64) -> u64 {
     key >> 24 & ((1 << 39) - 1)
@@ -591,8 +598,8 @@ mod tests {
                 let others = bytes[range.clone()].iter().flatten().filter(|(other, _)| *other != warp);
                 let race = others.into_iter().any(|(_, other)| (*other, mode) != (Mode::Read, Mode::Read));
                 let record = Record::new(Agent::Warp(warp), 1 + step as u32, 1, 0, None, false, warp);
-                let actor = Actor { record, clock: &Clock::default(), mode, observes: false, homes: &[] };
-                prop_assert_eq!(shadow.access(at, length, &actor).is_err(), race);
+                let actor = Actor { key: at, record, clock: &Clock::default(), mode, observes: false, homes: &[] };
+                prop_assert_eq!(shadow.access(length, &actor).is_err(), race);
                 if race {
                     break;
                 }

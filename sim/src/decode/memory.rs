@@ -36,7 +36,7 @@ pub(super) const CACHE_HINTS: [&str; 24] = [
     "L2::evict_unchanged",
 ];
 
-pub(super) const SCOPES: [&str; 4] = ["cta", "cluster", "gpu", "sys"];
+const SCOPES: [&str; 4] = ["cta", "cluster", "gpu", "sys"];
 
 /// The scope modifier.
 pub(super) fn take_scope(opcode: &mut Opcode<'_>) -> Option<Scope> {

@@ -1,6 +1,6 @@
 //! Barriers, fences, mbarriers, and the instructions that pause a warp.
 
-use super::memory::{SCOPES, take_scope};
+use super::memory::take_scope;
 use super::opcode::Opcode;
 use super::operands::{expect_count, immediate, operand};
 use super::{Decoded, Decoder};
@@ -17,12 +17,11 @@ impl Decoder {
             "fence" => self.decode_fence(opcode),
             "membar" => {
                 let level = opcode.take_one(&["cta", "gl", "sys", "proxy"]).ok_or("the level is missing")?;
-                opcode.ignore(&["alias"]);
                 self.push(match level {
                     "cta" => Op::Fence(Scope::Cta),
                     "gl" => Op::Fence(Scope::Gpu),
                     "sys" => Op::Fence(Scope::Sys),
-                    _ => Op::Nothing,
+                    _ => proxy_fence(opcode, &["alias", "async"])?,
                 });
                 Ok(())
             }
@@ -54,13 +53,8 @@ impl Decoder {
     /// Fences of memory release what the CTA has stored; those of proxies are for the checks.
     fn decode_fence(&mut self, opcode: &mut Opcode<'_>) -> Decoded<()> {
         if opcode.take("proxy") {
-            let proxy = opcode
-                .take_one(&["alias", "async", "async::generic", "tensormap::generic"])
-                .ok_or("the proxy is missing")?;
-            opcode.ignore(&["global", "shared::cta", "shared::cluster", "acquire", "release"]);
-            opcode.ignore(&["sync_restrict::shared::cta", "sync_restrict::shared::cluster"]);
-            opcode.take_one(&SCOPES);
-            self.push(if proxy.starts_with("async") { Op::FenceProxy } else { Op::Nothing });
+            let fence = proxy_fence(opcode, &["alias", "async", "async::generic", "tensormap::generic"])?;
+            self.push(fence);
         } else if opcode.take("mbarrier_init") {
             opcode.ignore(&["release", "cluster"]);
             self.push(Op::FenceMbarrierInit);
@@ -237,4 +231,33 @@ impl Decoder {
         }));
         Ok(())
     }
+}
+
+/// A fence of one of these proxies, and of the asynchronous one of some memory (PTX ISA 8.6, "membar, fence").
+fn proxy_fence(opcode: &mut Opcode<'_>, proxies: &[&'static str]) -> Decoded<Op> {
+    let one_way =
+        |opcode: &mut Opcode<'_>| opcode.take_one(&["acquire", "release"]).ok_or("`.acquire` or `.release` is missing");
+    Ok(match opcode.take_one(proxies).ok_or("the proxy is missing")? {
+        "alias" => Op::Nothing,
+        "async" => Op::FenceProxy(match opcode.take_one(&["global", "shared::cta", "shared::cluster"]) {
+            None => Space::Generic,
+            Some("global") => Space::Global,
+            Some(_) => Space::Shared,
+        }),
+        "async::generic" => {
+            let restriction = match one_way(opcode)? {
+                "acquire" => "sync_restrict::shared::cluster",
+                _ => "sync_restrict::shared::cta",
+            };
+            if !opcode.take(restriction) || !opcode.take("cluster") {
+                return Err(format!("`.{restriction}.cluster` is missing"));
+            }
+            Op::FenceProxy(Space::Shared)
+        }
+        _ => {
+            one_way(opcode)?;
+            take_scope(opcode).ok_or("the scope is missing")?;
+            Op::Nothing
+        }
+    })
 }

@@ -52,6 +52,9 @@ const INIT: &str = "mbarrier.init";
 const ATOM: &str = "atom.";
 const STAGE: i64 = stage_bytes(MAX_TOKEN_TILE) as i64;
 
+/// A fence of global memory becomes one of shared memory.
+const OF_SHARED: Edit = Replace(".global", ".shared::cta");
+
 /// Why one fence less is no bug where barriers are initialised.
 const INITIALISED: &str =
     "the other of the two fences and the cluster's barrier behind them, whose arrival is a release, do the same";
@@ -125,6 +128,22 @@ fn fences() -> Vec<Mutant> {
             "linear1::finish",
             Behind("mbarrier.arrive.shared"),
         ),
+        bug(
+            "proxy fence between a result's flag and the bulk loads of the result is of shared memory",
+            PROXY,
+            "combine::wait_for_flag",
+            OF_SHARED,
+        ),
+        bug(
+            "proxy fence between staging and the bulk store of the activations is of global memory",
+            PROXY,
+            "linear1::finish",
+            Replace(".shared::cta", ".global"),
+        ),
+        bug("proxy fences between two bulk copies are all of shared memory", PROXY, "produce::load", OF_SHARED)
+            .and(bug("", PROXY, "publish::store_columns", OF_SHARED))
+            .and(bug("", PROXY, "pull::pull", OF_SHARED))
+            .harmless(COMPLETED),
         bug("no fence between the lists and the count of routed chunks", FENCE, "route::route", Drop),
         bug("no fence before the counts are published", FENCE, "route::publish", Drop),
         bug("fence before the counts are published has GPU scope", FENCE, "route::publish", Replace(".sys", ".gpu")),
