@@ -114,45 +114,49 @@ impl Consumer<'_> {
     }
 }
 
-/// Works on tasks until none is left. `warp` counts all consumer warps of the CTA.
+/// Works on tasks until none is left: products, then combine. `warp` counts all consumer warps of the CTA.
 #[inline(always)]
 pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
-    let warps = WARPGROUP / WARP;
     let mut tasks = TaskReader::new(cta);
+    let mut task = multiply_tasks(launch, cta, warp, &mut tasks);
+    mark!(launch, WaitForWarpgroup);
+    // The combine buffers are the stages: every warp must be done with its last product.
+    bar_sync::<CONSUMERS_BARRIER, { CONSUMER_WARPS * WARP }>();
+    let mut combiner = Combiner::new(launch, cta, warp, lane);
+    while task.phase == Phase::Combine as u32 {
+        combiner.combine(task.expert);
+        mark!(launch, WaitForTask);
+        task = tasks.take_warp(lane);
+    }
+}
+
+/// Works on tasks until one comes that is no product, and returns it.
+#[inline(always)]
+fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) -> Task {
+    let warps = WARPGROUP / WARP;
     let mut ring = Ring::new();
     let mut staging = Ring::new();
-    let mut combiner = Combiner::new(launch, cta, warp, lane);
-    let mut combining = false;
     loop {
         mark!(launch, WaitForTask);
+        // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
+        let lane = special::lane();
         let task = tasks.take_warp(lane);
-        if task.phase == Phase::End as u32 {
-            return;
+        if task.phase > Phase::Linear2 as u32 {
+            return task;
         }
-        if task.phase == Phase::Combine as u32 {
-            // The combine buffers are the stages: every warp must be done with its last product.
-            if !combining {
-                mark!(launch, WaitForWarpgroup);
-                bar_sync::<CONSUMERS_BARRIER, { CONSUMER_WARPS * WARP }>();
-                combining = true;
-            }
-            combiner.combine(task.expert);
-        } else {
-            mark!(launch, WaitForStage, &task);
-            // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
-            let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane: special::lane() };
-            match task.width {
-                0 => run::<1>(consumer, &task, &mut ring, &mut staging),
-                1 => run::<2>(consumer, &task, &mut ring, &mut staging),
-                2 => run::<4>(consumer, &task, &mut ring, &mut staging),
-                3 => run::<8>(consumer, &task, &mut ring, &mut staging),
-                4 => run::<12>(consumer, &task, &mut ring, &mut staging),
-                5 => run::<16>(consumer, &task, &mut ring, &mut staging),
-                6 => run::<20>(consumer, &task, &mut ring, &mut staging),
-                7 => run::<24>(consumer, &task, &mut ring, &mut staging),
-                8 => run::<28>(consumer, &task, &mut ring, &mut staging),
-                _ => run::<32>(consumer, &task, &mut ring, &mut staging),
-            }
+        mark!(launch, WaitForStage, &task);
+        let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
+        match task.width {
+            0 => run::<1>(consumer, &task, &mut ring, &mut staging),
+            1 => run::<2>(consumer, &task, &mut ring, &mut staging),
+            2 => run::<4>(consumer, &task, &mut ring, &mut staging),
+            3 => run::<8>(consumer, &task, &mut ring, &mut staging),
+            4 => run::<12>(consumer, &task, &mut ring, &mut staging),
+            5 => run::<16>(consumer, &task, &mut ring, &mut staging),
+            6 => run::<20>(consumer, &task, &mut ring, &mut staging),
+            7 => run::<24>(consumer, &task, &mut ring, &mut staging),
+            8 => run::<28>(consumer, &task, &mut ring, &mut staging),
+            _ => run::<32>(consumer, &task, &mut ring, &mut staging),
         }
     }
 }
