@@ -142,11 +142,12 @@ Measure how long one Mixture-of-Experts layer takes with random weights and toke
 
 On GPUs, launches follow each other without a wait of the host, and take turns with several sets of inputs; times are taken \
 by events on the GPUs. TFLOP/s counts 2 x 3 x hidden x intermediate operations for every (token, expert), shared experts \
-included; memory GB/s the weights of every hit expert once and the tokens in and out; NVLink GB/s what comes into a GPU. The limit \
+included; memory GB/s the weights of every hit expert once and the tokens in and out; NVLink GB/s the least that comes into a GPU. The limit \
 is the larger of that memory traffic at the rate of a large copy and those operations at the rate of a dense product by cuBLAS, \
 both measured in the same run. Some tokens of every measurement are compared with a reference in f64.
 
-In the simulator, the shapes are scaled down, and bytes and operations are counted against the least that there can be.
+In the simulator, the shapes are scaled down, and bytes and operations of every phase are counted against the least that there can be, with the \
+waits of every role, and an estimate for an H200 and an H20.
 
 The model runs nothing: from the routing and the kernel's schedule it says what each phase moves and computes, and what that should take on \
 a GPU of given rates (docs/performance.md).",

@@ -3,12 +3,13 @@
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
-use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, PhaseWork, Plan, SimMeasurement};
+use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, Plan, SimMeasurement};
 use ferromoe::cuda::{Gpu, Limits};
 use ferromoe::{Device, DeviceGroup, Result, SimOptions};
 use serde::Serialize;
 
 use super::args::{BenchArgs, MeasureOn};
+use super::counts;
 
 /// Tokens of a rank on a GPU, and in the simulator, which is far slower.
 const GPU_TOKENS: [usize; 6] = [1, 8, 64, 512, 2048, 8192];
@@ -44,9 +45,9 @@ fn simulated(args: &BenchArgs) -> Result<()> {
     for &shape in &args.shapes {
         let plan = plan(args, shape.scaled_down(args.ranks), &SIM_TOKENS);
         if !args.json {
-            print(&format!("{}{SIM_HEADER}", heading(&plan, args.ranks, group.description())));
+            print(&format!("{}{}", heading(&plan, args.ranks, group.description()), counts::LEGEND));
         }
-        let text = |found: &SimMeasurement| if args.json { json(found) } else { sim_row(found) };
+        let text = |found: &SimMeasurement| if args.json { json(found) } else { counts::table(found) };
         bench::simulated(&plan, &group, |found| print(&text(&found)))?;
     }
     Ok(())
@@ -130,46 +131,6 @@ fn gpu_row(found: &GpuMeasurement) -> String {
         setting.hit_experts,
         setting.imbalance,
         setting.relative_error,
-    )
-}
-
-const SIM_HEADER: &str = "  \
-tokens      operations  tile efficiency  memory bytes  least/moved   NVLink bytes        least  waits met  warp instructions  simulated us    error";
-
-fn sim_row(found: &SimMeasurement) -> String {
-    format!(
-        "{:>8} {:>15} {:>15.1}% {:>13} {:>11.1}% {:>14} {:>12.0} {:>9.1}% {:>18} {:>13.1} {:>8.1e}\n{}",
-        found.setting.tokens,
-        found.tensor_ops,
-        100.0 * found.tile_efficiency,
-        found.memory_bytes,
-        100.0 * found.memory_efficiency,
-        found.nvlink_bytes,
-        found.least_nvlink_bytes,
-        100.0 * found.waits_met,
-        found.instructions,
-        found.simulated_us,
-        found.setting.relative_error,
-        PHASES.iter().zip(&found.phases).map(|(name, phase)| sim_phase(name, phase)).collect::<Vec<_>>().join("\n")
-    )
-}
-
-/// What the schedule says of one phase.
-fn sim_phase(name: &str, phase: &PhaseWork) -> String {
-    let useful = if phase.tensor_ops > 0.0 {
-        format!(
-            ", {:.0} operations, {:.1}% of them useful",
-            phase.tensor_ops,
-            100.0 * phase.useful_ops / phase.tensor_ops
-        )
-    } else {
-        String::new()
-    };
-    format!(
-        "          {name}: {:.0} bytes of memory, {:.2} of the least, {:.0} of NVLink{useful}",
-        phase.memory_bytes,
-        phase.memory_bytes / phase.least_memory_bytes.max(1.0),
-        phase.nvlink_bytes
     )
 }
 
