@@ -17,22 +17,26 @@ const SIM_TOKENS: [usize; 4] = [1, 8, 64, 512];
 
 /// Runs the benchmark and prints each measurement when it is there.
 pub fn bench(args: &BenchArgs) -> Result<()> {
-    if args.device == MeasureOn::Model {
+    if args.run.device == MeasureOn::Model {
         return modelled(args);
     }
-    match args.device.gpus(args.ranks)? {
+    match args.run.device.gpus(args.run.ranks)? {
         Some(gpus) => on_gpus(args, &gpus),
         None => simulated(args),
     }
 }
 
 fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
-    let group = DeviceGroup::open(Device::Cuda, args.ranks)?;
+    let group = DeviceGroup::open(Device::Cuda, args.run.ranks)?;
     let limits = Limits::measure(gpus)?;
     for &shape in &args.shapes {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
-            print(&format!("{}{}{GPU_HEADER}", heading(&plan, args.ranks, group.description()), limits_line(&limits)));
+            print(&format!(
+                "{}{}{GPU_HEADER}",
+                heading(&plan, args.run.ranks, group.description()),
+                limits_line(&limits)
+            ));
         }
         let text = |found: &GpuMeasurement| if args.json { json(found) } else { gpu_row(found) };
         bench::on_gpus(&plan, &group, gpus, &limits, |found| print(&text(&found)))?;
@@ -41,11 +45,11 @@ fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
 }
 
 fn simulated(args: &BenchArgs) -> Result<()> {
-    let group = DeviceGroup::open(Device::Sim(SimOptions::default()), args.ranks)?;
+    let group = DeviceGroup::open(Device::Sim(SimOptions::default()), args.run.ranks)?;
     for &shape in &args.shapes {
-        let plan = plan(args, shape.scaled_down(args.ranks), &SIM_TOKENS);
+        let plan = plan(args, shape.scaled_down(args.run.ranks), &SIM_TOKENS);
         if !args.json {
-            print(&format!("{}{}", heading(&plan, args.ranks, group.description()), counts::LEGEND));
+            print(&format!("{}{}", heading(&plan, args.run.ranks, group.description()), counts::LEGEND));
         }
         let text = |found: &SimMeasurement| if args.json { json(found) } else { counts::table(found) };
         bench::simulated(&plan, &group, |found| print(&text(&found)))?;
@@ -54,14 +58,14 @@ fn simulated(args: &BenchArgs) -> Result<()> {
 }
 
 fn modelled(args: &BenchArgs) -> Result<()> {
-    let machines = args.machine.map_or_else(|| MACHINES.to_vec(), |machine| vec![machine]);
+    let machines = args.run.machine.map_or_else(|| MACHINES.to_vec(), |machine| vec![machine]);
     for (&shape, machine) in args.shapes.iter().flat_map(|shape| machines.iter().map(move |machine| (shape, machine))) {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
-            let on = format!("{} modelled {}s of {} SMs", args.ranks, machine.name, machine.sms);
-            print(&format!("{}{MODEL_HEADER}", heading(&plan, args.ranks, &on)));
+            let on = format!("{} modelled {}s of {} SMs", args.run.ranks, machine.name, machine.sms);
+            print(&format!("{}{MODEL_HEADER}", heading(&plan, args.run.ranks, &on)));
         }
-        for found in bench::modelled(&plan, machine, args.ranks)? {
+        for found in bench::modelled(&plan, machine, args.run.ranks)? {
             print(&if args.json { json(&found) } else { model_rows(&found) });
         }
     }
@@ -69,11 +73,7 @@ fn modelled(args: &BenchArgs) -> Result<()> {
 }
 
 fn plan(args: &BenchArgs, shape: BenchShape, tokens: &[usize]) -> Plan {
-    let tokens = if args.tokens.is_empty() { tokens } else { &args.tokens };
-    let experts = args
-        .experts_per_rank
-        .map_or_else(|| shape.experts_on(args.ranks), |experts| experts.saturating_mul(args.ranks));
-    Plan { shape, experts, choice: args.routing.into(), tokens: tokens.to_vec() }
+    args.run.plan(shape, if args.tokens.is_empty() { tokens } else { &args.tokens })
 }
 
 /// A reader that has gone away (`| head`) is no error.
