@@ -72,13 +72,15 @@ def count_work(layer, routings):
     pairs, crossing = np.zeros(layer.ranks), np.zeros(layer.ranks)
     loads = np.zeros(layer.experts)
     for source, ids in enumerate(routings):
-        owners = np.bincount((ids // layer.local_experts).ravel(), minlength=layer.ranks)
+        owner = ids // layer.local_experts
+        owners = np.bincount(owner.ravel(), minlength=layer.ranks)
+        reached = np.zeros((len(ids), layer.ranks))
+        np.put_along_axis(reached, owner, 1, axis=1)
         loads += np.bincount(ids.ravel(), minlength=layer.experts)
         pairs += owners
-        away = owners.copy()
-        away[source] = 0
-        crossing += away
-        crossing[source] += away.sum()
+        reached[:, source] = 0
+        crossing += reached.sum(axis=0)
+        crossing[source] += owners.sum() - owners[source]
     works = []
     for rank in range(layer.ranks):
         tokens = len(routings[rank])

@@ -66,6 +66,11 @@ pub(crate) trait Backend: Send + Sync {
     /// Launches on all ranks named without waiting in between, then waits for all; reports in launch order.
     fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>, Error>;
 
+    /// What the last launches moved to and from a part of one buffer of a rank; `None` on a GPU.
+    fn traffic(&self, _rank: usize, _range: Range<u64>) -> Result<Option<ptx_sim::Traffic>, Error> {
+        Ok(None)
+    }
+
     /// Queues one rank's launch on a `CUstream` and returns: no host synchronisation, no allocation, legal while the
     /// stream is captured. The simulator has no streams: it runs when the last rank is queued.
     ///

@@ -4,6 +4,7 @@ mod rank;
 mod record;
 #[cfg(test)]
 mod tests;
+mod traffic;
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -26,6 +27,7 @@ use crate::weights::ExpertWeights;
 
 use rank::{Rank, symmetric_buffer};
 pub(crate) use rank::{clusters_pay, wave_experts};
+pub(crate) use traffic::{PARTS, Part};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
+use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec, Traffic};
 
 use crate::backend::{Backend, RankLaunch, RankReport};
 use crate::error::{Error, Result};
@@ -317,6 +317,10 @@ impl Backend for SimBackend {
         let outcomes: Vec<_> = tickets.iter().filter_map(|ticket| state.reports.remove(ticket)).collect();
         let report = |cost: Cost| RankReport { elapsed: Duration::from_nanos(cost.simulated_ns), cost: Some(cost) };
         outcomes.into_iter().map(|outcome| Ok(report(outcome?))).collect()
+    }
+
+    fn traffic(&self, _rank: usize, range: Range<u64>) -> Result<Option<Traffic>> {
+        Ok(Some(self.state().machine.traffic(range)?))
     }
 
     unsafe fn enqueue(&self, launch: &RankLaunch<'_>, _stream: *mut c_void) -> Result<()> {

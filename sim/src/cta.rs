@@ -3,12 +3,15 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::asynchronous::Place;
 use crate::memory::TrackedBytes;
 use crate::program::{CopyKind, WaitPhase};
 use crate::registers::Registers;
 
 /// Named barriers of a CTA.
 pub(crate) const BARRIERS: u32 = 16;
+/// Shared memory whose origin is one: the stretch in which a 128-byte swizzle repeats.
+pub(crate) const ORIGIN_BYTES: usize = 1024;
 /// Registers of an SM.
 const SM_REGISTERS: u32 = 65536;
 
@@ -97,6 +100,8 @@ pub(crate) struct Warp {
     /// Slices run while diverged, for fairness.
     pub diverged: u32,
     pub polls: Polls,
+    /// Phases of mbarriers that a wait has found incomplete, and none complete since.
+    pub unmet: Vec<(u32, Phase)>,
     /// Lanes that have arrived at the cluster's barrier, and lanes whose arrival's phase is complete that have not waited.
     pub cluster_arrived: u32,
     pub cluster_passed: u32,
@@ -197,6 +202,8 @@ pub(crate) struct CtaState {
     /// Which of the device's places it runs in.
     pub sm: u32,
     pub shared: TrackedBytes,
+    /// Where in global memory each [`ORIGIN_BYTES`] of it were last copied from, for the cost counters; 0 for nowhere there.
+    pub origins: Vec<u64>,
     pub dynamic_bytes: u32,
     pub barriers: Vec<NamedBarrier>,
     pub warpgroups: Vec<Warpgroup>,
@@ -204,6 +211,21 @@ pub(crate) struct CtaState {
     pub free_registers: u32,
     /// Something changed that a waiting warp may wait for.
     pub changed: bool,
+}
+
+impl CtaState {
+    /// A copy has filled `bytes` of shared memory from `at` on; `from` is the place of its first byte.
+    pub fn set_origin(&mut self, at: usize, bytes: usize, from: Place) {
+        let origin = if let Place::Global(address) = from { address } else { 0 };
+        if let Some(stretches) = self.origins.get_mut(at / ORIGIN_BYTES..(at + bytes).div_ceil(ORIGIN_BYTES)) {
+            stretches.fill(origin);
+        }
+    }
+
+    /// Where the copy that last filled this place of shared memory began to read.
+    pub fn origin(&self, at: u32) -> u64 {
+        self.origins.get(at as usize / ORIGIN_BYTES).copied().unwrap_or(0)
+    }
 }
 
 /// A running CTA.

@@ -11,7 +11,7 @@ mod peers;
 mod special;
 mod tensor_core;
 
-pub(crate) use access::{shared_place, touch};
+pub(crate) use access::shared_place;
 pub(crate) use atomic::combine;
 pub(crate) use mbarriers::{bytes_left, is_complete, update as update_mbarrier};
 pub(crate) use tensor_core::GROUP_WARPS;

@@ -7,7 +7,7 @@ use crate::check::{Mode, shared_key};
 use crate::cost::Direction;
 use crate::cta::Cta;
 use crate::error::{Fault, SimError};
-use crate::execute::{GROUP_WARPS, combine, shared_place, touch, update_mbarrier};
+use crate::execute::{GROUP_WARPS, combine, shared_place, update_mbarrier};
 use crate::memory::{Copied, GlobalMemory};
 use crate::program::{AtomicOperation, AtomicType, Op, Wgmma, WgmmaA};
 use crate::registers::{LANES, R32, Slot, lanes};
@@ -113,9 +113,9 @@ impl Run<'_> {
                     let (allocation, offset) = self.memory.find(address, u64::from(*bytes))?;
                     allocation.bytes.copy_out(offset, length, &mut copied);
                     if GlobalMemory::device_of(address) == transfer.device {
-                        touch(allocation, offset, length, Direction::Read, cost);
+                        allocation.lines.touch(offset, length, Direction::Read, cost);
                     } else {
-                        cost.nvlink_read += u64::from(*bytes);
+                        allocation.lines.cross(offset, length, Direction::Read, cost);
                     }
                 }
             }
@@ -174,9 +174,9 @@ impl Run<'_> {
                     }
                     let cost = &mut self.launches[transfer.launch].cost;
                     if GlobalMemory::device_of(address) == transfer.device {
-                        touch(allocation, offset, length, Direction::Write, cost);
+                        allocation.lines.touch(offset, length, Direction::Write, cost);
                     } else {
-                        cost.nvlink_write += u64::from(part.bytes);
+                        allocation.lines.cross(offset, length, Direction::Write, cost);
                     }
                     if late {
                         let bytes = &copied.data[start..start + length];
@@ -192,6 +192,9 @@ impl Run<'_> {
                 }
             }
             start += length;
+        }
+        if let (Some(cta), Some(&CopyPart { from, to: Place::Shared(at), .. })) = (&mut cta, transfer.parts.first()) {
+            cta.state.set_origin(at as usize, start, from);
         }
         let mbarrier = match transfer.completion {
             Completion::Mbarrier { address, .. } => Some(address),
@@ -283,6 +286,13 @@ impl Run<'_> {
             }
         }
         launch.cost.tensor_ops += shape.operations();
+        let origin = a_descriptor.map_or(0, |descriptor| state.origin(MatrixDescriptor::decode(descriptor).start));
+        if origin != 0
+            && !self.memory.is_away(origin)
+            && let Ok((allocation, offset)) = self.memory.find(origin, 1)
+        {
+            allocation.lines.multiply(offset, shape.operations());
+        }
         Ok(())
     }
 }

@@ -31,7 +31,7 @@ pub mod tensor_map;
 pub mod wgmma;
 mod workers;
 
-pub use cost::Cost;
+pub use cost::{Cost, Traffic, WarpWaits};
 pub use error::{Fault, ParseError, Position, SimError, Stuck};
 pub use machine::{Arg, Launch, Machine, RunOptions};
 pub use profile::{Kind, KindCost, Profile};

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use crate::ast::InitialValue;
-use crate::cost::Cost;
+use crate::cost::{Cost, Traffic};
 use crate::error::{Fault, SimError};
 use crate::execute::LaunchInfo;
 use crate::memory::{CODE_WINDOW, GlobalMemory};
@@ -164,6 +165,16 @@ impl Machine {
         }
         bytes.copy_from_slice(&allocation.bytes.data()[offset..offset + length]);
         Ok(())
+    }
+
+    /// What the last run did with a range of one allocation: with the lines of 128 bytes that begin in it.
+    ///
+    /// # Errors
+    /// A range that is not in one allocation.
+    pub fn traffic(&mut self, range: Range<u64>) -> Result<Traffic, SimError> {
+        let bytes = range.end.saturating_sub(range.start);
+        let (allocation, offset) = self.memory.find(range.start, bytes).map_err(SimError::Host)?;
+        Ok(allocation.lines.traffic(offset..offset + bytes as usize))
     }
 
     /// Fills global memory of any device with a byte.

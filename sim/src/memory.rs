@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::check::Scope;
+use crate::cost::Lines;
 use crate::error::{Fault, SimError};
 use crate::random::Random;
 use crate::store_buffer::{DEVICE, StoreBuffer};
@@ -170,9 +171,8 @@ pub(crate) struct Allocation {
     pub base: u64,
     pub name: String,
     pub bytes: TrackedBytes,
-    /// 128-byte lines that this run has read or written, for the cost counters.
-    pub read_lines: Vec<u64>,
-    pub written_lines: Vec<u64>,
+    /// What this run did with it, for the cost counters.
+    pub lines: Lines,
 }
 
 /// The global memories of all devices, one address space. While devices run side by side, each has its own memory here, and
@@ -278,13 +278,11 @@ impl GlobalMemory {
             ))));
         }
         memory.next = (base + bytes + GUARD_BYTES).next_multiple_of(ALLOCATION_ALIGN);
-        let lines = (bytes as usize).div_ceil(128).div_ceil(64);
         memory.allocations.push(Allocation {
             base,
             name: name.to_owned(),
             bytes: TrackedBytes::new(bytes as usize),
-            read_lines: vec![0; lines],
-            written_lines: vec![0; lines],
+            lines: Lines::new(bytes as usize),
         });
         Ok(base)
     }
@@ -444,8 +442,7 @@ impl GlobalMemory {
     pub fn start_run(&mut self) {
         for memory in &mut self.devices {
             for allocation in &mut memory.allocations {
-                allocation.read_lines.fill(0);
-                allocation.written_lines.fill(0);
+                allocation.lines.clear();
             }
         }
     }

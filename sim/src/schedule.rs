@@ -9,7 +9,8 @@ use crate::asynchronous::{AsyncQueue, Event, Issuer, Place};
 use crate::check::{Checker, Clash, ClashKind, Home, Mode, Record, is_shared, shared_owner};
 use crate::cost::Cost;
 use crate::cta::{
-    BARRIERS, Cluster, Cta, CtaState, Fragment, NamedBarrier, Polls, Wait, Warp, Warpgroup, initial_registers,
+    BARRIERS, Cluster, Cta, CtaState, Fragment, NamedBarrier, ORIGIN_BYTES, Polls, Wait, Warp, Warpgroup,
+    initial_registers,
 };
 use crate::error::{Fault, Position, SimError, Stuck};
 use crate::execute::{Context, Failure, GROUP_WARPS, LaunchInfo, NEVER, bytes_left, is_complete};
@@ -559,6 +560,7 @@ impl<'a> Run<'a> {
                 first_agent,
                 sm,
                 shared: TrackedBytes::new(prepared.shared_bytes as usize),
+                origins: vec![0; (prepared.shared_bytes as usize).div_ceil(ORIGIN_BYTES)],
                 dynamic_bytes: prepared.dynamic_bytes,
                 barriers: vec![NamedBarrier::default(); BARRIERS as usize],
                 warpgroups: vec![Warpgroup::default(); warp_count / GROUP_WARPS],
@@ -717,6 +719,7 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
         queued: true,
         diverged: 0,
         polls: Polls::default(),
+        unmet: Vec::new(),
         cluster_arrived: 0,
         cluster_passed: 0,
     }

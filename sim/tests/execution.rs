@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Setup, error, kernel, lanes, run};
-use ptx_sim::{Arg, Launch, Machine, Module, RunOptions};
+use ptx_sim::{Arg, Launch, Machine, Module, RunOptions, Traffic, WarpWaits};
 
 #[test]
 fn divergent_lanes_meet_again() {
@@ -377,6 +377,15 @@ fn peers_share_one_address_space_and_their_traffic_is_nvlink() {
         assert_eq!((cost.nvlink_write, cost.nvlink_read), (32 * 4 + 4, 0));
         assert_eq!((cost.hbm_read, cost.hbm_write), (256, 0));
     }
+    for buffer in &buffers {
+        // Words of all lanes are in the second line, the counter in the sixth.
+        for (lines, read, written) in [(0..8, 256, 32 * 4 + 4), (1..2, 128, 32 * 4), (5..6, 128, 4), (2..5, 0, 0)] {
+            let traffic = machine.traffic(buffer + 128 * lines.start..buffer + 128 * lines.end).unwrap();
+            let expected = Traffic { hbm_read: read, nvlink_write: written, ..Traffic::default() };
+            assert_eq!(traffic, expected, "{lines:?}");
+        }
+    }
+    machine.traffic(buffers[0]..buffers[0] + (1 << 20)).unwrap_err();
 }
 
 #[test]
@@ -484,4 +493,20 @@ fn a_cta_must_wait_for_its_copies() {
         cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r10], [%rd3], 16, [%r11];";
     let text = error(".shared .align 16 .b8 tile[16]; .shared .align 8 .b64 bar;", body, &Setup::default());
     assert!(text.contains("exited before") && text.contains("cp.async.bulk"), "{text}");
+}
+
+#[test]
+fn a_wait_is_met_or_not_however_often_it_is_tried_again() {
+    // Warp 0 arrives late, and then finds its phase complete; warp 1 waits in vain several times, and then looks once more.
+    let body = "mov.u32 %r3, bar; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [%r3], 1;
+        bar.sync 0; setp.ge.u32 %p2, %r1, 32; @%p2 bra WAIT; nanosleep.u32 5000;
+        @%p1 mbarrier.arrive.shared.b64 _, [%r3]; bar.warp.sync -1;
+        WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0, 1000; @!%p3 bra WAIT;
+        @!%p2 exit;
+        AGAIN: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0, 1000; @!%p3 bra AGAIN;";
+    let setup = Setup { threads: 64, ..Setup::default() };
+    let (_, cost) = run(&kernel(".shared .align 8 .b8 bar[8];", body), &setup).unwrap();
+    let found = cost.warps.map(|warp| (warp.waits, warp.met));
+    assert_eq!((found[0], found[1], cost.mbarriers()), ((1, 1), (2, 1), WarpWaits { waits: 3, met: 2 }));
+    assert!(cost.polls > 1);
 }

@@ -118,6 +118,9 @@ fn product(seed: u64, rows_of_b: usize, written_rows: usize, check: bool) -> Res
         RunOptions { seed, step_limit: Some(1_000_000), check_matrix_operands: check, ..RunOptions::default() };
     let cost = machine.run(&[launch], &options)?[0];
     assert_eq!(cost.tensor_ops, (2 * M * N * K) as u64);
+    // A's products are those of its own buffer.
+    assert_eq!(machine.traffic(a..a + (2 * M * K) as u64)?.tensor_ops, cost.tensor_ops);
+    assert_eq!(machine.traffic(b..b + (2 * N * K) as u64)?.tensor_ops, 0);
     let mut bytes = vec![0; 4 * M * N];
     machine.read(d, &mut bytes)?;
     Ok(bytes.chunks_exact(4).map(|word| f32::from_le_bytes(word.try_into().unwrap())).collect())

@@ -14,8 +14,8 @@ pub struct RankWork {
     /// Bytes of device memory: the weights of every expert that a token goes to, once, and the rank's own tokens, in and
     /// out.
     pub memory_bytes: f64,
-    /// Bytes that come in from other ranks: a hidden state for every (token, expert) of a token from elsewhere, and a result
-    /// for every choice of an own token that lies elsewhere. As many go out.
+    /// Bytes that come in from other ranks: the hidden state of every token from elsewhere that goes to an expert here, once, and a
+    /// result for every choice of an own token that lies elsewhere. As many go out, over all ranks.
     pub nvlink_bytes: f64,
     /// Experts of this rank that a token goes to, shared ones included.
     pub hit_experts: f64,
@@ -31,13 +31,16 @@ pub fn of_ranks(config: &MoeConfig, routings: &[Routing]) -> Vec<RankWork> {
     let mut crossing = vec![0.0; ranks];
     let mut hit = vec![false; config.experts];
     for (from, routing) in routings.iter().enumerate() {
-        for expert in routing.topk_idx().iter().filter_map(|&id| usize::try_from(id).ok()) {
-            let to = expert / per_rank;
-            hit[expert] = true;
-            pairs[to] += 1.0;
-            if to != from {
-                crossing[to] += 1.0;
-                crossing[from] += 1.0;
+        for token in routing.topk_idx().chunks(config.top_k) {
+            let mut reached = vec![false; ranks];
+            for expert in token.iter().filter_map(|&id| usize::try_from(id).ok()) {
+                let to = expert / per_rank;
+                hit[expert] = true;
+                pairs[to] += 1.0;
+                if to != from {
+                    crossing[from] += 1.0;
+                    crossing[to] += f64::from(u8::from(!std::mem::replace(&mut reached[to], true)));
+                }
             }
         }
     }
@@ -56,12 +59,18 @@ pub fn of_ranks(config: &MoeConfig, routings: &[Routing]) -> Vec<RankWork> {
         .collect()
 }
 
-/// The tokens of the busiest routed expert, as a multiple of the mean.
-pub fn imbalance(config: &MoeConfig, routings: &[Routing]) -> f64 {
-    let mut loads = vec![0usize; config.experts];
+/// The tokens of every routed expert.
+pub fn loads(config: &MoeConfig, routings: &[Routing]) -> Vec<usize> {
+    let mut loads = vec![0; config.experts];
     for expert in routings.iter().flat_map(Routing::topk_idx).filter_map(|&id| usize::try_from(id).ok()) {
         loads[expert] += 1;
     }
+    loads
+}
+
+/// The tokens of the busiest routed expert, as a multiple of the mean.
+pub fn imbalance(config: &MoeConfig, routings: &[Routing]) -> f64 {
+    let loads = loads(config, routings);
     let (most, all) = (loads.iter().max().copied().unwrap_or(0), loads.iter().sum::<usize>());
     if all == 0 { 1.0 } else { (most * config.experts) as f64 / all as f64 }
 }
@@ -92,22 +101,22 @@ mod tests {
         // H = I = 64, four experts on two ranks, top-2, one shared.
         let config = small_config();
         let routing = |ids: &[i32]| Routing::new(2, ids.to_vec(), vec![0.5; ids.len()]).unwrap();
-        let routings = [routing(&[0, 2, 0, -1]), routing(&[3, 2])];
+        let routings = [routing(&[2, 3, 0, -1]), routing(&[3, 2])];
         let works = of_ranks(&config, &routings);
         let (pair, expert, row) = (2.0 * 3.0 * 4096.0, 3.0 * 4096.0 * 2.0, 128.0);
         assert_eq!(
             works[0],
             RankWork {
-                operations: (2.0 + 2.0) * pair,
+                operations: (1.0 + 2.0) * pair,
                 memory_bytes: 2.0 * expert + 4.0 * row,
-                nvlink_bytes: row,
+                nvlink_bytes: 2.0 * row,
                 hit_experts: 2.0,
             }
         );
         assert_eq!(
             works[1],
             RankWork {
-                operations: (3.0 + 1.0) * pair,
+                operations: (4.0 + 1.0) * pair,
                 memory_bytes: 3.0 * expert + 2.0 * row,
                 nvlink_bytes: row,
                 hit_experts: 3.0,

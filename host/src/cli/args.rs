@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ferromoe::Result;
-use ferromoe::bench::{BenchShape, Choice, MACHINES, Machine, SHAPES};
+use ferromoe::bench::{BenchShape, Choice, MACHINES, Machine, Plan, SHAPES};
 use ferromoe::cuda::{Gpu, find_gpus};
 
 /// Fused Mixture-of-Experts layers on NVIDIA Hopper GPUs, or on a simulator of them.
@@ -142,11 +142,12 @@ Measure how long one Mixture-of-Experts layer takes with random weights and toke
 
 On GPUs, launches follow each other without a wait of the host, and take turns with several sets of inputs; times are taken \
 by events on the GPUs. TFLOP/s counts 2 x 3 x hidden x intermediate operations for every (token, expert), shared experts \
-included; memory GB/s the weights of every hit expert once and the tokens in and out; NVLink GB/s what comes into a GPU. The limit \
+included; memory GB/s the weights of every hit expert once and the tokens in and out; NVLink GB/s the least that comes into a GPU. The limit \
 is the larger of that memory traffic at the rate of a large copy and those operations at the rate of a dense product by cuBLAS, \
 both measured in the same run. Some tokens of every measurement are compared with a reference in f64.
 
-In the simulator, the shapes are scaled down, and bytes and operations are counted against the least that there can be.
+In the simulator, the shapes are scaled down, and bytes and operations of every phase are counted against the least that there can be, with the \
+waits of every role, and an estimate for an H200 and an H20.
 
 The model runs nothing: from the routing and the kernel's schedule it says what each phase moves and computes, and what that should take on \
 a GPU of given rates (docs/performance.md).",
@@ -169,29 +170,12 @@ pub struct BenchArgs {
     #[arg(long = "shape", value_name = "SHAPE", required = true, value_delimiter = ',', value_parser = shape_parser())]
     pub shapes: Vec<BenchShape>,
 
-    /// Number of ranks, 1 to 8
-    #[arg(long, value_name = "R", default_value_t = 1)]
-    pub ranks: usize,
-
     /// Tokens of every rank, separated by commas [default: 1,8,64,512,2048,8192; in the simulator 1,8,64,512]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub tokens: Vec<usize>,
 
-    /// Routed experts of a rank [default: what the shape says]
-    #[arg(long, value_name = "N")]
-    pub experts_per_rank: Option<usize>,
-
-    /// How tokens choose experts
-    #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
-    pub routing: RoutingArg,
-
-    /// What to run on; `auto` takes GPUs if there are enough, else the simulator; `model` runs nothing
-    #[arg(long, value_enum, default_value_t = MeasureOn::Auto)]
-    pub device: MeasureOn,
-
-    /// The GPU that is modelled [default: all that are known]
-    #[arg(long, value_name = "NAME", value_parser = machine_parser())]
-    pub machine: Option<Machine>,
+    #[command(flatten)]
+    pub run: MeasureArgs,
 
     /// Print each measurement as one line of JSON
     #[arg(long)]
@@ -235,6 +219,17 @@ pub struct TraceArgs {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub tokens: usize,
 
+    #[command(flatten)]
+    pub run: MeasureArgs,
+
+    /// SMs of a simulated rank
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub sms: Option<u32>,
+}
+
+/// What a layer is measured on, and how its tokens are spread.
+#[derive(Debug, Args)]
+pub struct MeasureArgs {
     /// Number of ranks, 1 to 8
     #[arg(long, value_name = "R", default_value_t = 1)]
     pub ranks: usize,
@@ -251,13 +246,19 @@ pub struct TraceArgs {
     #[arg(long, value_enum, default_value_t = MeasureOn::Auto)]
     pub device: MeasureOn,
 
-    /// The GPU that is modelled [default: H200]
+    /// The GPU that is modelled [default: all that are known; to trace, H200]
     #[arg(long, value_name = "NAME", value_parser = machine_parser())]
     pub machine: Option<Machine>,
+}
 
-    /// SMs of a simulated rank
-    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub sms: Option<u32>,
+impl MeasureArgs {
+    /// What to measure of one shape.
+    pub fn plan(&self, shape: BenchShape, tokens: &[usize]) -> Plan {
+        let experts = self
+            .experts_per_rank
+            .map_or_else(|| shape.experts_on(self.ranks), |experts| experts.saturating_mul(self.ranks));
+        Plan { shape, experts, choice: self.routing.into(), tokens: tokens.to_vec() }
+    }
 }
 
 fn shape_parser() -> impl TypedValueParser<Value = BenchShape> {

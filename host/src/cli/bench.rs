@@ -3,12 +3,13 @@
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
-use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, PhaseWork, Plan, SimMeasurement};
+use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, Plan, SimMeasurement};
 use ferromoe::cuda::{Gpu, Limits};
 use ferromoe::{Device, DeviceGroup, Result, SimOptions};
 use serde::Serialize;
 
 use super::args::{BenchArgs, MeasureOn};
+use super::counts;
 
 /// Tokens of a rank on a GPU, and in the simulator, which is far slower.
 const GPU_TOKENS: [usize; 6] = [1, 8, 64, 512, 2048, 8192];
@@ -16,22 +17,26 @@ const SIM_TOKENS: [usize; 4] = [1, 8, 64, 512];
 
 /// Runs the benchmark and prints each measurement when it is there.
 pub fn bench(args: &BenchArgs) -> Result<()> {
-    if args.device == MeasureOn::Model {
+    if args.run.device == MeasureOn::Model {
         return modelled(args);
     }
-    match args.device.gpus(args.ranks)? {
+    match args.run.device.gpus(args.run.ranks)? {
         Some(gpus) => on_gpus(args, &gpus),
         None => simulated(args),
     }
 }
 
 fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
-    let group = DeviceGroup::open(Device::Cuda, args.ranks)?;
+    let group = DeviceGroup::open(Device::Cuda, args.run.ranks)?;
     let limits = Limits::measure(gpus)?;
     for &shape in &args.shapes {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
-            print(&format!("{}{}{GPU_HEADER}", heading(&plan, args.ranks, group.description()), limits_line(&limits)));
+            print(&format!(
+                "{}{}{GPU_HEADER}",
+                heading(&plan, args.run.ranks, group.description()),
+                limits_line(&limits)
+            ));
         }
         let text = |found: &GpuMeasurement| if args.json { json(found) } else { gpu_row(found) };
         bench::on_gpus(&plan, &group, gpus, &limits, |found| print(&text(&found)))?;
@@ -40,27 +45,27 @@ fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
 }
 
 fn simulated(args: &BenchArgs) -> Result<()> {
-    let group = DeviceGroup::open(Device::Sim(SimOptions::default()), args.ranks)?;
+    let group = DeviceGroup::open(Device::Sim(SimOptions::default()), args.run.ranks)?;
     for &shape in &args.shapes {
-        let plan = plan(args, shape.scaled_down(args.ranks), &SIM_TOKENS);
+        let plan = plan(args, shape.scaled_down(args.run.ranks), &SIM_TOKENS);
         if !args.json {
-            print(&format!("{}{SIM_HEADER}", heading(&plan, args.ranks, group.description())));
+            print(&format!("{}{}", heading(&plan, args.run.ranks, group.description()), counts::LEGEND));
         }
-        let text = |found: &SimMeasurement| if args.json { json(found) } else { sim_row(found) };
+        let text = |found: &SimMeasurement| if args.json { json(found) } else { counts::table(found) };
         bench::simulated(&plan, &group, |found| print(&text(&found)))?;
     }
     Ok(())
 }
 
 fn modelled(args: &BenchArgs) -> Result<()> {
-    let machines = args.machine.map_or_else(|| MACHINES.to_vec(), |machine| vec![machine]);
+    let machines = args.run.machine.map_or_else(|| MACHINES.to_vec(), |machine| vec![machine]);
     for (&shape, machine) in args.shapes.iter().flat_map(|shape| machines.iter().map(move |machine| (shape, machine))) {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
-            let on = format!("{} modelled {}s of {} SMs", args.ranks, machine.name, machine.sms);
-            print(&format!("{}{MODEL_HEADER}", heading(&plan, args.ranks, &on)));
+            let on = format!("{} modelled {}s of {} SMs", args.run.ranks, machine.name, machine.sms);
+            print(&format!("{}{MODEL_HEADER}", heading(&plan, args.run.ranks, &on)));
         }
-        for found in bench::modelled(&plan, machine, args.ranks)? {
+        for found in bench::modelled(&plan, machine, args.run.ranks)? {
             print(&if args.json { json(&found) } else { model_rows(&found) });
         }
     }
@@ -68,11 +73,7 @@ fn modelled(args: &BenchArgs) -> Result<()> {
 }
 
 fn plan(args: &BenchArgs, shape: BenchShape, tokens: &[usize]) -> Plan {
-    let tokens = if args.tokens.is_empty() { tokens } else { &args.tokens };
-    let experts = args
-        .experts_per_rank
-        .map_or_else(|| shape.experts_on(args.ranks), |experts| experts.saturating_mul(args.ranks));
-    Plan { shape, experts, choice: args.routing.into(), tokens: tokens.to_vec() }
+    args.run.plan(shape, if args.tokens.is_empty() { tokens } else { &args.tokens })
 }
 
 /// A reader that has gone away (`| head`) is no error.
@@ -130,46 +131,6 @@ fn gpu_row(found: &GpuMeasurement) -> String {
         setting.hit_experts,
         setting.imbalance,
         setting.relative_error,
-    )
-}
-
-const SIM_HEADER: &str = "  \
-tokens      operations  tile efficiency  memory bytes  least/moved   NVLink bytes        least  waits met  warp instructions  simulated us    error";
-
-fn sim_row(found: &SimMeasurement) -> String {
-    format!(
-        "{:>8} {:>15} {:>15.1}% {:>13} {:>11.1}% {:>14} {:>12.0} {:>9.1}% {:>18} {:>13.1} {:>8.1e}\n{}",
-        found.setting.tokens,
-        found.tensor_ops,
-        100.0 * found.tile_efficiency,
-        found.memory_bytes,
-        100.0 * found.memory_efficiency,
-        found.nvlink_bytes,
-        found.least_nvlink_bytes,
-        100.0 * found.waits_met,
-        found.instructions,
-        found.simulated_us,
-        found.setting.relative_error,
-        PHASES.iter().zip(&found.phases).map(|(name, phase)| sim_phase(name, phase)).collect::<Vec<_>>().join("\n")
-    )
-}
-
-/// What the schedule says of one phase.
-fn sim_phase(name: &str, phase: &PhaseWork) -> String {
-    let useful = if phase.tensor_ops > 0.0 {
-        format!(
-            ", {:.0} operations, {:.1}% of them useful",
-            phase.tensor_ops,
-            100.0 * phase.useful_ops / phase.tensor_ops
-        )
-    } else {
-        String::new()
-    };
-    format!(
-        "          {name}: {:.0} bytes of memory, {:.2} of the least, {:.0} of NVLink{useful}",
-        phase.memory_bytes,
-        phase.memory_bytes / phase.least_memory_bytes.max(1.0),
-        phase.nvlink_bytes
     )
 }
 

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod counts;
 mod job;
 mod output;
 mod report;

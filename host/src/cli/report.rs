@@ -24,8 +24,8 @@ const COUNTERS: [Counter; 13] = [
     ("nvlink_write_bytes", "NVLink bytes written", |cost| cost.nvlink_write),
     ("tensor_ops", "tensor-core operations", |cost| cost.tensor_ops),
     ("waits", "waits", |cost| cost.waits),
-    ("mbarrier_waits", "mbarrier waits", |cost| cost.mbarrier_waits),
-    ("mbarrier_suspensions", "of them suspended", |cost| cost.mbarrier_suspensions),
+    ("mbarrier_waits", "mbarrier waits", |cost| cost.mbarriers().waits),
+    ("mbarrier_waits_met", "of them met at once", |cost| cost.mbarriers().met),
     ("polls", "polls", |cost| cost.polls),
     ("simulated_ns", "simulated ns", |cost| cost.simulated_ns),
 ];

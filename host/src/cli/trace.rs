@@ -13,17 +13,17 @@ use super::args::{MeasureOn, TraceArgs};
 
 /// Records a launch, writes it, and prints where its time went.
 pub fn trace(args: &TraceArgs) -> Result<()> {
-    let gpus = args.device.gpus(args.ranks)?;
+    let gpus = args.run.device.gpus(args.run.ranks)?;
     // A path that cannot be written is told before the launch.
     let output = create(&args.output)?;
     let svg = args.svg.as_deref().map(|path| create(path).map(|file| (path, file))).transpose()?;
     let shown = match &gpus {
-        _ if args.device == MeasureOn::Model => model(args)?,
+        _ if args.run.device == MeasureOn::Model => model(args)?,
         Some(gpus) => record(args, args.shape, Device::Cuda, gpus)?,
         None => {
             let sms = args.sms.unwrap_or(SimOptions::default().sms);
             let device = Device::Sim(SimOptions { sms, ..SimOptions::default() });
-            record(args, args.shape.scaled_down(args.ranks), device, &[])?
+            record(args, args.shape.scaled_down(args.run.ranks), device, &[])?
         }
     };
     let Shown { title, note, plan, trace } = shown;
@@ -49,9 +49,9 @@ struct Shown {
 }
 
 fn record(args: &TraceArgs, shape: BenchShape, device: Device, gpus: &[Gpu]) -> Result<Shown> {
-    let plan = plan(args, shape);
+    let plan = args.run.plan(shape, &[args.tokens]);
     let Traced { setting, trace, launches, us } =
-        bench::traced(&plan, &DeviceGroup::open_traced(device, args.ranks)?, gpus)?;
+        bench::traced(&plan, &DeviceGroup::open_traced(device, args.run.ranks)?, gpus)?;
     let note = match us {
         Some(us) => format!(
             "{us:.1} us from one launch's end to the next, tracing included; the last of {} launches",
@@ -63,20 +63,13 @@ fn record(args: &TraceArgs, shape: BenchShape, device: Device, gpus: &[Gpu]) -> 
 }
 
 fn model(args: &TraceArgs) -> Result<Shown> {
-    let plan = plan(args, args.shape);
-    let machine = args.machine.unwrap_or(MACHINES[0]);
-    let found = bench::modelled(&plan, &machine, args.ranks)?.remove(0);
+    let plan = args.run.plan(args.shape, &[args.tokens]);
+    let machine = args.run.machine.unwrap_or(MACHINES[0]);
+    let found = bench::modelled(&plan, &machine, args.run.ranks)?.remove(0);
     let note =
         format!("a model, not a measurement (docs/performance.md); it names as the bottleneck: {}", found.bottleneck);
     let title = title(args, &plan, &format!("a modelled {}", machine.name));
     Ok(Shown { title, note, plan, trace: found.trace })
-}
-
-fn plan(args: &TraceArgs, shape: BenchShape) -> Plan {
-    let experts = args
-        .experts_per_rank
-        .map_or_else(|| shape.experts_on(args.ranks), |experts| experts.saturating_mul(args.ranks));
-    Plan { shape, experts, choice: args.routing.into(), tokens: vec![args.tokens] }
 }
 
 fn title(args: &TraceArgs, plan: &Plan, device: &str) -> String {
@@ -85,8 +78,8 @@ fn title(args: &TraceArgs, plan: &Plan, device: &str) -> String {
         "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {} experts on {} rank{}, {:?} \
          routing, {} tokens a rank, on {device}",
         plan.experts,
-        args.ranks,
-        if args.ranks == 1 { "" } else { "s" },
+        args.run.ranks,
+        if args.run.ranks == 1 { "" } else { "s" },
         plan.choice,
         args.tokens
     )

@@ -21,8 +21,8 @@ pub(super) struct Rank {
     /// For clusters of one CTA, and for the largest ones.
     pub(super) params: [Params; 2],
     pub(super) workspace: DeviceBuffer,
-    _linear1: DeviceBuffer,
-    _linear2: DeviceBuffer,
+    pub(super) linear1: DeviceBuffer,
+    pub(super) linear2: DeviceBuffer,
     /// Where [`FusedMoe::forward`] puts its batch.
     pub(super) inputs: InputBuffers,
 }
@@ -75,8 +75,8 @@ impl Rank {
         Ok(Self {
             params: [single, Params { maps: maps(cluster)?, cluster, ..single }],
             workspace,
-            _linear1: linear1,
-            _linear2: linear2,
+            linear1,
+            linear2,
             inputs: InputBuffers::new(backend, rank, &shape, symmetric)?,
         })
     }

@@ -6,7 +6,7 @@ use crate::check::{self, Mode, Order, Scope, shared_key};
 use crate::cost::Direction;
 use crate::decode::SHARED_START;
 use crate::error::Fault;
-use crate::memory::{Allocation, Copied, GlobalMemory, TrackedBytes, Window, window_offset};
+use crate::memory::{Copied, GlobalMemory, TrackedBytes, Window, window_offset};
 use crate::program::{Access, Space};
 use crate::registers::{LANES, Registers, Slot, lanes};
 
@@ -205,7 +205,7 @@ impl Context<'_> {
             check_aligned(self.memory, start, bytes)?;
             let local = GlobalMemory::device_of(start) == self.state.device;
             let (allocation, _) = self.memory.find(start, bytes as u64)?;
-            let (mut unwritten, mut count) = (None, 0);
+            let mut unwritten = None;
             // As many lanes as are in this allocation.
             while rest != 0 {
                 let lane = rest.trailing_zeros() as usize;
@@ -222,17 +222,15 @@ impl Context<'_> {
                 let data = &allocation.bytes.data()[offset..offset + bytes];
                 unpack(&mut self.warp.registers, access, lane, data);
                 if local {
-                    touch(allocation, offset, bytes, Direction::Read, self.cost);
+                    allocation.lines.touch(offset, bytes, Direction::Read, self.cost);
+                } else {
+                    allocation.lines.cross(offset, bytes, Direction::Read, self.cost);
                 }
-                count += 1;
                 rest &= rest - 1;
             }
             if let Some(lane) = unwritten {
                 self.fault_lanes = 1 << lane;
                 return Err(Fault::Uninitialised { place: self.memory.place(addresses[lane]), bytes: bytes as u64 });
-            }
-            if !local {
-                self.cost.nvlink_read += count * bytes as u64;
             }
         }
         Ok(())
@@ -285,9 +283,9 @@ impl Context<'_> {
                         allocation.bytes.write(offset, data);
                     }
                     if local {
-                        touch(allocation, offset, bytes, Direction::Write, self.cost);
+                        allocation.lines.touch(offset, bytes, Direction::Write, self.cost);
                     } else {
-                        self.cost.nvlink_write += bytes as u64;
+                        allocation.lines.cross(offset, bytes, Direction::Write, self.cost);
                     }
                     if late {
                         let (device, cluster) = (self.state.device, self.state.cluster.id());
@@ -384,30 +382,6 @@ pub(super) fn check_aligned(memory: &GlobalMemory, address: u64, bytes: usize) -
         return Ok(());
     }
     Err(Fault::Misaligned { place: memory.place(address), align: bytes as u64 })
-}
-
-/// Counts an access to the device's own memory.
-#[inline]
-pub(crate) fn touch(
-    allocation: &mut Allocation,
-    offset: usize,
-    bytes: usize,
-    direction: Direction,
-    cost: &mut crate::cost::Cost,
-) {
-    cost.l2_bytes += bytes as u64;
-    let (lines, total) = match direction {
-        Direction::Read => (&mut allocation.read_lines, &mut cost.hbm_read),
-        Direction::Write => (&mut allocation.written_lines, &mut cost.hbm_write),
-    };
-    for line in offset / 128..=(offset + bytes - 1) / 128 {
-        let bit = 1u64 << (line % 64);
-        let word = &mut lines[line / 64];
-        if *word & bit == 0 {
-            *word |= bit;
-            *total += 128;
-        }
-    }
 }
 
 /// Moves the bytes of one lane to its registers.

@@ -1,6 +1,6 @@
 //! `atom` and `red`.
 
-use super::access::{check_aligned, shared_range, touch};
+use super::access::{check_aligned, shared_range};
 use super::cluster::state_at;
 use super::{Context, Executed, Flow};
 use crate::check::{self, Mode, shared_key};
@@ -134,11 +134,11 @@ impl Context<'_> {
                 return Err(Fault::Uninitialised { place: self.memory.place(address), bytes: whole as u64 });
             }
             if local {
-                touch(allocation, offset, whole, Direction::Write, self.cost);
+                allocation.lines.touch(offset, whole, Direction::Write, self.cost);
             } else {
-                self.cost.nvlink_write += whole as u64;
+                allocation.lines.cross(offset, whole, Direction::Write, self.cost);
                 if atomic.destination.is_some() {
-                    self.cost.nvlink_read += whole as u64;
+                    allocation.lines.cross(offset, whole, Direction::Read, self.cost);
                 }
             }
             let data = &mut allocation.bytes.data_mut()[offset..offset + whole];

@@ -4,7 +4,7 @@ use super::access::{shared_place, shared_range};
 use super::cluster::{SharedAt, state_at};
 use super::{Context, Executed, Flow};
 use crate::check::{Access, Mode, Scope, shared_key};
-use crate::cta::{CtaState, Phase, Wait};
+use crate::cta::{CtaState, Phase, Wait, Warp};
 use crate::error::Fault;
 use crate::mbarrier::{Mbarrier, MbarrierError};
 use crate::mbarrier_op::{MbarrierAction, MbarrierOp};
@@ -220,6 +220,14 @@ impl Context<'_> {
         Ok(at)
     }
 
+    /// A wait is over; whether it, or an earlier try at it, has found a phase incomplete.
+    fn forget_unmet(&mut self, addresses: &[u32; LANES], phase: WaitPhase, active: u32) -> bool {
+        let Warp { unmet, registers, .. } = &mut *self.warp;
+        let looks = unmet.len();
+        unmet.retain(|look| !lanes(active).any(|lane| *look == (addresses[lane], Phase::of(phase, registers, lane))));
+        unmet.len() < looks
+    }
+
     fn mbarrier_wait(&mut self, index: usize, addresses: &[u32; LANES], wait: Waited, active: u32) -> Executed {
         let Waited { done, phase, suspends, limit, relaxed, scope } = wait;
         self.check_waits(addresses, phase, active)?;
@@ -236,15 +244,20 @@ impl Context<'_> {
         self.fault_lanes = 0;
         let timed_out = std::mem::take(&mut self.warp.fragments[index].timed_out);
         if let Some((address, phase, lane)) = blocking {
+            if !self.warp.unmet.contains(&(address, phase)) {
+                self.warp.unmet.push((address, phase));
+            }
             if suspends && !timed_out {
                 let limit = limit.map_or(SUSPEND_NS, |limit| u64::from(limit.get(&self.warp.registers)[lane]));
                 let until = self.time() + limit;
-                self.cost.mbarrier_suspensions += 1;
                 return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
             }
             self.cost.polls += 1;
         } else {
-            self.cost.mbarrier_waits += 1;
+            let met = !self.forget_unmet(addresses, phase, active);
+            let waits = &mut self.cost.warps[self.warp_index];
+            waits.waits += 1;
+            waits.met += u64::from(met);
         }
         self.warp.registers.set_predicate(done, active, complete);
         if complete != 0

@@ -11,10 +11,9 @@ use serde::Serialize;
 use crate::bench::{Choice, Plan, draw};
 use crate::error::Result;
 use crate::fused::{clusters_pay, layer_shape, wave_experts};
-use crate::group::DeviceGroup;
 use crate::router::Routing;
 use crate::trace::Trace;
-use timeline::RankModel;
+use timeline::{COUNTS_NS, FIRST_ROWS_NS, RankModel};
 
 /// The rates of a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -38,6 +37,9 @@ pub const MACHINES: [Machine; 2] = [
     Machine { name: "H200", sms: 132, memory_gbs: 4273.0, nvlink_gbs: 450.0, tflops: 680.0, l2_bytes: 30 << 20 },
     Machine { name: "H20", sms: 78, memory_gbs: 4000.0, nvlink_gbs: 450.0, tflops: 148.0, l2_bytes: 30 << 20 },
 ];
+
+/// From a launch to the first rows in the pool, in microseconds.
+pub(super) const START_US: f64 = (COUNTS_NS + FIRST_ROWS_NS) / 1e3;
 
 /// What one phase moves and computes, on the rank that takes longest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -139,23 +141,6 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
         })
     };
     plan.tokens.iter().map(of_tokens).collect()
-}
-
-/// What the schedule says of the phases of a launch on a simulated group, the sums over all ranks. The simulator counts what is read again as read once.
-pub(super) fn phases_of_ranks(shape: &Shape, group: &DeviceGroup, routings: &[Routing]) -> [PhaseWork; 4] {
-    let mut sum = [PhaseWork::default(); 4];
-    for rank in 0..routings.len() {
-        let sms = group.backend.resident_ctas(rank);
-        let machine = Machine { sms, l2_bytes: u64::MAX, ..MACHINES[0] };
-        for (sum, phase) in sum.iter_mut().zip(Load::new(shape, &machine, routings, rank).phases()) {
-            sum.memory_bytes += phase.memory_bytes;
-            sum.least_memory_bytes += phase.least_memory_bytes;
-            sum.nvlink_bytes += phase.nvlink_bytes;
-            sum.tensor_ops += phase.tensor_ops;
-            sum.useful_ops += phase.useful_ops;
-        }
-    }
-    sum
 }
 
 /// What one rank has to do.
@@ -296,5 +281,49 @@ impl Load {
         phases[3].memory_bytes = self.combine_bytes();
         phases[3].least_memory_bytes = self.combine_bytes();
         phases
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::{BenchShape, simulated};
+    use crate::fused::Part;
+    use crate::group::{Device, DeviceGroup, SimOptions};
+
+    /// The sums over all ranks of a simulated group.
+    fn scheduled(plan: &Plan, sms: u32, ranks: usize, tokens: usize) -> [PhaseWork; 4] {
+        let config = plan.config();
+        let shape = layer_shape(&config, ranks).unwrap();
+        let routing = |rank| draw::routing(&config, tokens, plan.choice, rank as u64).unwrap();
+        let routings: Vec<_> = (0..ranks).map(routing).collect();
+        let machine = Machine { sms, l2_bytes: u64::MAX, ..MACHINES[0] };
+        let mut sum = [PhaseWork::default(); 4];
+        for rank in 0..ranks {
+            for (sum, phase) in sum.iter_mut().zip(Load::new(&shape, &machine, &routings, rank).phases()) {
+                sum.memory_bytes += phase.memory_bytes;
+                sum.tensor_ops += phase.tensor_ops;
+                sum.useful_ops += phase.useful_ops;
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn the_schedule_s_operations_are_those_that_the_simulator_counts() {
+        let options = SimOptions::default();
+        let shape = BenchShape::find("flash").unwrap().scaled_down(2);
+        let plan = Plan { shape, experts: 16, choice: Choice::Skewed, tokens: vec![3, 90] };
+        let group = DeviceGroup::open(Device::Sim(options), 2).unwrap();
+        simulated(&plan, &group, |found| {
+            let tokens = found.setting.tokens;
+            let phases = scheduled(&plan, options.sms, 2, tokens);
+            for part in [Part::Linear1, Part::Linear2] {
+                let (counted, scheduled) = (found.phases[part as usize], phases[part as usize]);
+                assert_eq!(counted.tensor_ops as f64, scheduled.tensor_ops, "{counted:?}");
+                assert_eq!(counted.least_ops as f64, scheduled.useful_ops, "{counted:?}");
+            }
+        })
+        .unwrap();
     }
 }

@@ -13,8 +13,8 @@ use super::{Load, Machine};
 use crate::trace::{CONSUMERS, CtaTrace, DISPATCH, ROLE_NAMES, Span};
 
 /// Until the first task is known, and then until the first rows are there: flash, 8 tokens (docs/measurements.md).
-const COUNTS_NS: f64 = 13_000.0;
-const FIRST_ROWS_NS: f64 = 11_000.0;
+pub(super) const COUNTS_NS: f64 = 13_000.0;
+pub(super) const FIRST_ROWS_NS: f64 = 11_000.0;
 /// From a row's first byte asked for to its last stored (docs/measurements.md, several rows a pull ticket).
 const ROW_NS: f64 = 5_700.0;
 /// The epilogue of linear 2, 5 us for 256 rows (docs/measurements.md); linear 1 stores half as much.
