@@ -9,7 +9,7 @@ use crate::device::special::{ctas, setmaxnreg_dec, setmaxnreg_inc, thread};
 use crate::device::warp::shfl_idx;
 use crate::launch::Launch;
 use crate::params::{Arguments, Params};
-use crate::roles::{combine, combine_early, consume, produce, publish, pull, route, schedule};
+use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
     CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPGROUPS, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS,
     MAX_STAGES, PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGING_BUFFERS, TASK_SLOTS, WARP, WARPGROUP,
@@ -53,7 +53,6 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         if warp < DISPATCH_WARPS {
             route::route(&launch, lane);
             pull::pull(&launch, cta, warp, lane);
-            combine_early::combine_early(&launch, lane);
         } else if warp == PRODUCER_WARP {
             produce::produce(&launch, cta, lane);
         } else if warp == SCHEDULER_WARP {

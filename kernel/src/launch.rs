@@ -168,13 +168,6 @@ impl Launch {
         (self.arguments.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
     }
 
-    /// Whether a wait of the rank has run out.
-    #[inline(always)]
-    pub fn has_timed_out(&self) -> bool {
-        // SAFETY: the status words lie in the workspace.
-        unsafe { ld_relaxed_gpu_u64(&raw const (*self.status()).timeout) != 0 }
-    }
-
     /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.
     ///
     /// Every wait on another CTA or rank goes through here.
@@ -188,7 +181,8 @@ impl Launch {
         let start = globaltimer();
         let mut pause = 32;
         while !ready() {
-            if self.has_timed_out() {
+            // SAFETY: as above.
+            if unsafe { ld_relaxed_gpu_u64(timeout) } != 0 {
                 return;
             }
             if globaltimer() - start > self.params().deadline_ns {

@@ -169,8 +169,6 @@ pub struct CounterLayout {
     pub columns_ready: u64,
     /// `[local_experts]`: linear 2 tasks of an expert whose results are stored, counted by each warpgroup.
     pub expert_done: u64,
-    /// `[max_tokens / 32]`: the tokens that a warp has begun to sum, one bit each, in launches that [combine early](crate::schedule::combines_early).
-    pub summed: u64,
     /// Size of one set, a multiple of 4.
     pub bytes: u64,
 }
@@ -216,7 +214,6 @@ impl CounterLayout {
             rows_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
             columns_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
             expert_done: parts.take(shape.local_experts() as u64 * 4, PART_ALIGNMENT),
-            summed: parts.take(shape.max_tokens.div_ceil(32) as u64 * 4, PART_ALIGNMENT),
             bytes: parts.take(0, PART_ALIGNMENT),
         }
     }

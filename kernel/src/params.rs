@@ -62,8 +62,8 @@ pub struct Params {
     pub wave_experts: u32,
     /// CTAs of a cluster, for which the maps of the pools are made.
     pub cluster: u32,
-    /// Zero: aligns what follows, and fills the struct's last 64 bytes.
-    pub reserved: [u32; 15],
+    /// Zero: aligns what follows.
+    pub reserved: u32,
     /// Where a traced kernel records.
     pub trace: TraceBuffer,
 }

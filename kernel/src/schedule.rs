@@ -67,12 +67,6 @@ pub const fn combine_tokens(tokens: u32, ctas: u32) -> u32 {
     }
 }
 
-/// Whether dispatch warps, which then have nothing else to do, sum tokens while the consumers still multiply: where a task of the consumers is a
-/// token for each of their warps. With fewer tokens a task's warps share each, and are done before a single warp were.
-pub const fn combines_early(tokens: u32, ctas: u32) -> bool {
-    combine_tokens(tokens, ctas) == MAX_COMBINE_TOKENS
-}
-
 /// Combine tasks for `tokens` tokens.
 pub const fn combine_chunks(tokens: u32, ctas: u32) -> u32 {
     tokens.div_ceil(combine_tokens(tokens, ctas))

@@ -68,7 +68,7 @@ impl Rank {
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
             wave_experts: wave_experts(&shape, sms),
             cluster: 1,
-            reserved: [0; 15],
+            reserved: 0,
             trace: TraceBuffer::NONE,
         };
         let cluster = MAX_CLUSTER.min(backend.resident_ctas(rank));

@@ -35,7 +35,6 @@ macro_rules! reduction {
 }
 
 atomic!(atom_add_relaxed_gpu, u32, reg32, "atom.relaxed.gpu.global.add.u32");
-atomic!(atom_or_relaxed_gpu, u32, reg32, "atom.relaxed.gpu.global.or.b32");
 atomic!(atom_add_acq_rel_gpu, u32, reg32, "atom.acq_rel.gpu.global.add.u32");
 
 reduction!(red_add_release_gpu, u32, reg32, "red.release.gpu.global.add.u32");

@@ -1,24 +1,23 @@
 //! Combine: the sum of a token's results, in the order of its choices, then the shared experts'.
 
 use crate::cta::{Cta, Ring};
-use crate::device::atomic::atom_or_relaxed_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::bulk_load;
 use crate::device::convert::bf16x2;
 use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::{ld_acquire_sys_u32, st_weak_v4};
 use crate::device::special::ctas;
-use crate::device::warp::{ballot, shfl_idx};
+use crate::device::warp::ballot;
 use crate::launch::Launch;
 use crate::roles::choice::{Choice, choose};
-use crate::schedule::{combine_tokens, combines_early};
+use crate::schedule::combine_tokens;
 use crate::shared::{COMBINE_BUFFERS, COMBINE_BYTES, CONSUMER_WARPS, WARP};
 use crate::status::{Stage, Timeout};
 
 /// Columns of one piece of a row; a warp sums piece by piece.
 pub const COLUMNS_PER_PIECE: u32 = COMBINE_BYTES / 2;
 /// Columns of one 16-byte access.
-pub const COLUMNS_PER_LANE: u32 = 8;
+const COLUMNS_PER_LANE: u32 = 8;
 /// Accesses of one lane to a whole piece.
 const GROUPS: usize = (COLUMNS_PER_PIECE / (COLUMNS_PER_LANE * WARP)) as usize;
 
@@ -54,8 +53,8 @@ impl<'a> Combiner<'a> {
         Self { launch, cta, warp, lane, landing: Ring::new(), free: Ring::new(), under_way: 0 }
     }
 
-    /// One chunk of tokens: each of the CTA's warps has an even share of its pieces, those of one token after the other. If the launch combines
-    /// early, that is a token, unless it is summed already. While one piece is summed, the next is on its way.
+    /// One chunk of tokens: each of the CTA's warps has an even share of its pieces, those of one token after the other. While one piece is
+    /// summed, the next is on its way.
     #[inline(always)]
     pub fn combine(&mut self, chunk: u32) {
         mark!(self.launch, Combine, chunk);
@@ -66,13 +65,9 @@ impl<'a> Combiner<'a> {
         let first = (chunk * tokens).min(all);
         let per_token = hidden.div_ceil(COLUMNS_PER_PIECE);
         let pieces = tokens.min(all - first) * per_token;
-        let early = combines_early(all, ctas());
-        let share = if early { per_token } else { pieces.div_ceil(CONSUMER_WARPS) };
+        let share = pieces.div_ceil(CONSUMER_WARPS);
         let mut index = (self.warp * share).min(pieces);
-        let mut end = (index + share).min(pieces);
-        if early && index < end && claim(self.launch, first + self.warp, 1, self.lane) == 0 {
-            end = index;
-        }
+        let end = (index + share).min(pieces);
         let (mut next, mut known) = (None, None);
         loop {
             let current = next.take();
@@ -80,7 +75,7 @@ impl<'a> Combiner<'a> {
                 let (token, first_column) = (first + index / per_token, index % per_token * COLUMNS_PER_PIECE);
                 let slots = match known {
                     Some((of, slots)) if of == token => slots,
-                    _ => wait_for_results(self.launch, token, self.lane),
+                    _ => self.wait_for_results(token),
                 };
                 known = Some((token, slots));
                 let columns = COLUMNS_PER_PIECE.min(hidden - first_column);
@@ -118,7 +113,10 @@ impl<'a> Combiner<'a> {
                 }
             });
             unroll!(GROUP < GROUPS, {
-                add(&mut sums[GROUP], values[GROUP]);
+                unroll!(PAIR < 4, {
+                    sums[GROUP][2 * PAIR] += f32::from_bits(values[GROUP][PAIR] << 16);
+                    sums[GROUP][2 * PAIR + 1] += f32::from_bits(values[GROUP][PAIR] & 0xffff_0000);
+                });
             });
             bar_warp_sync();
             self.landing.advance(COMBINE_BUFFERS);
@@ -129,8 +127,10 @@ impl<'a> Combiner<'a> {
         unroll!(GROUP < GROUPS, {
             let column = self.column::<GROUP>();
             if column < piece.columns {
+                let [a, b, c, d, e, f, g, h] = sums[GROUP];
+                let values = [bf16x2(a, b), bf16x2(c, d), bf16x2(e, f), bf16x2(g, h)];
                 // SAFETY: the output has a row for every token.
-                unsafe { store(output.wrapping_add(column as usize * 2), sums[GROUP]) };
+                unsafe { st_weak_v4(output.wrapping_add(column as usize * 2), values) };
             }
         });
     }
@@ -139,6 +139,39 @@ impl<'a> Combiner<'a> {
     #[inline(always)]
     fn column<const GROUP: usize>(&self) -> u32 {
         (GROUP as u32 * WARP + self.lane) * COLUMNS_PER_LANE
+    }
+
+    /// Waits until all results of a token are there; returns the set of its slots.
+    #[inline(always)]
+    fn wait_for_results(&self, token: u32) -> u64 {
+        mark!(self.launch, WaitForResults);
+        let shape = &self.launch.params().shape;
+        let rank = self.launch.params().rank;
+        let mut chosen = false;
+        if let Choice::Expert(expert) = choose(self.launch, token, self.lane, self.lane < shape.top_k, self.lane) {
+            chosen = true;
+            self.wait_for_flag(expert, expert / shape.routed_experts(), expert);
+        }
+        if self.lane < shape.shared_experts {
+            let flag = shape.experts + self.lane;
+            self.wait_for_flag(flag, rank, flag);
+        }
+        let slots = ballot(chosen) as u64;
+        bar_warp_sync();
+        mark!(self.launch, Combine);
+        slots | ((1 << shape.shared_experts) - 1) << shape.top_k
+    }
+
+    #[inline(always)]
+    fn wait_for_flag(&self, flag: u32, rank: u32, subject: u32) {
+        let params = self.launch.params();
+        let address = self.launch.symmetric(params.rank, params.symmetric.flags, flag as u64);
+        let epoch = self.launch.epoch();
+        let missing = || Timeout { stage: Stage::Results, rank, subject };
+        // SAFETY: a flag of this rank.
+        self.launch.wait_until(missing, || unsafe { ld_acquire_sys_u32(address) } == epoch);
+        // The results were acquired by an ordinary load, and will be read by bulk copies.
+        fence_proxy_async_global();
     }
 
     /// Starts to load a piece's slots, as many as there are free buffers for. A piece before it has begun to load all of its slots.
@@ -163,69 +196,4 @@ impl<'a> Combiner<'a> {
             self.under_way += 1;
         }
     }
-}
-
-/// Claims a set of tokens, a bit each from `first` on, that lie in one word: returns those that no warp has claimed before. All lanes call this.
-#[inline(always)]
-pub fn claim(launch: &Launch, first: u32, set: u32, lane: u32) -> u32 {
-    let summed = launch.counter(launch.params().workspace.counter.summed, first / 32);
-    // SAFETY: a word of this launch's counters.
-    let before = if lane == 0 { unsafe { atom_or_relaxed_gpu(summed, set << (first % 32)) } } else { 0 };
-    set & !(shfl_idx(before, 0) >> (first % 32))
-}
-
-/// Waits until all results of a token are there; returns the set of its slots.
-#[inline(always)]
-pub fn wait_for_results(launch: &Launch, token: u32, lane: u32) -> u64 {
-    mark!(launch, WaitForResults);
-    let shape = &launch.params().shape;
-    let mut chosen = false;
-    if let Choice::Expert(expert) = choose(launch, token, lane, lane < shape.top_k, lane) {
-        chosen = true;
-        wait_for_flag(launch, expert, expert / shape.routed_experts());
-    }
-    if lane < shape.shared_experts {
-        wait_for_flag(launch, shape.experts + lane, launch.params().rank);
-    }
-    let slots = ballot(chosen) as u64;
-    bar_warp_sync();
-    mark!(launch, Combine);
-    slots | ((1 << shape.shared_experts) - 1) << shape.top_k
-}
-
-/// Waits for an expert's results, which `rank` makes.
-#[inline(always)]
-fn wait_for_flag(launch: &Launch, flag: u32, rank: u32) {
-    let (address, epoch) = (flag_address(launch, flag), launch.epoch());
-    let missing = || Timeout { stage: Stage::Results, rank, subject: flag };
-    // SAFETY: a flag of this rank.
-    launch.wait_until(missing, || unsafe { ld_acquire_sys_u32(address) } == epoch);
-    // The results were acquired by an ordinary load, and will be read by bulk copies.
-    fence_proxy_async_global();
-}
-
-/// This rank's flag of a routed expert of the layer, or behind those of a shared one: the epoch of its last complete results.
-#[inline(always)]
-pub fn flag_address(launch: &Launch, flag: u32) -> *const u32 {
-    let params = launch.params();
-    launch.symmetric(params.rank, params.symmetric.flags, flag as u64)
-}
-
-/// Adds eight bf16 values to their sums.
-#[inline(always)]
-pub fn add(sums: &mut [f32; COLUMNS_PER_LANE as usize], values: [u32; COLUMNS_PER_LANE as usize / 2]) {
-    unroll!(PAIR < 4, {
-        sums[2 * PAIR] += f32::from_bits(values[PAIR] << 16);
-        sums[2 * PAIR + 1] += f32::from_bits(values[PAIR] & 0xffff_0000);
-    });
-}
-
-/// Stores eight sums as bf16.
-///
-/// # Safety
-/// The address is global, 16-byte aligned and in bounds.
-#[inline(always)]
-pub unsafe fn store(address: *mut u8, [a, b, c, d, e, f, g, h]: [f32; COLUMNS_PER_LANE as usize]) {
-    // SAFETY: the caller's.
-    unsafe { st_weak_v4(address, [bf16x2(a, b), bf16x2(c, d), bf16x2(e, f), bf16x2(g, h)]) };
 }

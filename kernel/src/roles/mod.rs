@@ -2,7 +2,6 @@
 
 pub mod choice;
 pub mod combine;
-pub mod combine_early;
 pub mod consume;
 pub mod linear1;
 pub mod linear2;
