@@ -32,7 +32,7 @@ pub struct SimMeasurement {
     pub memory_efficiency: f64,
     /// Bytes between ranks.
     pub nvlink_bytes: u64,
-    /// A hidden state and a result for every (token, expert) on different ranks.
+    /// A hidden state for every (token, other rank with experts of it), and a result for every choice there.
     pub least_nvlink_bytes: f64,
     /// Bytes between SMs and L2.
     pub l2_bytes: u64,

@@ -1,5 +1,7 @@
 //! What a forward pass must do at least, counted from its routing.
 
+use std::collections::BTreeSet;
+
 use crate::config::MoeConfig;
 use crate::router::Routing;
 
@@ -14,8 +16,8 @@ pub struct RankWork {
     /// Bytes of device memory: the weights of every expert that a token goes to, once, and the rank's own tokens, in and
     /// out.
     pub memory_bytes: f64,
-    /// Bytes that come in from other ranks: a hidden state for every (token, expert) of a token from elsewhere, and a result
-    /// for every choice of an own token that lies elsewhere. As many go out.
+    /// Bytes that come in from other ranks: the hidden state of every token from elsewhere that goes to an expert of this rank, once,
+    /// and a result for every choice of an own token that lies elsewhere.
     pub nvlink_bytes: f64,
     /// Experts of this rank that a token goes to, shared ones included.
     pub hit_experts: f64,
@@ -31,14 +33,18 @@ pub fn of_ranks(config: &MoeConfig, routings: &[Routing]) -> Vec<RankWork> {
     let mut crossing = vec![0.0; ranks];
     let mut hit = vec![false; config.experts];
     for (from, routing) in routings.iter().enumerate() {
-        for expert in routing.topk_idx().iter().filter_map(|&id| usize::try_from(id).ok()) {
-            let to = expert / per_rank;
-            hit[expert] = true;
-            pairs[to] += 1.0;
-            if to != from {
-                crossing[to] += 1.0;
-                crossing[from] += 1.0;
+        for ids in routing.topk_idx().chunks(routing.top_k()) {
+            let mut owners = BTreeSet::new();
+            for expert in ids.iter().filter_map(|&id| usize::try_from(id).ok()) {
+                let to = expert / per_rank;
+                hit[expert] = true;
+                pairs[to] += 1.0;
+                if to != from {
+                    crossing[from] += 1.0;
+                    owners.insert(to);
+                }
             }
+            owners.into_iter().for_each(|to| crossing[to] += 1.0);
         }
     }
     (0..ranks)
@@ -115,5 +121,13 @@ mod tests {
         );
         assert_eq!(imbalance(&config, &routings), 2.0 * 4.0 / 5.0);
         assert_eq!(mean(&[works.clone(), works.clone()]), works);
+    }
+
+    #[test]
+    fn a_token_crosses_once_and_a_result_for_every_choice() {
+        let routing = |ids: &[i32]| Routing::new(2, ids.to_vec(), vec![0.5; ids.len()]).unwrap();
+        let works = of_ranks(&small_config(), &[routing(&[2, 3, 0, 3, 1, 0]), routing(&[])]);
+        let row = 128.0;
+        assert_eq!([works[0].nvlink_bytes, works[1].nvlink_bytes], [3.0 * row, 2.0 * row]);
     }
 }
