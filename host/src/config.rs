@@ -63,12 +63,12 @@ impl MoeConfig {
         self.check_limit()
     }
 
-    /// The largest `max_tokens_per_rank` whose combine rows and pool rows the kernel can number.
+    /// The largest `max_tokens_per_rank` whose tokens, combine rows and pool rows the kernel can number.
     fn most_tokens_per_rank(&self, ranks: usize, local_experts: usize) -> usize {
         let combine_rows = layout::MAX_COMBINE_ROWS as usize / (self.top_k + self.shared_experts);
         let pool_rows_per_token = ranks * self.top_k.min(self.experts / ranks) + self.shared_experts;
         let padding = local_experts * tile::MAX_PADDING as usize;
-        combine_rows.min((u32::MAX as usize - padding) / pool_rows_per_token)
+        combine_rows.min(layout::MAX_TOKENS as usize).min((u32::MAX as usize - padding) / pool_rows_per_token)
     }
 
     /// Checks the number of tokens that a rank brings to one forward pass.
@@ -151,10 +151,7 @@ mod tests {
         of(message(MoeConfig { top_k: 0, ..config() }, 1), &["top-k is 0", "1 to 12"]);
         of(message(MoeConfig { experts: 0, ..config() }, 1), &["0 experts"]);
         of(message(MoeConfig { experts: 513, shared_experts: 0, ..config() }, 1), &["513 experts", "at most 512"]);
-        of(
-            message(MoeConfig { max_tokens_per_rank: 0, ..config() }, 1),
-            &["maximum of 0 tokens", "from 1 to 53687091"],
-        );
+        of(message(MoeConfig { max_tokens_per_rank: 0, ..config() }, 1), &["maximum of 0 tokens", "from 1 to 8388608"]);
         of(message(MoeConfig { max_tokens_per_rank: 1 << 28, ..config() }, 1), &["268435456 tokens"]);
         of(message(MoeConfig { swiglu_limit: Some(f32::NAN), ..config() }, 1), &["limit is NaN", "above 0"]);
         let tokens = config().check_tokens(1, 17).unwrap_err().to_string();

@@ -12,8 +12,17 @@ pub const MAX_TOP_K: u32 = 32;
 /// The most experts on one rank, shared ones included: their row counts lie in shared memory.
 pub const MAX_LOCAL_EXPERTS: u32 = 512;
 
+/// The most tokens of one rank: a slot in a list and its expert share 32 bits of a [`ListPlace`].
+pub const MAX_TOKENS: u64 = 1 << (32 - EXPERT_BITS);
+
 /// The most rows of a combine buffer: a row's number and its rank share 32 bits of a [`RowMeta`].
-pub const MAX_COMBINE_ROWS: u64 = 1 << 28;
+pub const MAX_COMBINE_ROWS: u64 = 1 << COMBINE_ROW_BITS;
+
+/// Bits of a routed expert of a rank in a [`ListPlace`].
+const EXPERT_BITS: u32 = MAX_LOCAL_EXPERTS.ilog2();
+
+/// Bits of a combine row in a [`RowMeta`].
+const COMBINE_ROW_BITS: u32 = 26;
 
 /// Bytes of one bf16 element.
 pub const BF16_BYTES: u64 = 2;
@@ -73,8 +82,8 @@ impl Shape {
 
 /// Where a pool row comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
 ///
-/// Bits 0..28 are the combine row (`token * slots + k`), bits 28..32 the rank, bits 32..64 the routing weight as f32. Entries of the
-/// dispatch lists have the same form; their rank bits are zero, for the list says the rank.
+/// Bits 0..26 are the combine row (`token * slots + k`), bits 26..32 the rank, bits 32..64 the routing weight as f32. Entries of the
+/// dispatch lists have the same form, but the list says the rank: in its place they have the number of followers, or [`FOLLOWER`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RowMeta {
     /// Row in the owner's combine buffer.
@@ -85,28 +94,57 @@ pub struct RowMeta {
     pub weight: f32,
 }
 
+/// What a list has for a choice that follows another. Of the choices of one token that go to the same rank, and not to its own, that of the lowest
+/// expert leads: its row is read from the token's rank, and written for all of them.
+pub const FOLLOWER: u32 = (1 << (32 - COMBINE_ROW_BITS)) - 1;
+
+const _: () = assert!(MAX_TOP_K <= FOLLOWER && MAX_RANKS <= FOLLOWER);
+
 impl RowMeta {
     /// The 64-bit form.
     pub const fn pack(self) -> u64 {
-        (self.weight.to_bits() as u64) << 32 | (self.rank as u64) << 28 | self.combine_row as u64
+        (self.weight.to_bits() as u64) << 32 | (self.rank << COMBINE_ROW_BITS | self.combine_row) as u64
     }
 
     /// Reads the 64-bit form.
     pub const fn unpack(word: u64) -> Self {
         Self {
-            combine_row: word as u32 & 0x0fff_ffff,
-            rank: (word >> 28) as u32 & 0xf,
+            combine_row: word as u32 % (1 << COMBINE_ROW_BITS),
+            rank: word as u32 >> COMBINE_ROW_BITS,
             weight: f32::from_bits((word >> 32) as u32),
         }
+    }
+}
+
+/// Where a follower is in the lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListPlace {
+    /// Routed expert of the rank.
+    pub expert: u32,
+    /// Slot in the expert's list of the token's rank.
+    pub slot: u32,
+}
+
+const _: () = assert!(MAX_LOCAL_EXPERTS.is_power_of_two());
+
+impl ListPlace {
+    /// The 32-bit form: the expert in the lowest bits.
+    pub const fn pack(self) -> u32 {
+        self.slot << EXPERT_BITS | self.expert
+    }
+
+    /// Reads the 32-bit form.
+    pub const fn unpack(word: u32) -> Self {
+        Self { expert: word % MAX_LOCAL_EXPERTS, slot: word >> EXPERT_BITS }
     }
 }
 
 /// Byte offsets in the symmetric buffer, the same on every rank. Other ranks write all of it.
 ///
 /// Counts and flags carry the epoch, so that a stale one is never taken for a new one. The counts are double-buffered by the
-/// epoch's parity: a rank may begin launch n + 1 while a late CTA elsewhere still reads the counts of launch n. Lists and combine rows
-/// need no second copy: a rank ends launch n after all its own rows were pulled and all its own results have arrived,
-/// and only its own next launch causes them to be written again.
+/// epoch's parity: a rank may begin launch n + 1 while a late CTA elsewhere still reads the counts of launch n. Lists, places of followers and
+/// combine rows need no second copy: a rank ends launch n after all its own rows were pulled, those of followers too, and all its own results
+/// have arrived, and only its own next launch causes them to be written again.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -119,10 +157,10 @@ pub struct SymmetricLayout {
     pub flags: u64,
     /// u64 `[ranks][routed_experts][max_tokens]`: [`RowMeta`] of what a source rank sends to an expert of this rank.
     pub lists: u64,
+    /// u32 `[ranks][max_tokens][top_k]`: [`ListPlace`] of the followers of a source rank's token; behind the last of them, nothing is read.
+    pub followers: u64,
     /// bf16 `[max_tokens][slots][hidden]`: results for this rank's tokens.
     pub combine: u64,
-    /// Size of the buffer.
-    pub bytes: u64,
 }
 
 /// Byte offsets in a rank's workspace, which no other rank touches.
@@ -188,16 +226,24 @@ impl SymmetricLayout {
     /// The layout for `shape`.
     pub const fn new(shape: &Shape) -> Self {
         let (ranks, routed) = (shape.ranks as u64, shape.routed_experts() as u64);
-        let combine_rows = shape.max_tokens as u64 * shape.slots() as u64;
         let mut parts = Parts(0);
         Self {
             counts: parts.take(2 * ranks * routed * 8, PART_ALIGNMENT),
             hidden: parts.take(2 * ranks * 8, PART_ALIGNMENT),
             flags: parts.take((shape.experts + shape.shared_experts) as u64 * 4, PART_ALIGNMENT),
             lists: parts.take(ranks * routed * shape.max_tokens as u64 * 8, PART_ALIGNMENT),
-            combine: parts.take(combine_rows * shape.hidden as u64 * BF16_BYTES, PART_ALIGNMENT),
-            bytes: parts.take(0, PART_ALIGNMENT),
+            followers: parts.take(ranks * shape.max_tokens as u64 * shape.top_k as u64 * 4, PART_ALIGNMENT),
+            combine: parts.take(Self::combine_bytes(shape), PART_ALIGNMENT),
         }
+    }
+
+    /// Size of the buffer.
+    pub const fn bytes(&self, shape: &Shape) -> u64 {
+        (self.combine + Self::combine_bytes(shape)).next_multiple_of(PART_ALIGNMENT)
+    }
+
+    const fn combine_bytes(shape: &Shape) -> u64 {
+        shape.max_tokens as u64 * shape.slots() as u64 * shape.hidden as u64 * BF16_BYTES
     }
 }
 
@@ -244,7 +290,17 @@ mod tests {
 
     #[test]
     fn row_meta_keeps_what_was_packed() {
-        let meta = RowMeta { combine_row: (1 << 28) - 1, rank: 7, weight: -0.37 };
-        assert_eq!(RowMeta::unpack(meta.pack()), meta);
+        for rank in [0, MAX_RANKS - 1, MAX_TOP_K, FOLLOWER] {
+            let meta = RowMeta { combine_row: MAX_COMBINE_ROWS as u32 - 1, rank, weight: -0.37 };
+            assert_eq!(RowMeta::unpack(meta.pack()), meta);
+        }
+    }
+
+    #[test]
+    fn list_places_keep_what_was_packed() {
+        for (expert, slot) in [(0, MAX_TOKENS as u32 - 1), (MAX_LOCAL_EXPERTS - 1, 0), (5, 7)] {
+            let place = ListPlace { expert, slot };
+            assert_eq!(ListPlace::unpack(place.pack()), place);
+        }
     }
 }

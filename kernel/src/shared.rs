@@ -1,7 +1,7 @@
 //! The layout of a CTA's dynamic shared memory, and the shape of a CTA.
 
 use crate::layout::MAX_LOCAL_EXPERTS;
-use crate::schedule::{MAX_PULL_ROWS, TASK_BYTES};
+use crate::schedule::TASK_BYTES;
 use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE};
 
 /// Threads of a warp.
@@ -63,7 +63,7 @@ pub const LINEAR1_STAGING_TOKENS: u32 = STAGING_BYTES / 64;
 pub const ACTIVATION_TOKENS: u32 = 32;
 /// Tokens that fit a staging buffer in linear 2: 64 bf16 each.
 pub const LINEAR2_STAGING_TOKENS: u32 = STAGING_BYTES / 128;
-/// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row of a ticket.
+/// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row that is on its way.
 pub const PULL_BYTES: u32 = 6144;
 /// Pull buffers of one dispatch warp.
 pub const PULL_BUFFERS: u32 = 2;
@@ -119,7 +119,6 @@ const _: () = assert!(STAGING_OFFSET.is_multiple_of(1024) && STAGING_BYTES.is_mu
 const _: () = assert!(LINEAR1_STAGING_TOKENS.is_multiple_of(ACTIVATION_TOKENS));
 const _: () = assert!(MAX_STAGES < 16 && stages(0) == MAX_STAGES);
 const _: () = assert!(TASKS_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
-const _: () = assert!(PULL_BYTES.is_multiple_of(16 * MAX_PULL_ROWS));
 const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= PIPELINE_BYTES);
 // The register file holds 64 Ki registers, and setmaxnreg takes multiples of 8 (PTX ISA 8.6, setmaxnreg).
 const _: () = assert!(WARP * (CONSUMER_WARP * HELPER_REGISTERS + CONSUMER_WARPS * CONSUMER_REGISTERS) <= 65536);

@@ -11,6 +11,12 @@ pub const fn source_at(owner: u32, ranks: u32, place: u32) -> u32 {
     if source < ranks { source } else { source - ranks }
 }
 
+/// The place of rank `source` in the order of rank `owner`.
+pub const fn place_of(owner: u32, ranks: u32, source: u32) -> u32 {
+    let place = source + ranks - 1 - owner;
+    if place < ranks { place } else { place - ranks }
+}
+
 /// Rows that each source has for one expert, by place; 0 where there is no rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Sources(pub [u32; RANKS]);

@@ -179,8 +179,9 @@ proptest! {
             (layout.hidden, 2 * ranks * 8),
             (layout.flags, (shape.experts + shape.shared_experts) as u64 * 4),
             (layout.lists, ranks * routed * tokens * 8),
+            (layout.followers, ranks * tokens * shape.top_k as u64 * 4),
             (layout.combine, tokens * slots * hidden * 2),
-            (layout.bytes, 0),
+            (layout.bytes(&shape), 0),
         ])?;
         let layout = WorkspaceLayout::new(&shape);
         let counter = layout.counter;

@@ -1,7 +1,7 @@
 //! The order of an expert's rows, over random counts.
 
 use ferromoe_kernel::layout::MAX_RANKS;
-use ferromoe_kernel::sources::{Sources, source_at};
+use ferromoe_kernel::sources::{Sources, place_of, source_at};
 use proptest::prelude::*;
 
 fn sources() -> impl Strategy<Value = Sources> {
@@ -34,6 +34,8 @@ fn each_owner_begins_with_another_rank_and_ends_with_itself() {
             let order: Vec<_> = (0..ranks).map(|place| source_at(owner, ranks, place)).collect();
             let expected: Vec<_> = (1..=ranks).map(|step| (owner + step) % ranks).collect();
             assert_eq!(order, expected, "rank {owner} of {ranks}");
+            let places = order.iter().map(|&source| place_of(owner, ranks, source));
+            assert!(places.eq(0..ranks), "rank {owner} of {ranks}");
         }
     }
 }

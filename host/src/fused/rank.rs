@@ -104,7 +104,7 @@ impl InputBuffers {
     fn new(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape, symmetric: &DeviceBuffer) -> Result<Self> {
         let choices = u64::from(shape.max_tokens) * u64::from(shape.top_k) * 4;
         Ok(Self {
-            hidden_states: symmetric.tail(SymmetricLayout::new(shape).bytes, "hidden states"),
+            hidden_states: symmetric.tail(SymmetricLayout::new(shape).bytes(shape), "hidden states"),
             topk_idx: DeviceBuffer::new(backend, rank, choices, "expert ids")?,
             topk_weights: DeviceBuffer::new(backend, rank, choices, "routing weights")?,
             tokens: DeviceBuffer::new(backend, rank, 4, "token count")?,
@@ -126,9 +126,9 @@ impl InputBuffers {
 
 /// A rank's symmetric buffer, with its hidden states behind what the kernel lays out. Zeroed but for those.
 pub(super) fn symmetric_buffer(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape) -> Result<DeviceBuffer> {
-    let layout = SymmetricLayout::new(shape);
-    let buffer = DeviceBuffer::new(backend, rank, layout.bytes + states_bytes(shape), "symmetric buffer")?;
-    backend.fill(rank, buffer.address(), layout.bytes, 0)?;
+    let bytes = SymmetricLayout::new(shape).bytes(shape);
+    let buffer = DeviceBuffer::new(backend, rank, bytes + states_bytes(shape), "symmetric buffer")?;
+    backend.fill(rank, buffer.address(), bytes, 0)?;
     Ok(buffer)
 }
 

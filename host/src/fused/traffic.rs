@@ -71,7 +71,7 @@ impl FusedMoe {
             (shared(symmetric.counts, symmetric.flags), Dispatch, Dispatch),
             (shared(symmetric.flags, symmetric.lists), Combine, Linear2),
             (shared(symmetric.lists, symmetric.combine), Dispatch, Dispatch),
-            (shared(symmetric.combine, symmetric.bytes), Combine, Linear2),
+            (shared(symmetric.combine, symmetric.bytes(&self.shape)), Combine, Linear2),
             (own(workspace.row_meta, workspace.tokens), Linear1, Dispatch),
             (own(workspace.tokens, workspace.intermediate), Linear1, Dispatch),
             (own(workspace.intermediate, workspace.bytes), Linear2, Linear1),

@@ -1,22 +1,29 @@
 //! Pull: dispatch warps claim pool rows in expert order and copy each from its source rank into the token pool.
 //!
-//! A ticket stands for a few rows, a lane for each: their pieces are under way together.
+//! A ticket stands for a few rows, a lane for each: their pieces are under way together. What a token has for several experts of this rank comes
+//! once, with the row that leads, which is the first in this order: other lanes store it for the rows that follow, whose own tickets have nothing to do.
 
 use crate::cta::{Cta, Ring};
 use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
 use crate::device::fence::fence_proxy_async_global;
-use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u64, st_weak_u64};
+use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64, st_weak_u64};
 use crate::device::special::ctas;
 use crate::device::warp::{ballot, redux_add, shfl_idx};
 use crate::launch::{COUNTS_BARRIER, Launch};
-use crate::layout::{MAX_RANKS, RowMeta};
+use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
 use crate::roles::route::claim;
 use crate::roles::schedule::COUNTS_THREADS;
-use crate::schedule::{Row, RowCursor, pull_rows};
+use crate::schedule::{MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
-use crate::sources::{Sources, source_at};
+use crate::sources::{Sources, place_of, source_at};
+use crate::tile::MAX_TOKEN_TILE;
+
+/// Pieces are multiples of so many bytes, as rows are: whole lines.
+const PIECE_STEP: u32 = 128;
+
+const _: () = assert!(PULL_BYTES >= MAX_PULL_ROWS * PIECE_STEP);
 
 /// Pulls rows until none is left.
 #[inline(always)]
@@ -28,10 +35,9 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let claimed = claim(next, lane);
     mark!(launch, WaitForCounts);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
-    // SAFETY: the scheduler warp wrote the counts before the barrier.
-    let rows = |expert: u32| unsafe { cta.expert_rows(expert).load_u32() };
+    let rows = |expert: u32| rows_of(cta, expert);
     let batch = pull_rows(count_rows(experts, lane, rows), ctas());
-    let mut puller = Puller { launch, cta, warp, lane, piece: PULL_BYTES / batch, ring: Ring::new() };
+    let mut puller = Puller { launch, cta, warp, lane, batch, ring: Ring::new() };
     let mut cursor = RowCursor::new();
     let mut ticket = shfl_idx(claimed, 0);
     loop {
@@ -44,6 +50,13 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
         mark!(launch, ClaimRows);
         ticket = shfl_idx(claim(next, lane), 0);
     }
+}
+
+/// Rows of a local expert.
+#[inline(always)]
+fn rows_of(cta: Cta, expert: u32) -> u32 {
+    // SAFETY: the scheduler warp wrote the counts before the barrier that dispatch warps have passed.
+    unsafe { cta.expert_rows(expert).load_u32() }
 }
 
 /// All rows to pull.
@@ -82,29 +95,37 @@ fn sources_of(launch: &Launch, expert: u32) -> Sources {
     Sources(counts)
 }
 
-/// Where a pool row comes from: its meta, and the token's hidden state.
+/// A list's entry at a slot, with the rank that has written it: the meta of a row; then how many follow it, or [`FOLLOWER`].
 #[inline(always)]
-fn source_of(launch: &Launch, row: Row) -> (RowMeta, u64) {
+fn entry(launch: &Launch, source: u32, expert: u32, slot: u32) -> (RowMeta, u32) {
+    let params = launch.params();
+    let list = (source * params.shape.routed_experts() + expert) as u64 * params.shape.max_tokens as u64;
+    // SAFETY: the source has written `count` entries before its counts, and `slot` is below `count`.
+    let word = unsafe { ld_weak_u64(launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64)) };
+    let entry = RowMeta::unpack(word);
+    (RowMeta { rank: source, ..entry }, entry.rank)
+}
+
+/// Where a pool row comes from: its meta, how many follow it, and the token's hidden state.
+#[inline(always)]
+fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
     let params = launch.params();
     let shape = &params.shape;
-    let routed = shape.routed_experts();
     let bytes = launch.row_bytes() as u64;
     if row.expert < shape.shared_experts {
         let slot = shape.top_k + row.expert;
         let combine_row = row.row * shape.slots() + slot;
         let meta = RowMeta { combine_row, rank: params.rank, weight: 1.0 };
-        return (meta, launch.hidden_states() + row.row as u64 * bytes);
+        return (meta, 0, launch.hidden_states() + row.row as u64 * bytes);
     }
     let expert = row.expert - shape.shared_experts;
     let (place, slot) = sources_of(launch, expert).locate(row.row);
     let source = source_at(params.rank, shape.ranks, place);
-    let list = (source * routed + expert) as u64 * shape.max_tokens as u64;
-    let entry = launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64);
-    // SAFETY: the source has written the distance and `count` entries before its counts, and `slot` is below `count`.
-    let (entry, distance) = unsafe { (ld_weak_u64(entry), ld_weak_u64(launch.hidden_distance(params.rank, source))) };
-    let meta = RowMeta { rank: source, ..RowMeta::unpack(entry) };
+    let (meta, followers) = entry(launch, source, expert, slot);
+    // SAFETY: the source has written the distance before its counts.
+    let distance = unsafe { ld_weak_u64(launch.hidden_distance(params.rank, source)) };
     let token = meta.combine_row / shape.slots();
-    (meta, launch.symmetric_base(source).wrapping_add(distance) + token as u64 * bytes)
+    (meta, followers, launch.symmetric_base(source).wrapping_add(distance) + token as u64 * bytes)
 }
 
 /// A dispatch warp that copies rows.
@@ -113,59 +134,138 @@ struct Puller<'a> {
     cta: Cta,
     warp: u32,
     lane: u32,
-    /// Bytes of a row that are under way at once.
-    piece: u32,
+    /// Rows of a ticket.
+    batch: u32,
     ring: Ring,
 }
 
 impl Puller<'_> {
-    /// Copies the rows of a ticket, one of each lane that has one, and counts them into their tiles. All lanes call this.
+    /// Copies the rows of a ticket, one of each lane that has one, and those that follow them. All lanes call this.
     #[inline(always)]
     fn copy(&mut self, row: Option<Row>) {
-        let launch = self.launch;
-        let workspace = &launch.params().workspace;
-        let mut meta = RowMeta { combine_row: 0, rank: 0, weight: 0.0 };
-        let (mut source, mut destination) = (0, core::ptr::null_mut());
+        let (mut meta, mut followers, mut source) = (RowMeta { combine_row: 0, rank: 0, weight: 0.0 }, FOLLOWER, 0);
         if let Some(row) = row {
-            (meta, source) = source_of(launch, row);
-            destination = launch.workspace(workspace.tokens, row.pool_row as u64 * launch.row_bytes() as u64);
+            (meta, followers, source) = source_of(self.launch, row);
         }
-        self.copy_pieces(row.is_some(), source as *const u8, destination);
-        if let Some(row) = row {
-            bulk_wait_group::<0>();
-            // The row was written, and will be read, by bulk copies; the release is an ordinary one.
-            fence_proxy_async_global();
-            // SAFETY: the row and its tile lie in the pools, and this lane alone has the row.
-            unsafe {
-                st_weak_u64(launch.workspace(workspace.row_meta, row.pool_row as u64), meta.pack());
-                red_add_release_gpu(launch.counter(workspace.counter.rows_ready, row.tile), 1);
-            }
+        let own = (meta, row.unwrap_or(Row { expert: 0, row: 0, pool_row: 0, tile: 0 }));
+        let mut leads = followers != FOLLOWER;
+        while ballot(leads) != 0 {
+            let (leaders, follower) = self.share_lanes(leads, followers);
+            let loads = leaders >> self.lane & 1 == 1;
+            let destination = |puller: &Self| {
+                let of_follower = puller.follower(own, follower);
+                if loads { Some(own) } else { of_follower }
+            };
+            let leader = follower.map_or(self.lane, |(leader, _)| leader);
+            self.copy_pieces(leaders, leader, source as *const u8, destination);
+            leads &= !loads;
         }
     }
 
-    /// Copies the rows of all `active` lanes piece by piece: one piece is loaded while the one before is stored.
+    /// The leaders, as lanes, that are copied together, such that there is a lane for each of their rows; and of a lane that leads none of them, the
+    /// leader of a row that it stores, and the number of the row among those that follow. All lanes call this.
     #[inline(always)]
-    fn copy_pieces(&mut self, active: bool, source: *const u8, destination: *mut u8) {
-        let Self { launch, cta, warp, lane, piece, .. } = *self;
-        let bytes = launch.row_bytes();
-        let rows = ballot(active).count_ones();
-        let buffer = |ring: Ring| warp * PULL_BUFFERS + ring.slot;
+    fn share_lanes(&self, leads: bool, followers: u32) -> (u32, Option<(u32, u32)>) {
+        let all = ballot(leads);
+        if ballot(leads && followers > 0) == 0 {
+            return (all, None);
+        }
+        let (mut leaders, mut rows) = (0, 0);
+        for leader in 0..self.batch {
+            let more = 1 + shfl_idx(followers, leader);
+            // The first fits: a token has at most as many choices as there are lanes.
+            if all >> leader & 1 == 1 && rows + more <= WARP {
+                leaders |= 1 << leader;
+                rows += more;
+            }
+        }
+        let free: u32 = !leaders;
+        let mut number = (free & ((1 << self.lane) - 1)).count_ones();
+        let mut stores = None;
+        for leader in 0..self.batch {
+            let count = shfl_idx(followers, leader);
+            if leaders >> leader & 1 == 1 && free >> self.lane & 1 == 1 && stores.is_none() {
+                if number < count {
+                    stores = Some((leader, number));
+                } else {
+                    number -= count;
+                }
+            }
+        }
+        (leaders, stores)
+    }
+
+    /// Where a lane's follower goes, as [`Self::share_lanes`] gave it; `own` is its own row. All lanes call this.
+    #[inline(always)]
+    fn follower(&self, own: (RowMeta, Row), follower: Option<(u32, u32)>) -> Option<(RowMeta, Row)> {
+        if ballot(follower.is_some()) == 0 {
+            return None;
+        }
+        let params = self.launch.params();
+        let shape = &params.shape;
+        let (leader, number) = follower.unwrap_or((0, 0));
+        let (meta, row) = own;
+        let (source, combine_row) = (shfl_idx(meta.rank, leader), shfl_idx(meta.combine_row, leader));
+        let mut position = PoolPosition {
+            expert: shfl_idx(row.expert, leader),
+            pool_row: shfl_idx(row.pool_row - row.row, leader),
+            tile: shfl_idx(row.tile - row.row / MAX_TOKEN_TILE, leader),
+        };
+        follower?;
+        let token = source * shape.max_tokens + combine_row / shape.slots();
+        let index = token as u64 * shape.top_k as u64 + number as u64;
+        // SAFETY: the source has written the places of all followers before its counts.
+        let word = unsafe { ld_weak_u32(self.launch.symmetric(params.rank, params.symmetric.followers, index)) };
+        let ListPlace { expert, slot } = ListPlace::unpack(word);
+        // The leader's expert is the first of all, but for what a launch reads that is past its deadline.
+        let local = shape.shared_experts + expert;
+        if local < position.expert {
+            return None;
+        }
+        let (meta, _) = entry(self.launch, source, expert, slot);
+        let row = sources_of(self.launch, expert).index_of(place_of(params.rank, shape.ranks, source), slot);
+        while position.expert < local {
+            position = position.next(rows_of(self.cta, position.expert));
+        }
+        let (pool_row, tile) = (position.pool_row + row, position.tile + row / MAX_TOKEN_TILE);
+        Some((meta, Row { expert: local, row, pool_row, tile }))
+    }
+
+    /// Copies the rows of all `leaders` piece by piece: one piece is loaded while the one before is stored, by every lane that has a `destination`,
+    /// from what was loaded for the lane `leader`; then the rows are counted into their tiles. All lanes call this.
+    #[inline(always)]
+    fn copy_pieces(
+        &mut self,
+        leaders: u32,
+        leader: u32,
+        source: *const u8,
+        destination: impl FnOnce(&Self) -> Option<(RowMeta, Row)>,
+    ) {
+        let Self { launch, cta, warp, lane, .. } = *self;
+        let (bytes, rows) = (launch.row_bytes(), leaders.count_ones());
+        let piece = PULL_BYTES / rows / PIECE_STEP * PIECE_STEP;
+        let part = |ring: Ring| {
+            let number = (leaders & ((1 << leader) - 1)).count_ones();
+            cta.pull_buffer(warp * PULL_BUFFERS + ring.slot).offset(number * piece)
+        };
         let load = |ring: Ring, at: u32| {
             let length = piece.min(bytes - at);
-            let full = cta.pull_full(buffer(ring));
+            let full = cta.pull_full(warp * PULL_BUFFERS + ring.slot);
             if lane == 0 {
                 full.arrive_expect_tx(length * rows);
             }
             bar_warp_sync();
-            if active {
-                let part = cta.pull_buffer(buffer(ring)).offset(lane * piece);
-                // SAFETY: the token is one of its rank's, its row a multiple of 128 bytes; the last store from this lane's part has been read.
-                unsafe { bulk_load(part, source.wrapping_add(at as usize), length, full) };
+            if leaders >> lane & 1 == 1 {
+                // SAFETY: the token is one of its rank's, its row a multiple of 128 bytes; all lanes' last stores from the buffer have been read.
+                unsafe { bulk_load(part(ring), source.wrapping_add(at as usize), length, full) };
             }
         };
         let mut loading = self.ring;
         load(loading, 0);
         loading.advance(PULL_BUFFERS);
+        // While the first pieces are on their way.
+        let destination = destination(self);
+        let workspace = &launch.params().workspace;
         let mut at = 0;
         while at < bytes {
             if at + piece < bytes {
@@ -173,15 +273,25 @@ impl Puller<'_> {
                 load(loading, at + piece);
                 loading.advance(PULL_BUFFERS);
             }
-            cta.pull_full(buffer(self.ring)).wait(self.ring.parity);
-            if active {
-                let part = cta.pull_buffer(buffer(self.ring)).offset(lane * piece);
+            cta.pull_full(warp * PULL_BUFFERS + self.ring.slot).wait(self.ring.parity);
+            if let Some((_, Row { pool_row, .. })) = destination {
+                let row: *mut u8 = launch.workspace(workspace.tokens, pool_row as u64 * bytes as u64);
                 // SAFETY: the piece has landed, and the row in the pool is this lane's.
-                unsafe { bulk_store(destination.wrapping_add(at as usize), part, piece.min(bytes - at)) };
+                unsafe { bulk_store(row.wrapping_add(at as usize), part(self.ring), piece.min(bytes - at)) };
                 bulk_commit_group();
             }
             self.ring.advance(PULL_BUFFERS);
             at += piece;
+        }
+        if let Some((meta, Row { pool_row, tile, .. })) = destination {
+            bulk_wait_group::<0>();
+            // The row was written, and will be read, by bulk copies; the release is an ordinary one.
+            fence_proxy_async_global();
+            // SAFETY: the row and its tile lie in the pools, and this lane alone has the row.
+            unsafe {
+                st_weak_u64(launch.workspace(workspace.row_meta, pool_row as u64), meta.pack());
+                red_add_release_gpu(launch.counter(workspace.counter.rows_ready, tile), 1);
+            }
         }
     }
 }

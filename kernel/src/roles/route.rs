@@ -6,10 +6,10 @@
 use crate::device::atomic::{atom_add_acq_rel_gpu, atom_add_relaxed_gpu, red_min_relaxed_gpu_u64};
 use crate::device::barrier::bar_warp_sync;
 use crate::device::fence::fence_acq_rel_sys;
-use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u64};
-use crate::device::warp::shfl_idx;
+use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u32, st_weak_u64};
+use crate::device::warp::{ballot, match_any, shfl_idx};
 use crate::launch::Launch;
-use crate::layout::RowMeta;
+use crate::layout::{FOLLOWER, ListPlace, RowMeta};
 use crate::roles::choice::{Choice, check, load};
 use crate::schedule::{ROUTE_PASSES, route_chunks, route_step, route_tokens};
 use crate::shared::WARP;
@@ -107,7 +107,7 @@ impl Chosen {
         let shape = &params.shape;
         // SAFETY: zeros are valid.
         let (mut experts, mut slots): ([u32; PASSES], [u32; PASSES]) = unsafe { core::mem::zeroed() };
-        // All slots are under way before the first is needed.
+        // All slots are under way before the first is needed, and while it is found out who follows whom.
         unroll!(PASS < PASSES, {
             let (token, k) = choice_at(shape.top_k, first, PASS, lane);
             experts[PASS] = u32::MAX;
@@ -126,17 +126,75 @@ impl Chosen {
                 Choice::None => {}
             }
         });
+        let company = Company::of(launch, &experts, first, lane);
         unroll!(PASS < PASSES, {
             let (token, k) = choice_at(shape.top_k, first, PASS, lane);
             if experts[PASS] < shape.experts {
                 let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
-                let entry = RowMeta { combine_row: token * shape.slots() + k, rank: 0, weight: self.weights[PASS] };
+                let Company { followers, number } = company[PASS];
+                if followers == FOLLOWER {
+                    let row = (params.rank * shape.max_tokens + token) as u64 * shape.top_k as u64;
+                    let place = launch.symmetric(owner, params.symmetric.followers, row + number as u64);
+                    // SAFETY: a token has fewer followers than choices.
+                    unsafe { st_weak_u32(place, ListPlace { expert: local, slot: slots[PASS] }.pack()) };
+                }
+                let combine_row = token * shape.slots() + k;
+                let entry = RowMeta { combine_row, rank: followers, weight: self.weights[PASS] };
                 let list = (params.rank * shape.routed_experts() + local) as u64 * shape.max_tokens as u64;
                 let place = launch.symmetric(owner, params.symmetric.lists, list + slots[PASS] as u64);
                 // SAFETY: a token names an expert at most once, so that the slot is below the maximum of tokens.
                 unsafe { st_weak_u64(place, entry.pack()) };
             }
         });
+    }
+}
+
+/// The choices of a token that go to the same rank as one of them.
+#[derive(Clone, Copy)]
+struct Company {
+    /// Those that follow it, or [`FOLLOWER`].
+    followers: u32,
+    /// If it follows, how many do so before it.
+    number: u32,
+}
+
+impl Company {
+    /// That of a lane's choices, one in each pass, of which an expert that does not exist is none. All lanes call this.
+    #[inline(always)]
+    fn of(launch: &Launch, experts: &[u32; PASSES], first: u32, lane: u32) -> [Self; PASSES] {
+        let shape = &launch.params().shape;
+        let mut company = [Self { followers: 0, number: 0 }; PASSES];
+        // The lanes whose choices go to the same rank, for the same token.
+        let mut together = [0; PASSES];
+        unroll!(PASS < PASSES, {
+            let (token, _) = choice_at(shape.top_k, first, PASS, lane);
+            let owner = experts[PASS] / shape.routed_experts();
+            // Rows of the own rank do not cross: as many CTAs as there are rows may copy them.
+            let crosses = experts[PASS] < shape.experts && owner != launch.params().rank;
+            // As in `check`.
+            together[PASS] = match_any(if crosses { (token % 32) << 24 | owner } else { u32::MAX - lane });
+        });
+        if ballot(together.iter().any(|lanes| lanes.count_ones() > 1)) == 0 {
+            return company;
+        }
+        let lanes = shape.top_k.next_power_of_two();
+        let mut leads = [u32::MAX; PASSES];
+        for k in 0..lanes {
+            let other = lane / lanes * lanes + k;
+            unroll!(PASS < PASSES, {
+                let expert = shfl_idx(experts[PASS], other);
+                if together[PASS] >> other & 1 == 1 {
+                    leads[PASS] = leads[PASS].min(expert << 5 | other);
+                }
+            });
+        }
+        unroll!(PASS < PASSES, {
+            let leader = leads[PASS] % WARP;
+            let number = (together[PASS] & !(1 << leader) & ((1 << lane) - 1)).count_ones();
+            let followers = if leader == lane { together[PASS].count_ones() - 1 } else { FOLLOWER };
+            company[PASS] = Self { followers, number };
+        });
+        company
     }
 }
 

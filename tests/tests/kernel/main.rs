@@ -4,3 +4,4 @@ mod errors;
 mod launches;
 mod layer;
 mod trace;
+mod traffic;

@@ -152,6 +152,8 @@ pub(super) struct Load {
     rows: Vec<u32>,
     /// The part of the rows of each local expert that come from other ranks.
     remote: Vec<f64>,
+    /// The part of them that a token crosses NVLink for: its other experts here get copies.
+    crossing: Vec<f64>,
     /// Results of own tokens that other ranks send.
     received: u32,
     cluster: u32,
@@ -166,22 +168,27 @@ impl Load {
         let (shared, routed) = (shape.shared_experts as usize, shape.routed_experts() as usize);
         let own = rank * routed..(rank + 1) * routed;
         let mut rows = vec![0u32; shape.local_experts() as usize];
-        let mut from_others = vec![0u32; rows.len()];
+        let (mut from_others, mut leading) = (vec![0u32; rows.len()], vec![0u32; rows.len()]);
         let mut received = 0;
         for (source, routing) in routings.iter().enumerate() {
-            for expert in routing.topk_idx().iter().filter_map(|&id| usize::try_from(id).ok()) {
-                if own.contains(&expert) {
-                    rows[shared + expert - own.start] += 1;
-                    from_others[shared + expert - own.start] += u32::from(source != rank);
-                } else if source == rank {
-                    received += 1;
+            for ids in routing.topk_idx().chunks(routing.top_k()) {
+                let chosen = || ids.iter().filter_map(|&id| usize::try_from(id).ok());
+                let here = || chosen().filter(|expert| own.contains(expert)).map(|expert| shared + expert - own.start);
+                here().for_each(|expert| rows[expert] += 1);
+                if source == rank {
+                    received += (chosen().count() - here().count()) as u32;
+                } else {
+                    here().for_each(|expert| from_others[expert] += 1);
+                    here().min().into_iter().for_each(|expert| leading[expert] += 1);
                 }
             }
         }
         let tokens = routings[rank].tokens() as u32;
         rows[..shared].fill(tokens);
-        let remote =
-            rows.iter().zip(&from_others).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect();
+        let part_of_rows = |parts: &[u32]| {
+            rows.iter().zip(parts).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect::<Vec<_>>()
+        };
+        let (remote, crossing) = (part_of_rows(&from_others), part_of_rows(&leading));
         let cluster = if clusters_pay(shape, shape.max_tokens) { MAX_CLUSTER } else { 1 };
         let kept = [2, 1].map(|times| {
             times * u64::from(shape.intermediate) * u64::from(shape.hidden) * BF16_BYTES <= machine.l2_bytes
@@ -191,6 +198,7 @@ impl Load {
             tokens,
             rows,
             remote,
+            crossing,
             received,
             cluster,
             ctas: machine.sms / cluster * cluster,
@@ -260,11 +268,11 @@ impl Load {
         let mut phases = [PhaseWork::default(); 4];
         let row = self.row_bytes();
         let all: f64 = self.rows.iter().map(|&rows| f64::from(rows)).sum();
-        let remote: f64 = self.rows.iter().zip(&self.remote).map(|(&rows, part)| f64::from(rows) * part).sum();
+        let sum = |parts: &[f64]| self.rows.iter().zip(parts).map(|(&rows, part)| f64::from(rows) * part).sum::<f64>();
         // Own tokens are read once; every row is written to the pool.
         phases[0].memory_bytes = f64::from(self.tokens) * row + all * row;
         phases[0].least_memory_bytes = f64::from(self.tokens) * row;
-        phases[0].nvlink_bytes = remote * row;
+        phases[0].nvlink_bytes = sum(&self.crossing) * row;
         let first_tiles = self.first_tiles();
         for task in self.tasks() {
             let work = &mut phases[1 + task.phase as usize];
@@ -277,7 +285,7 @@ impl Load {
             work.tensor_ops += operations;
             work.useful_ops += operations * f64::from(task.rows) / f64::from(token_tile(task.width));
         }
-        phases[2].nvlink_bytes = (remote * row).max(f64::from(self.received) * row);
+        phases[2].nvlink_bytes = (sum(&self.remote) * row).max(f64::from(self.received) * row);
         phases[3].memory_bytes = self.combine_bytes();
         phases[3].least_memory_bytes = self.combine_bytes();
         phases

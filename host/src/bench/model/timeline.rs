@@ -139,13 +139,13 @@ fn pull(load: &Load, machine: &Machine, ctas: &mut [CtaTrace]) -> Vec<f64> {
     let mut nvlink = Pipe { free: COUNTS_NS, bytes_per_ns: machine.nvlink_gbs };
     let first = COUNTS_NS + FIRST_ROWS_NS;
     let (mut pulled, mut tiles) = (0.0, Vec::new());
-    for (&rows, &remote) in load.rows.iter().zip(&load.remote) {
+    for (&rows, &crossing) in load.rows.iter().zip(&load.crossing) {
         let mut left = rows;
         while left > 0 {
             let rows = left.min(MAX_TOKEN_TILE);
             pulled += f64::from(rows);
             let in_time = first + ROW_NS * (pulled / in_flight - 1.0).max(0.0);
-            tiles.push(in_time.max(nvlink.pass(COUNTS_NS, f64::from(rows) * remote * load.row_bytes())));
+            tiles.push(in_time.max(nvlink.pass(COUNTS_NS, f64::from(rows) * crossing * load.row_bytes())));
             left -= rows;
         }
     }

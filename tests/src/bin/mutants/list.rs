@@ -1,5 +1,6 @@
 //! The planted bugs.
 
+use ferromoe_kernel::layout::MAX_LOCAL_EXPERTS;
 use ferromoe_kernel::shared::{CONSUMER_WARPGROUPS, CONSUMER_WARPS, stage_bytes};
 use ferromoe_kernel::tile::MAX_TOKEN_TILE;
 
@@ -69,6 +70,7 @@ pub fn mutants() -> Vec<Mutant> {
         mbarrier_waits(),
         mbarrier_arrivals(),
         bulk_copies(),
+        followers(),
         products(),
         barriers(),
         clusters(),
@@ -365,6 +367,31 @@ fn bulk_copies() -> Vec<Mutant> {
         bug("a stored piece is 16 bytes short", "cp.async.bulk.global", "pull::pull", Add(-1, -16)),
         bug("a stored piece is 16 bytes long", "cp.async.bulk.global", "pull::pull", Add(-1, 16)),
         bug("a combined piece is 16 bytes long", "cp.async.bulk.shared", "combine::load", Add(2, 16)),
+    ]
+}
+
+/// Rows that are pulled with another of the same token.
+fn followers() -> Vec<Mutant> {
+    let (place, company) = ("st.global.u32", "route::of");
+    vec![
+        bug("where followers are is not told", place, "route::send", Drop),
+        bug("followers are said to be one slot further", place, "route::send", Add(-1, i64::from(MAX_LOCAL_EXPERTS))),
+        bug("followers are said to be of the next expert", place, "route::send", Add(-1, 1)),
+        bug("the highest expert leads its followers", "min.u32", company, Replace("min", "max")),
+        bug("followers are found with the choice of the next lane", "shfl.sync", company, Add(2, 1)),
+        bug("the places of followers are read one word further", "ld.global.u32", "pull::follower", Add(-1, 4)),
+        bug(
+            "a pull buffer is refilled before all lanes with followers have read it",
+            "bar.warp.sync",
+            "pull::copy_pieces",
+            Drop,
+        ),
+        bug(
+            "a pull buffer expects a leader more than it gets, or followers",
+            "popc.b32",
+            "pull::copy_pieces",
+            Add(-1, 1 << 31),
+        ),
     ]
 }
 
