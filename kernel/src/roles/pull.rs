@@ -23,7 +23,21 @@ use crate::tile::MAX_TOKEN_TILE;
 /// Pieces are multiples of so many bytes, as rows are: whole lines.
 const PIECE_STEP: u32 = 128;
 
-const _: () = assert!(PULL_BYTES >= MAX_PULL_ROWS * PIECE_STEP);
+/// Bytes of a piece when `rows` rows share a pull buffer.
+const fn piece_bytes(rows: u32) -> u32 {
+    // As for the stages: a division takes its time.
+    const STEPS: u64 = {
+        let (mut packed, mut rows) = (0, 1);
+        while rows <= MAX_PULL_ROWS {
+            packed |= ((PULL_BYTES / PIECE_STEP / rows) as u64) << (8 * (rows - 1));
+            rows += 1;
+        }
+        packed
+    };
+    ((STEPS >> (8 * (rows - 1))) as u32 & 0xff) * PIECE_STEP
+}
+
+const _: () = assert!(MAX_PULL_ROWS <= 8 && PULL_BYTES / PIECE_STEP < 256 && piece_bytes(MAX_PULL_ROWS) > 0);
 
 /// Pulls rows until none is left.
 #[inline(always)]
@@ -242,7 +256,7 @@ impl Puller<'_> {
     ) {
         let Self { launch, cta, warp, lane, .. } = *self;
         let (bytes, rows) = (launch.row_bytes(), leaders.count_ones());
-        let piece = PULL_BYTES / rows / PIECE_STEP * PIECE_STEP;
+        let piece = piece_bytes(rows);
         let part = |ring: Ring| {
             let number = (leaders & ((1 << leader) - 1)).count_ones();
             cta.pull_buffer(warp * PULL_BUFFERS + ring.slot).offset(number * piece)
