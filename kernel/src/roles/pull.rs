@@ -15,7 +15,7 @@ use crate::launch::{COUNTS_BARRIER, Launch};
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
 use crate::roles::route::claim;
 use crate::roles::schedule::COUNTS_THREADS;
-use crate::schedule::{MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows};
+use crate::schedule::{MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows, pull_ticket};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
 use crate::sources::{Sources, place_of, source_at};
 use crate::tile::MAX_TOKEN_TILE;
@@ -23,7 +23,21 @@ use crate::tile::MAX_TOKEN_TILE;
 /// Pieces are multiples of so many bytes, as rows are: whole lines.
 const PIECE_STEP: u32 = 128;
 
-const _: () = assert!(PULL_BYTES >= MAX_PULL_ROWS * PIECE_STEP);
+/// Bytes of a piece when `rows` rows share a pull buffer.
+const fn piece_bytes(rows: u32) -> u32 {
+    // As for the stages: a division takes its time.
+    const STEPS: u64 = {
+        let (mut packed, mut rows) = (0, 1);
+        while rows <= MAX_PULL_ROWS {
+            packed |= ((PULL_BYTES / PIECE_STEP / rows) as u64) << (8 * (rows - 1));
+            rows += 1;
+        }
+        packed
+    };
+    ((STEPS >> (8 * (rows - 1))) as u32 & 0xff) * PIECE_STEP
+}
+
+const _: () = assert!(MAX_PULL_ROWS <= 8 && PULL_BYTES / PIECE_STEP < 256 && piece_bytes(MAX_PULL_ROWS) > 0);
 
 /// Pulls rows until none is left.
 #[inline(always)]
@@ -41,11 +55,12 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let mut cursor = RowCursor::new();
     let mut ticket = shfl_idx(claimed, 0);
     loop {
-        let row = if lane < batch { cursor.seek(ticket * batch + lane, experts, rows) } else { None };
+        let (first, count) = pull_ticket(ticket, batch, ctas());
+        let row = if lane < count { cursor.seek(first + lane, experts, rows) } else { None };
         if ballot(row.is_some()) == 0 {
             return;
         }
-        mark!(launch, Pull, ticket * batch);
+        mark!(launch, Pull, first);
         puller.copy(row);
         mark!(launch, ClaimRows);
         ticket = shfl_idx(claim(next, lane), 0);
@@ -243,7 +258,7 @@ impl Puller<'_> {
     ) {
         let Self { launch, cta, warp, lane, .. } = *self;
         let (bytes, rows) = (launch.row_bytes(), leaders.count_ones());
-        let piece = PULL_BYTES / rows / PIECE_STEP * PIECE_STEP;
+        let piece = piece_bytes(rows);
         let part = |ring: Ring| {
             let number = (leaders & ((1 << leader) - 1)).count_ones();
             cta.pull_buffer(warp * PULL_BUFFERS + ring.slot).offset(number * piece)

@@ -184,7 +184,7 @@ impl Company {
             unroll!(PASS < PASSES, {
                 let expert = shfl_idx(experts[PASS], other);
                 if together[PASS] >> other & 1 == 1 {
-                    leads[PASS] = leads[PASS].min(expert << 5 | other);
+                    leads[PASS] = leads[PASS].min(expert << WARP.ilog2() | other);
                 }
             });
         }
