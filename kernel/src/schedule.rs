@@ -55,13 +55,6 @@ pub const fn pull_rows(rows: u32, ctas: u32) -> u32 {
     batch
 }
 
-/// The first row of a pull ticket, and how many it stands for. The first ticket of each CTA stands for a quarter of `batch`: the fewer rows a CTA has on
-/// their way, the sooner they are there, and the first products wait for them.
-pub const fn pull_ticket(ticket: u32, batch: u32, ctas: u32) -> (u32, u32) {
-    let first = batch.div_ceil(4);
-    if ticket < ctas { (ticket * first, first) } else { (ctas * first + (ticket - ctas) * batch, batch) }
-}
-
 /// Tokens of one combine task, so that few tokens spread over all CTAs and many need few tickets.
 pub const fn combine_tokens(tokens: u32, ctas: u32) -> u32 {
     let even = tokens.div_ceil(ctas);

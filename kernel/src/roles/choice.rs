@@ -1,7 +1,7 @@
 //! A token's choices of experts, checked before any becomes an address.
 
 use crate::device::global::ld_weak_u32;
-use crate::device::warp::match_any;
+use crate::device::warp::{ballot, match_any};
 use crate::launch::Launch;
 use crate::layout::Shape;
 use crate::status::Fault;
@@ -34,9 +34,7 @@ pub fn load(launch: &Launch, token: u32, k: u32, active: bool) -> u32 {
 #[inline(always)]
 pub fn check(shape: &Shape, id: u32, token: u32, lane: u32) -> Choice {
     let in_range = id < shape.experts;
-    // Lanes of one token meet at their expert; every other lane is alone. Warps hold at most 32 neighbouring tokens.
-    let key = if in_range { (token % 32) << 24 | id } else { u32::MAX - lane };
-    let first = match_any(key).trailing_zeros() == lane;
+    let first = lanes_alike(token, id, in_range, lane).trailing_zeros() == lane;
     if in_range && first {
         Choice::Expert(id)
     } else if in_range {
@@ -46,4 +44,16 @@ pub fn check(shape: &Shape, id: u32, token: u32, lane: u32) -> Choice {
     } else {
         Choice::Bad(Fault::OutOfRange)
     }
+}
+
+/// The `active` lanes that have the same `token`, one of at most 32 neighbours, and the same `value`, below 2^24, as this one, if it is active itself. All lanes call
+/// this.
+#[inline(always)]
+pub fn lanes_alike(token: u32, value: u32, active: bool, lane: u32) -> u32 {
+    // A match takes its time, and more with every different key: while tokens are few, most passes have nothing to match.
+    if ballot(active) == 0 {
+        return 1 << lane;
+    }
+    let lanes = match_any(if active { (token % 32) << 24 | value } else { u32::MAX });
+    if active { lanes } else { 1 << lane }
 }

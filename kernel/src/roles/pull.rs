@@ -15,7 +15,7 @@ use crate::launch::{COUNTS_BARRIER, Launch};
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
 use crate::roles::route::claim;
 use crate::roles::schedule::COUNTS_THREADS;
-use crate::schedule::{MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows, pull_ticket};
+use crate::schedule::{MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
 use crate::sources::{Sources, place_of, source_at};
 use crate::tile::MAX_TOKEN_TILE;
@@ -55,12 +55,11 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let mut cursor = RowCursor::new();
     let mut ticket = shfl_idx(claimed, 0);
     loop {
-        let (first, count) = pull_ticket(ticket, batch, ctas());
-        let row = if lane < count { cursor.seek(first + lane, experts, rows) } else { None };
+        let row = if lane < batch { cursor.seek(ticket * batch + lane, experts, rows) } else { None };
         if ballot(row.is_some()) == 0 {
             return;
         }
-        mark!(launch, Pull, first);
+        mark!(launch, Pull, ticket * batch);
         puller.copy(row);
         mark!(launch, ClaimRows);
         ticket = shfl_idx(claim(next, lane), 0);

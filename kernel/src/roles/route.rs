@@ -7,10 +7,10 @@ use crate::device::atomic::{atom_add_acq_rel_gpu, atom_add_relaxed_gpu, red_min_
 use crate::device::barrier::bar_warp_sync;
 use crate::device::fence::fence_acq_rel_sys;
 use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u32, st_weak_u64};
-use crate::device::warp::{ballot, match_any, shfl_idx};
+use crate::device::warp::{ballot, shfl_idx};
 use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, RowMeta};
-use crate::roles::choice::{Choice, check, load};
+use crate::roles::choice::{Choice, check, lanes_alike, load};
 use crate::schedule::{ROUTE_PASSES, route_chunks, route_step, route_tokens};
 use crate::shared::WARP;
 use crate::status::BadChoice;
@@ -171,8 +171,7 @@ impl Company {
             let owner = experts[PASS] / shape.routed_experts();
             // Rows of the own rank do not cross: as many CTAs as there are rows may copy them.
             let crosses = experts[PASS] < shape.experts && owner != launch.params().rank;
-            // As in `check`.
-            together[PASS] = match_any(if crosses { (token % 32) << 24 | owner } else { u32::MAX - lane });
+            together[PASS] = lanes_alike(token, owner, crosses, lane);
         });
         if ballot(together.iter().any(|lanes| lanes.count_ones() > 1)) == 0 {
             return company;
