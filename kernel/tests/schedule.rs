@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
     MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES, combine_chunks, combine_tokens, pull_rows,
-    pull_ticket, route_chunks, route_step, route_tokens,
+    route_chunks, route_step, route_tokens,
 };
 use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
 use proptest::prelude::*;

@@ -1,7 +1,7 @@
 //! A token's choices of experts, checked before any becomes an address.
 
 use crate::device::global::ld_weak_u32;
-use crate::device::warp::{ballot, match_any};
+use crate::device::warp::match_any;
 use crate::launch::Launch;
 use crate::layout::Shape;
 use crate::status::Fault;
@@ -50,10 +50,7 @@ pub fn check(shape: &Shape, id: u32, token: u32, lane: u32) -> Choice {
 /// this.
 #[inline(always)]
 pub fn lanes_alike(token: u32, value: u32, active: bool, lane: u32) -> u32 {
-    // A match takes its time, and more with every different key: while tokens are few, most passes have nothing to match.
-    if ballot(active) == 0 {
-        return 1 << lane;
-    }
+    // One key for all others: a match takes the longer, the more different keys there are.
     let lanes = match_any(if active { (token % 32) << 24 | value } else { u32::MAX });
     if active { lanes } else { 1 << lane }
 }

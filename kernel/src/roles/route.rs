@@ -164,6 +164,9 @@ impl Company {
     fn of(launch: &Launch, experts: &[u32; PASSES], first: u32, lane: u32) -> [Self; PASSES] {
         let shape = &launch.params().shape;
         let mut company = [Self { followers: 0, number: 0 }; PASSES];
+        if shape.ranks == 1 {
+            return company;
+        }
         // The lanes whose choices go to the same rank, for the same token.
         let mut together = [0; PASSES];
         unroll!(PASS < PASSES, {
