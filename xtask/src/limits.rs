@@ -302,7 +302,7 @@ ptxas info    : Function properties for helper
         let straight = clean_sass().replace("@P0 BRA `(.L_loop)", "NOP");
         let expected = [
             "moe: n64 in no loop: wgmma is 0, must be >= 1",
-            "moe: n64 in no loop: beside each wgmma is -, must be <= 16",
+            "moe: n64 in no loop: beside each wgmma is -, must be <= 9",
             "moe: n64 in no loop: groups in flight is -, must be >= 1",
         ];
         assert_eq!(faults(PTXAS, &straight), expected);
