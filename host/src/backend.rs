@@ -66,8 +66,8 @@ pub(crate) trait Backend: Send + Sync {
     /// Launches on all ranks named without waiting in between, then waits for all; reports in launch order.
     fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>, Error>;
 
-    /// What the last launches moved to and from a part of one buffer of a rank; `None` on a GPU.
-    fn traffic(&self, _rank: usize, _range: Range<u64>) -> Result<Option<ptx_sim::Traffic>, Error> {
+    /// What the last launches moved to and from a part of one buffer of any rank; `None` on a GPU.
+    fn traffic(&self, _range: Range<u64>) -> Result<Option<ptx_sim::Traffic>, Error> {
         Ok(None)
     }
 

@@ -319,7 +319,7 @@ impl Backend for SimBackend {
         outcomes.into_iter().map(|outcome| Ok(report(outcome?))).collect()
     }
 
-    fn traffic(&self, _rank: usize, range: Range<u64>) -> Result<Option<Traffic>> {
+    fn traffic(&self, range: Range<u64>) -> Result<Option<Traffic>> {
         Ok(Some(self.state().machine.traffic(range)?))
     }
 

@@ -39,7 +39,9 @@ pub fn of_ranks(config: &MoeConfig, routings: &[Routing]) -> Vec<RankWork> {
                 pairs[to] += 1.0;
                 if to != from {
                     crossing[from] += 1.0;
-                    crossing[to] += f64::from(u8::from(!std::mem::replace(&mut reached[to], true)));
+                    if !std::mem::replace(&mut reached[to], true) {
+                        crossing[to] += 1.0;
+                    }
                 }
             }
         }

@@ -40,7 +40,7 @@ impl FusedMoe {
     ) -> Result<Option<[Traffic; PARTS.len()]>> {
         let mut parts = [Traffic::default(); PARTS.len()];
         for (range, reader, writer) in self.places(rank, inputs, tokens as u64)? {
-            let Some(traffic) = self.group.backend.traffic(rank, range)? else { return Ok(None) };
+            let Some(traffic) = self.group.backend.traffic(range)? else { return Ok(None) };
             let written =
                 Traffic { hbm_write: traffic.hbm_write, nvlink_write: traffic.nvlink_write, ..Traffic::default() };
             parts[reader as usize] += Traffic { hbm_write: 0, nvlink_write: 0, ..traffic };
