@@ -5,7 +5,7 @@ use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas, mapa};
 use crate::device::mbarrier::Mbarrier;
 use crate::device::warp::shfl_idx;
-use crate::schedule::{TASK_BYTES, Task};
+use crate::schedule::{ExpertRows, Task};
 use crate::shared::*;
 use crate::tile::{MAX_TOKEN_TILE, token_tile};
 
@@ -37,14 +37,22 @@ impl Cta {
         stage_full at STAGE_FULL_OFFSET;
         /// A stage was read by every consumer warp of the cluster.
         stage_empty at STAGE_EMPTY_OFFSET;
-        /// A task slot holds a task.
-        task_full at TASK_FULL_OFFSET;
-        /// In the first CTA of the cluster: a task slot was read by every role of all its CTAs.
-        task_empty at TASK_EMPTY_OFFSET;
         /// A pull buffer holds its piece.
         pull_full at PULL_FULL_OFFSET;
         /// A combine buffer holds its piece.
         combine_full at COMBINE_FULL_OFFSET;
+    }
+
+    /// The task slot holds a task.
+    #[inline(always)]
+    pub fn task_full(self) -> Mbarrier {
+        Mbarrier(self.0.offset(TASK_FULL_OFFSET))
+    }
+
+    /// In the first CTA of the cluster: every role of all its CTAs has given the task slot back.
+    #[inline(always)]
+    pub fn task_empty(self) -> Mbarrier {
+        Mbarrier(self.0.offset(TASK_EMPTY_OFFSET))
     }
 
     /// A consumer warpgroup's results are the publisher's to store or to announce.
@@ -96,10 +104,16 @@ impl Cta {
         self.0.offset(EXPERT_ROWS_OFFSET + expert * 4)
     }
 
-    /// A task slot.
+    /// The bits of [`WARP`] local experts, set for those that have rows.
     #[inline(always)]
-    fn task_slot(self, slot: u32) -> SharedAddress {
-        self.0.offset(TASKS_OFFSET + slot * TASK_BYTES)
+    pub fn hit_experts(self, word: u32) -> SharedAddress {
+        self.0.offset(HIT_EXPERTS_OFFSET + word * 4)
+    }
+
+    /// The task slot.
+    #[inline(always)]
+    fn task_slot(self) -> SharedAddress {
+        self.0.offset(TASK_OFFSET)
     }
 }
 
@@ -160,67 +174,125 @@ impl Ring {
     }
 }
 
-/// The end of the task slots that the scheduler of a cluster's first CTA has.
+/// The rows of the local experts, from when the scheduler warp has counted them.
+pub struct CountedRows {
+    cta: Cta,
+    experts: u32,
+}
+
+impl CountedRows {
+    /// Of so many local experts.
+    ///
+    /// # Safety
+    /// The scheduler warp has written the counts and bits, and the caller has synchronised with it.
+    #[inline(always)]
+    pub unsafe fn new(cta: Cta, experts: u32) -> Self {
+        Self { cta, experts }
+    }
+}
+
+impl ExpertRows for CountedRows {
+    #[inline(always)]
+    fn experts(&self) -> u32 {
+        self.experts
+    }
+
+    #[inline(always)]
+    fn rows(&self, expert: u32) -> u32 {
+        // SAFETY: the counts are there, as `new` demands.
+        unsafe { self.cta.expert_rows(expert).load_u32() }
+    }
+
+    #[inline(always)]
+    fn next_hit(&self, expert: u32) -> u32 {
+        if expert >= self.experts {
+            return self.experts;
+        }
+        // SAFETY: as above.
+        let bits = |word: u32| unsafe { self.cta.hit_experts(word).load_u32() };
+        let mut word = expert / WARP;
+        let mut hit = bits(word) & u32::MAX << (expert % WARP);
+        while hit == 0 {
+            word += 1;
+            if word * WARP >= self.experts {
+                return self.experts;
+            }
+            hit = bits(word);
+        }
+        word * WARP + hit.trailing_zeros()
+    }
+}
+
+/// The end of the task slot that the scheduler of a cluster's first CTA has.
 pub struct TaskWriter {
     cta: Cta,
-    ring: Ring,
+    parity: u32,
 }
 
 impl TaskWriter {
-    /// At the first slot.
+    /// Before the first task.
     #[inline(always)]
     pub fn new(cta: Cta) -> Self {
-        Self { cta, ring: Ring::new() }
+        Self { cta, parity: 1 }
+    }
+
+    /// Waits until every role has given the last task's slot back.
+    #[inline(always)]
+    pub fn wait(&self) {
+        self.cta.task_empty().wait(self.parity);
     }
 
     /// Hands each CTA of the cluster its task, of which `task` is the first's. One thread calls this.
     #[inline(always)]
     pub fn put(&mut self, task: Task) {
-        let Ring { slot, parity } = self.ring;
-        self.cta.task_empty(slot).wait(parity ^ 1);
-        let address = self.cta.task_slot(slot);
+        self.wait();
+        let address = self.cta.task_slot();
         let [first, second] = task.words();
         // SAFETY: the slot is this thread's until it arrives below.
         unsafe {
             address.store_v4(first);
             address.offset(16).store_v4(second);
         }
-        self.cta.task_full(slot).arrive();
+        self.cta.task_full().arrive();
         for cta in 1..cluster_ctas() {
             let address = mapa(address, cta);
             let [first, second] = task.of(cta).words();
-            // SAFETY: as above; the CTA has not ended, for no `End` was put into its slots.
+            // SAFETY: as above; the CTA has not ended, for no `End` was put into its slot.
             unsafe {
                 address.store_v4(first);
                 address.offset(16).store_v4(second);
             }
-            self.cta.task_full(slot).of(cta).arrive_release();
+            self.cta.task_full().of(cta).arrive_release();
         }
-        self.ring.advance(TASK_SLOTS);
+        self.parity ^= 1;
     }
 }
 
-/// A role's end of the task slots.
+/// A role's end of the task slot.
 pub struct TaskReader {
     cta: Cta,
-    ring: Ring,
+    parity: u32,
 }
 
 impl TaskReader {
-    /// At the first slot.
+    /// Before the first task.
     #[inline(always)]
     pub fn new(cta: Cta) -> Self {
-        Self { cta, ring: Ring::new() }
+        Self { cta, parity: 0 }
     }
 
-    /// The next task, read by a single thread.
+    /// The next task, read by a single thread, which then gives the slot back by [`Self::release`].
     #[inline(always)]
-    pub fn take(&mut self) -> Task {
+    pub fn look(&self) -> Task {
         while !self.is_ready() {}
-        let task = self.read();
-        self.cta.task_empty(self.ring.slot).of(0).arrive();
-        self.ring.advance(TASK_SLOTS);
-        task
+        self.read()
+    }
+
+    /// Gives the slot back.
+    #[inline(always)]
+    pub fn release(&mut self) {
+        self.cta.task_empty().of(0).arrive();
+        self.parity ^= 1;
     }
 
     /// The next task, read by all lanes of a warp.
@@ -232,27 +304,26 @@ impl TaskReader {
         // The same in all lanes, and known to be: what a task decides is a branch of the whole warp.
         let task = Task::from_words(task.words().map(|words| words.map(|word| shfl_idx(word, 0))));
         if lane == 0 {
-            self.cta.task_empty(self.ring.slot).of(0).arrive();
+            self.cta.task_empty().of(0).arrive();
         }
-        self.ring.advance(TASK_SLOTS);
+        self.parity ^= 1;
         task
     }
 
     /// Whether the next task is there.
     #[inline(always)]
     pub fn is_ready(&self) -> bool {
-        let Ring { slot, parity } = self.ring;
         // The first CTA's own scheduler has written the slot there.
         if cluster_cta() == 0 {
-            self.cta.task_full(slot).try_wait(parity)
+            self.cta.task_full().try_wait(self.parity)
         } else {
-            self.cta.task_full(slot).try_wait_cluster(parity)
+            self.cta.task_full().try_wait_cluster(self.parity)
         }
     }
 
     #[inline(always)]
     fn read(&self) -> Task {
-        let address = self.cta.task_slot(self.ring.slot);
+        let address = self.cta.task_slot();
         // SAFETY: the slot is full, and stays so until this role arrives on `task_empty`.
         Task::from_words(unsafe { [address.load_v4(), address.offset(16).load_v4()] })
     }

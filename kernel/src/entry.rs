@@ -12,7 +12,7 @@ use crate::params::{Arguments, Params};
 use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
     CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPGROUPS, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS,
-    MAX_STAGES, PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGING_BUFFERS, TASK_SLOTS, WARP, WARPGROUP,
+    MAX_STAGES, PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGING_BUFFERS, WARP, WARPGROUP,
 };
 use crate::{cta::Cta, shared::COMBINE_BUFFERS};
 
@@ -86,11 +86,9 @@ unsafe fn init_mbarriers(cta: Cta) {
             cta.stage_full(stage).init(1);
             cta.stage_empty(stage).init(CONSUMER_WARPS * cluster_ctas());
         }
-        for slot in 0..TASK_SLOTS {
-            cta.task_full(slot).init(1);
-            // The producer, the publisher for either warpgroup, and every consumer warp, of every CTA.
-            cta.task_empty(slot).init((1 + CONSUMER_WARPGROUPS + CONSUMER_WARPS) * cluster_ctas());
-        }
+        cta.task_full().init(1);
+        // The producer, the publisher for either warpgroup, and every consumer warp, of every CTA.
+        cta.task_empty().init((1 + CONSUMER_WARPGROUPS + CONSUMER_WARPS) * cluster_ctas());
         for warpgroup in 0..CONSUMER_WARPGROUPS {
             for buffer in 0..STAGING_BUFFERS {
                 cta.staging_full(warpgroup, buffer).init(WARPGROUP / WARP);

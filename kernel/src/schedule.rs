@@ -3,8 +3,9 @@
 //! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, experts come in waves: linear 1 of waves 0, 1 and 2, linear 2 of wave 0, linear 1
 //! of wave 3, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
 
-use crate::shared::WARP;
-use crate::tile::{MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_tiles};
+use crate::layout::Shape;
+use crate::shared::{WARP, stages};
+use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_tiles};
 
 /// Choices that a lane of a warp that routes has under way at once.
 pub const ROUTE_PASSES: u32 = 4;
@@ -143,6 +144,19 @@ impl Task {
         Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest }
     }
 
+    /// K-blocks that a product sums over.
+    #[inline(always)]
+    pub const fn k_blocks(&self, shape: &Shape) -> u32 {
+        (if self.phase == Phase::Linear1 as u32 { shape.hidden } else { shape.intermediate }) / K_BLOCK
+    }
+
+    /// The k-block that is about to be loaded when the CTA claims its next task: as late as the way there and back lets it, so that tickets are taken up in their
+    /// order, by CTAs that have the time. 0 for a short product.
+    #[inline(always)]
+    pub const fn claim_block(&self, shape: &Shape) -> u32 {
+        self.k_blocks(shape).saturating_sub(2 * stages(self.widest))
+    }
+
     /// The task of CTA `cta` of the cluster, if this is the first one's. The last may lie behind the last weight row or token: then there
     /// is nothing to store.
     #[inline(always)]
@@ -160,6 +174,42 @@ pub const fn weight_tasks(rows: u32, cluster: u32) -> u32 {
     rows.div_ceil(WEIGHT_TILE * cluster) * cluster
 }
 
+/// Binary logarithm of the elements of tokens that may stay in the L2 cache while an expert's weights go through it: 16 MB, two thirds of what each
+/// half of Hopper's 50 MB keeps for its SMs.
+const GROUP_ELEMENTS: u32 = 23;
+
+/// Token tiles of an expert that take turns at each block of weights, a power of two: as many as stay in the L2 cache meanwhile, when a product sums over `columns`.
+pub const fn group_tiles(columns: u32) -> u32 {
+    1 << (GROUP_ELEMENTS - MAX_TOKEN_TILE.ilog2()).saturating_sub(columns.next_power_of_two().ilog2())
+}
+
+/// Rows of the local experts.
+pub trait ExpertRows {
+    /// Number of local experts.
+    fn experts(&self) -> u32;
+
+    /// Rows of an expert.
+    fn rows(&self, expert: u32) -> u32;
+
+    /// The first expert from this one on that has rows; [`Self::experts`] if there is none. Most have none when tokens are few, and every CTA goes past all of them
+    /// before its first product can begin.
+    fn next_hit(&self, expert: u32) -> u32;
+}
+
+impl ExpertRows for [u32] {
+    fn experts(&self) -> u32 {
+        self.len() as u32
+    }
+
+    fn rows(&self, expert: u32) -> u32 {
+        self[expert as usize]
+    }
+
+    fn next_hit(&self, expert: u32) -> u32 {
+        (expert..self.experts()).find(|&expert| self.rows(expert) > 0).unwrap_or(self.experts())
+    }
+}
+
 /// Where an expert's rows and tiles begin in the pools. Experts follow each other in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolPosition {
@@ -172,20 +222,20 @@ pub struct PoolPosition {
 }
 
 impl PoolPosition {
-    /// Before the first expert's rows.
-    pub const START: Self = Self { expert: 0, pool_row: 0, tile: 0 };
-
-    /// The position behind this expert, which has `rows` rows.
+    /// At the first expert that has rows.
     #[inline(always)]
-    pub const fn next(self, rows: u32) -> Self {
-        // Most experts have none when tokens are few, and every CTA walks past all of them.
-        if rows == 0 {
-            return Self { expert: self.expert + 1, ..self };
-        }
+    pub fn first(rows: &(impl ExpertRows + ?Sized)) -> Self {
+        Self { expert: rows.next_hit(0), pool_row: 0, tile: 0 }
+    }
+
+    /// At the next expert that has rows.
+    #[inline(always)]
+    pub fn next(self, rows: &(impl ExpertRows + ?Sized)) -> Self {
+        let count = rows.rows(self.expert);
         Self {
-            expert: self.expert + 1,
-            pool_row: self.pool_row + padded_rows(rows),
-            tile: self.tile + token_tiles(rows),
+            expert: rows.next_hit(self.expert + 1),
+            pool_row: self.pool_row + padded_rows(count),
+            tile: self.tile + token_tiles(count),
         }
     }
 }
@@ -211,15 +261,16 @@ pub struct Row {
 
 impl RowCursor {
     /// Before the first row.
-    pub const fn new() -> Self {
-        Self { position: PoolPosition::START, first_ticket: 0 }
+    #[inline(always)]
+    pub fn new(rows: &(impl ExpertRows + ?Sized)) -> Self {
+        Self { position: PoolPosition::first(rows), first_ticket: 0 }
     }
 
-    /// The row of `ticket`, `None` behind the last. Tickets must not decrease from call to call. `rows` gives an expert's rows.
+    /// The row of `ticket`, `None` behind the last. Tickets must not decrease from call to call.
     #[inline(always)]
-    pub fn seek(&mut self, ticket: u32, experts: u32, rows: impl Fn(u32) -> u32) -> Option<Row> {
-        while self.position.expert < experts {
-            let count = rows(self.position.expert);
+    pub fn seek(&mut self, ticket: u32, rows: &(impl ExpertRows + ?Sized)) -> Option<Row> {
+        while self.position.expert < rows.experts() {
+            let count = rows.rows(self.position.expert);
             let row = ticket - self.first_ticket;
             if row < count {
                 return Some(Row {
@@ -230,23 +281,15 @@ impl RowCursor {
                 });
             }
             self.first_ticket += count;
-            self.position = self.position.next(count);
+            self.position = self.position.next(rows);
         }
         None
-    }
-}
-
-impl Default for RowCursor {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
 /// The sizes that the task order depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScheduleShape {
-    /// Local experts, shared ones included.
-    pub experts: u32,
     /// Experts of one wave, at least 1.
     pub wave_experts: u32,
     /// Rows of the linear 1 weights of one expert: twice the intermediate size.
@@ -279,25 +322,27 @@ pub struct TaskCursor {
 
 impl TaskCursor {
     /// Before the first task.
-    pub const fn new(shape: ScheduleShape) -> Self {
-        let rows = WEIGHT_TILE * shape.cluster;
+    #[inline(always)]
+    pub fn new(shape: ScheduleShape, rows: &(impl ExpertRows + ?Sized)) -> Self {
+        let block_rows = WEIGHT_TILE * shape.cluster;
+        let first = PoolPosition::first(rows);
         Self {
             shape,
-            blocks: [shape.linear1_rows.div_ceil(rows), shape.linear2_rows.div_ceil(rows)],
-            next: [PoolPosition::START; 2],
+            blocks: [shape.linear1_rows.div_ceil(block_rows), shape.linear2_rows.div_ceil(block_rows)],
+            next: [first; 2],
             wave_end: shape.wave_experts,
-            current: PoolPosition::START,
+            current: first,
             phase: Phase::Linear1,
             first_ticket: 0,
             tickets: 0,
         }
     }
 
-    /// The task of `ticket` for the first CTA of a cluster. Tickets must not decrease from call to call. `rows` gives an expert's rows.
+    /// The task of `ticket` for the first CTA of a cluster. Tickets must not decrease from call to call.
     #[inline(always)]
-    pub fn seek(&mut self, ticket: u32, rows: impl Fn(u32) -> u32) -> Task {
+    pub fn seek(&mut self, ticket: u32, rows: &(impl ExpertRows + ?Sized)) -> Task {
         while ticket - self.first_ticket >= self.tickets {
-            if !self.advance(&rows) {
+            if !self.advance(rows) {
                 return Task::plain(Phase::End, 0);
             }
         }
@@ -305,12 +350,21 @@ impl TaskCursor {
         if self.phase as u32 == Phase::Combine as u32 {
             return Task::plain(Phase::Combine, index * self.shape.cluster);
         }
-        // Blocks first: neighbouring CTAs share a tile of tokens, of which each loads twice as much as of its weights.
-        let count = rows(self.current.expert);
-        let blocks = if self.phase as u32 == Phase::Linear1 as u32 { self.blocks[0] } else { self.blocks[1] };
-        let (tile, block) = (index / blocks, index % blocks);
-        let rest = count - tile * MAX_TOKEN_TILE;
-        let rows = if rest < MAX_TOKEN_TILE { rest } else { MAX_TOKEN_TILE };
+        let linear1 = self.phase as u32 == Phase::Linear1 as u32;
+        // Each phase by itself, as below.
+        let (blocks, group) = if linear1 {
+            (self.blocks[0], group_tiles(self.shape.linear2_rows))
+        } else {
+            (self.blocks[1], group_tiles(self.shape.linear1_rows / 2))
+        };
+        // Group by group of tiles, and in each block by block of weights: neighbouring tickets share a block of weights, which so is read once for the group, and its
+        // tokens stay in the L2 cache.
+        let count = rows.rows(self.current.expert);
+        let first_tile = index / (group * blocks) * group;
+        let turns = group.min(token_tiles(count) - first_tile);
+        let within = index - first_tile * blocks;
+        let (tile, block) = (first_tile + within % turns, within / turns);
+        let rows = (count - tile * MAX_TOKEN_TILE).min(MAX_TOKEN_TILE);
         Task {
             phase: self.phase as u32,
             expert: self.current.expert,
@@ -324,38 +378,31 @@ impl TaskCursor {
         }
     }
 
-    /// Steps to the next expert with rows in the next phase; false behind the last task. One thread walks past experts before a CTA's first product
-    /// can begin.
+    /// Steps to the next expert with rows in the next phase; false behind the last task.
     #[inline(always)]
-    fn advance(&mut self, rows: &impl Fn(u32) -> u32) -> bool {
+    fn advance(&mut self, rows: &(impl ExpertRows + ?Sized)) -> bool {
         self.first_ticket += self.tickets;
         self.tickets = 0;
-        let ScheduleShape { experts, wave_experts, cluster, .. } = self.shape;
+        let ScheduleShape { wave_experts, cluster, .. } = self.shape;
         // Each phase by itself: a position that is chosen at run time would lie in memory.
         loop {
             let [linear1, linear2] = self.next;
-            let ahead = self.wave_end + (WAVES - 1) * wave_experts;
-            if linear1.expert < experts && linear1.expert < ahead {
-                let count = rows(linear1.expert);
-                self.next[0] = linear1.next(count);
-                if count > 0 {
-                    (self.phase, self.current) = (Phase::Linear1, linear1);
-                    self.tickets = token_tiles(count) * self.blocks[0];
-                    return true;
-                }
-            } else if linear2.expert == experts {
-                break;
-            } else if linear2.expert == self.wave_end {
-                self.wave_end += wave_experts;
-            } else {
-                let count = rows(linear2.expert);
-                self.next[1] = linear2.next(count);
-                if count > 0 {
-                    (self.phase, self.current) = (Phase::Linear2, linear2);
-                    self.tickets = token_tiles(count) * self.blocks[1];
-                    return true;
-                }
+            if linear1.expert < rows.experts() && linear1.expert < self.wave_end + (WAVES - 1) * wave_experts {
+                self.next[0] = linear1.next(rows);
+                (self.phase, self.current) = (Phase::Linear1, linear1);
+                self.tickets = token_tiles(rows.rows(linear1.expert)) * self.blocks[0];
+                return true;
             }
+            if linear2.expert == rows.experts() {
+                break;
+            }
+            if linear2.expert < self.wave_end {
+                self.next[1] = linear2.next(rows);
+                (self.phase, self.current) = (Phase::Linear2, linear2);
+                self.tickets = token_tiles(rows.rows(linear2.expert)) * self.blocks[1];
+                return true;
+            }
+            self.wave_end += wave_experts;
         }
         if self.phase as u32 == Phase::Combine as u32 {
             return false;

@@ -67,8 +67,6 @@ pub const LINEAR2_STAGING_TOKENS: u32 = STAGING_BYTES / 128;
 pub const PULL_BYTES: u32 = 6144;
 /// Pull buffers of one dispatch warp.
 pub const PULL_BUFFERS: u32 = 2;
-/// Tasks that the scheduler may be ahead of the slowest role.
-pub const TASK_SLOTS: u32 = 4;
 /// Bytes of one piece of a combine row.
 pub const COMBINE_BYTES: u32 = 2048;
 /// Pieces that one consumer warp has in flight while it combines.
@@ -89,18 +87,20 @@ pub const PULL_OFFSET: u32 = STAGING_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFF
 pub const ROW_META_OFFSET: u32 = PULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * PULL_BYTES;
 /// Byte offset of the row counts (u32) of the local experts.
 pub const EXPERT_ROWS_OFFSET: u32 = ROW_META_OFFSET + CONSUMER_WARPGROUPS * MAX_TOKEN_TILE * 8;
-/// Byte offset of the task slots.
-pub const TASKS_OFFSET: u32 = EXPERT_ROWS_OFFSET + MAX_LOCAL_EXPERTS * 4;
+/// Byte offset of the bits of the local experts that have rows, in words of [`WARP`].
+pub const HIT_EXPERTS_OFFSET: u32 = EXPERT_ROWS_OFFSET + MAX_LOCAL_EXPERTS * 4;
+/// Byte offset of the task slot.
+pub const TASK_OFFSET: u32 = HIT_EXPERTS_OFFSET + MAX_LOCAL_EXPERTS / WARP * 4;
 /// Byte offset of the mbarriers that say a stage is full.
-pub const STAGE_FULL_OFFSET: u32 = TASKS_OFFSET + TASK_SLOTS * TASK_BYTES;
+pub const STAGE_FULL_OFFSET: u32 = TASK_OFFSET + TASK_BYTES;
 /// Byte offset of the mbarriers that say a stage is free.
 pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + MAX_STAGES * MBARRIER_BYTES;
-/// Byte offset of the mbarriers that say a task slot is full.
+/// Byte offset of the mbarrier that says the task slot is full.
 pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + MAX_STAGES * MBARRIER_BYTES;
-/// Byte offset of the mbarriers that say a task slot is free.
-pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+/// Byte offset of the mbarrier that says the task slot is free.
+pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say a consumer warpgroup's staging buffer is the publisher's.
-pub const STAGING_FULL_OFFSET: u32 = TASK_EMPTY_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+pub const STAGING_FULL_OFFSET: u32 = TASK_EMPTY_OFFSET + MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say a staging buffer is its consumer warpgroup's again.
 pub const STAGING_EMPTY_OFFSET: u32 = STAGING_FULL_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFFERS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the pull buffers.
@@ -118,7 +118,7 @@ const _: () = assert!(stage_bytes(TOKEN_TILES[0]).is_multiple_of(1024) && WEIGHT
 const _: () = assert!(STAGING_OFFSET.is_multiple_of(1024) && STAGING_BYTES.is_multiple_of(1024));
 const _: () = assert!(LINEAR1_STAGING_TOKENS.is_multiple_of(ACTIVATION_TOKENS));
 const _: () = assert!(MAX_STAGES < 16 && stages(0) == MAX_STAGES);
-const _: () = assert!(TASKS_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
+const _: () = assert!(TASK_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
 const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= PIPELINE_BYTES);
 // The register file holds 64 Ki registers, and setmaxnreg takes multiples of 8 (PTX ISA 8.6, setmaxnreg).
 const _: () = assert!(WARP * (CONSUMER_WARP * HELPER_REGISTERS + CONSUMER_WARPS * CONSUMER_REGISTERS) <= 65536);

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
-    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES, combine_chunks, combine_tokens, pull_rows,
-    route_chunks, route_step, route_tokens,
+    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES, combine_chunks, combine_tokens,
+    group_tiles, pull_rows, route_chunks, route_step, route_tokens,
 };
 use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
 use proptest::prelude::*;
@@ -15,27 +15,25 @@ const LINEAR2: u32 = Phase::Linear2 as u32;
 const COMBINE: u32 = Phase::Combine as u32;
 
 fn tasks(shape: ScheduleShape, rows: &[u32]) -> Vec<Task> {
-    let mut cursor = TaskCursor::new(shape);
-    (0..)
-        .map(|ticket| cursor.seek(ticket, |expert| rows[expert as usize]))
-        .take_while(|task| task.phase != Phase::End as u32)
-        .collect()
+    let mut cursor = TaskCursor::new(shape, rows);
+    (0..).map(|ticket| cursor.seek(ticket, rows)).take_while(|task| task.phase != Phase::End as u32).collect()
 }
 
 fn schedule() -> impl Strategy<Value = (ScheduleShape, Vec<u32>)> {
-    let rows = prop::collection::vec(prop_oneof![Just(0u32), 1..40u32, 60..300u32], 1..12);
-    (rows, 1..6u32, 1..6u32, 1..9u32, 0..5u32).prop_map(|(rows, wave_experts, intermediate, hidden, combine_chunks)| {
-        let shape = ScheduleShape {
-            experts: rows.len() as u32,
-            wave_experts,
-            linear1_rows: 128 * intermediate,
-            linear2_rows: 64 * hidden,
-            combine_chunks,
-            cluster: 1,
-            most_rows: rows.iter().copied().max().unwrap_or(0),
-        };
-        (shape, rows)
-    })
+    let rows = prop::collection::vec(prop_oneof![Just(0u32), 1..40u32, 60..300u32, 900..3000u32], 1..12);
+    (rows, 1..6u32, 1..6u32, prop_oneof![1..9u32, 100..200u32], 0..5u32).prop_map(
+        |(rows, wave_experts, intermediate, hidden, combine_chunks)| {
+            let shape = ScheduleShape {
+                wave_experts,
+                linear1_rows: 128 * intermediate,
+                linear2_rows: 64 * hidden,
+                combine_chunks,
+                cluster: 1,
+                most_rows: rows.iter().copied().max().unwrap_or(0),
+            };
+            (shape, rows)
+        },
+    )
 }
 
 proptest! {
@@ -87,20 +85,34 @@ proptest! {
     #[test]
     fn a_cursor_that_skips_tickets_finds_the_same_tasks((shape, rows) in schedule(), stride in 1..9usize, first in 0..9usize) {
         let all = tasks(shape, &rows);
-        let mut cursor = TaskCursor::new(shape);
+        let mut cursor = TaskCursor::new(shape, &rows[..]);
         for ticket in (first..all.len()).step_by(stride) {
-            prop_assert_eq!(cursor.seek(ticket as u32, |expert| rows[expert as usize]), all[ticket]);
+            prop_assert_eq!(cursor.seek(ticket as u32, &rows[..]), all[ticket]);
+        }
+    }
+
+    /// The tiles of a group take turns at a block of weights: tickets that share one are neighbours.
+    #[test]
+    fn a_group_of_tiles_goes_through_the_weights_once((shape, rows) in schedule()) {
+        let mut blocks = HashSet::new();
+        let mut last = None;
+        for task in tasks(shape, &rows).iter().filter(|task| task.phase != COMBINE) {
+            let columns = if task.phase == LINEAR1 { shape.linear2_rows } else { shape.linear1_rows / 2 };
+            let first_tile: u32 = rows[..task.expert as usize].iter().map(|&rows| token_tiles(rows)).sum();
+            let block = (task.phase, task.expert, (task.tile - first_tile) / group_tiles(columns), task.weight_row);
+            prop_assert!(last == Some(block) || blocks.insert(block), "{task:?} comes back to a block of weights");
+            last = Some(block);
         }
     }
 
     /// Tiles cover the pulled rows of their expert, and share no pool row with each other.
     #[test]
     fn tiles_and_rows_agree((shape, rows) in schedule()) {
-        let mut cursor = RowCursor::new();
+        let mut cursor = RowCursor::new(&rows[..]);
         let pulled: Vec<_> = (0..rows.iter().sum()).map(|ticket| {
-            cursor.seek(ticket, shape.experts, |expert| rows[expert as usize]).expect("a row for every ticket")
+            cursor.seek(ticket, &rows[..]).expect("a row for every ticket")
         }).collect();
-        prop_assert_eq!(cursor.seek(pulled.len() as u32, shape.experts, |expert| rows[expert as usize]), None);
+        prop_assert_eq!(cursor.seek(pulled.len() as u32, &rows[..]), None);
         let mut tiles: Vec<_> = tasks(shape, &rows).into_iter().filter(|task| task.phase == LINEAR1 && task.weight_row == 0).collect();
         tiles.sort_by_key(|task| task.tile);
         let mut row = pulled.iter();
@@ -121,15 +133,12 @@ proptest! {
 
     /// A lane of a ticket's rows sees every eighth row, or so; what it makes of them does not depend on which those are.
     #[test]
-    fn a_row_cursor_that_skips_rows_finds_the_same((shape, rows) in schedule(), stride in 1..300usize, first in 0..9usize) {
-        let row = |cursor: &mut RowCursor, number: usize| {
-            cursor.seek(number as u32, shape.experts, |expert| rows[expert as usize])
-        };
-        let (mut all, mut skipping) = (RowCursor::new(), RowCursor::new());
-        let total = rows.iter().sum::<u32>() as usize;
-        let rows: Vec<_> = (0..total + 9).map(|number| row(&mut all, number)).collect();
-        for number in (first..rows.len()).step_by(stride) {
-            prop_assert_eq!(row(&mut skipping, number), rows[number]);
+    fn a_row_cursor_that_skips_rows_finds_the_same((_, rows) in schedule(), stride in 1..300usize, first in 0..9usize) {
+        let (mut all, mut skipping) = (RowCursor::new(&rows[..]), RowCursor::new(&rows[..]));
+        let numbers = 0..rows.iter().sum::<u32>() + 9;
+        let found: Vec<_> = numbers.map(|number| all.seek(number, &rows[..])).collect();
+        for number in (first..found.len()).step_by(stride) {
+            prop_assert_eq!(skipping.seek(number as u32, &rows[..]), found[number]);
         }
     }
 

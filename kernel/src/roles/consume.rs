@@ -172,8 +172,7 @@ where
     // A full stage means that the tile's rows, and so their metas, are there.
     consumer.cta.stage_full(ring.slot).wait(ring.parity);
     let metas = consumer.load_row_metas::<QUADS>(task);
-    let columns = if linear1 { shape.hidden } else { shape.intermediate };
-    let accumulators = multiply::<QUADS>(consumer, consumer.cta.pipeline(task), columns / K_BLOCK, ring);
+    let accumulators = multiply::<QUADS>(consumer, consumer.cta.pipeline(task), task.k_blocks(shape), ring);
     let mut buffer = *staging;
     for _ in 0..STAGING_BUFFERS {
         consumer.take_staging(buffer);

@@ -10,7 +10,7 @@ use crate::params::TensorMap;
 use crate::schedule::{Phase, Task, weight_tasks};
 use crate::shared::{CONSUMER_WARPGROUPS, WEIGHT_STAGE_BYTES};
 use crate::status::{Stage, Timeout};
-use crate::tile::{K_BLOCK, loaded_rows, token_tile};
+use crate::tile::{K_BLOCK, TOKEN_TILES, loaded_rows, token_tile};
 
 /// Loads the operands of every task.
 #[inline(always)]
@@ -24,87 +24,85 @@ pub fn produce(launch: &Launch, cta: Cta, lane: u32) {
         prefetch_tensormap(&maps.linear1);
         prefetch_tensormap(&maps.linear2);
     }
-    let mut tasks = TaskReader::new(cta);
-    let mut ring = Ring::new();
+    let mut producer = Producer { launch, cta, tasks: TaskReader::new(cta), ring: Ring::new() };
     loop {
         mark!(launch, WaitForTask);
-        let task = tasks.take();
+        let task = producer.tasks.look();
         if task.phase == Phase::Linear1 as u32 {
-            load_linear1(launch, cta, &task, &mut ring);
+            producer.load_linear1(&task);
         } else if task.phase == Phase::Linear2 as u32 {
-            load_linear2(launch, cta, &task, &mut ring);
-        } else if task.phase == Phase::End as u32 {
-            return;
+            producer.load_linear2(&task);
+        } else {
+            producer.tasks.release();
+            if task.phase == Phase::End as u32 {
+                return;
+            }
         }
     }
 }
 
-/// Linear 1 multiplies pulled rows: waits until all of the tile's rows are in the pool.
-#[inline(always)]
-fn load_linear1(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring) {
-    let params = launch.params();
-    let pulled = launch.counter(params.workspace.counter.rows_ready, task.tile);
-    let operands = Operands {
-        weights: &params.maps.linear1,
-        tokens: (&raw const params.maps.tokens).cast::<TensorMap>().wrapping_add(task.width as usize),
-        k_blocks: params.shape.hidden / K_BLOCK,
-    };
-    let missing = || Timeout { stage: Stage::Rows, rank: params.rank, subject: task.tile };
-    // SAFETY: a counter of this launch.
-    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(pulled) } >= task.rows);
+struct Producer<'a> {
+    launch: &'a Launch,
+    cta: Cta,
+    tasks: TaskReader,
+    /// The stage that is loaded next.
+    ring: Ring,
 }
 
-/// Linear 2 multiplies intermediate rows: waits until all of the tile's columns are in the pool.
-#[inline(always)]
-fn load_linear2(launch: &Launch, cta: Cta, task: &Task, ring: &mut Ring) {
-    let params = launch.params();
-    let stored = launch.counter(params.workspace.counter.columns_ready, task.tile);
-    let k_blocks = params.shape.intermediate / K_BLOCK;
-    let operands = Operands {
-        weights: &params.maps.linear2,
-        tokens: (&raw const params.maps.intermediate).cast::<TensorMap>().wrapping_add(task.width as usize),
-        k_blocks,
-    };
-    let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
-    let halves = weight_tasks(2 * params.shape.intermediate, cluster_ctas()) * CONSUMER_WARPGROUPS;
-    // SAFETY: a counter of this launch.
-    operands.load(launch, cta, task, ring, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= halves);
-}
+impl Producer<'_> {
+    /// Linear 1 multiplies pulled rows: waits until all of the tile's rows are in the pool.
+    #[inline(always)]
+    fn load_linear1(&mut self, task: &Task) {
+        let params = self.launch.params();
+        let pulled = self.launch.counter(params.workspace.counter.rows_ready, task.tile);
+        let operands = [&raw const params.maps.linear1, map_of(&params.maps.tokens, task)];
+        let missing = || Timeout { stage: Stage::Rows, rank: params.rank, subject: task.tile };
+        // SAFETY: a counter of this launch.
+        self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(pulled) } >= task.rows);
+    }
 
-/// The two operands of a task.
-struct Operands {
-    weights: *const TensorMap,
-    tokens: *const TensorMap,
-    k_blocks: u32,
-}
+    /// Linear 2 multiplies intermediate rows: waits until all of the tile's columns are in the pool.
+    #[inline(always)]
+    fn load_linear2(&mut self, task: &Task) {
+        let params = self.launch.params();
+        let stored = self.launch.counter(params.workspace.counter.columns_ready, task.tile);
+        let operands = [&raw const params.maps.linear2, map_of(&params.maps.intermediate, task)];
+        let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
+        let halves = weight_tasks(2 * params.shape.intermediate, cluster_ctas()) * CONSUMER_WARPGROUPS;
+        // SAFETY: a counter of this launch.
+        self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= halves);
+    }
 
-impl Operands {
-    /// Loads all k-blocks: this CTA's weights, and its share of the tokens for all CTAs of the cluster. If the tokens are not there yet, the
-    /// weights of the first stages are on their way before they are waited for.
+    /// Loads all k-blocks of a task: this CTA's weights, and its share of the tokens for all CTAs of the cluster. If the tokens are not there yet, the
+    /// weights of the first stages are on their way before they are waited for. Gives the task slot back when the next task is wanted.
     #[inline(always)]
     fn load(
-        &self,
-        launch: &Launch,
-        cta: Cta,
+        &mut self,
         task: &Task,
-        ring: &mut Ring,
+        [weights, tokens]: [*const TensorMap; 2],
         missing: impl Fn() -> Timeout,
         tokens_ready: impl Fn() -> bool,
     ) {
+        let Self { launch, cta, .. } = *self;
+        let shape = &launch.params().shape;
         let (width, cluster) = (token_tile(task.width), cluster_ctas());
         let rows = loaded_rows(width, cluster);
         let shared = rows < width;
         let first_row = if shared { cluster_cta() * rows } else { 0 };
         let everyone = (1 << cluster) - 1;
         let pipeline = cta.pipeline(task);
+        let (k_blocks, claim_block) = (task.k_blocks(shape), task.claim_block(shape));
+        if claim_block == 0 {
+            self.tasks.release();
+        }
         let mut early = 0;
         mark!(launch, LoadWeights, task);
         if !tokens_ready() {
-            let mut weights_ring = *ring;
-            early = self.k_blocks.min(pipeline.stages);
+            let mut ring = self.ring;
+            early = k_blocks.min(pipeline.stages);
             for k_block in 0..early {
-                self.load_weights(cta, pipeline, task, weights_ring, k_block);
-                weights_ring.advance(pipeline.stages);
+                load_weights(cta, pipeline, weights, task, ring, k_block);
+                ring.advance(pipeline.stages);
             }
             mark!(launch, WaitForTokens);
             launch.wait_until(missing, tokens_ready);
@@ -112,9 +110,13 @@ impl Operands {
         mark!(launch, Load);
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
         fence_proxy_async_global();
-        for k_block in 0..self.k_blocks {
+        for k_block in 0..k_blocks {
+            if k_block > 0 && k_block == claim_block {
+                self.tasks.release();
+            }
+            let ring = self.ring;
             if k_block >= early {
-                self.load_weights(cta, pipeline, task, *ring, k_block);
+                load_weights(cta, pipeline, weights, task, ring, k_block);
             }
             let (destination, full) =
                 (pipeline.tokens(ring.slot).offset(first_row * K_BLOCK * 2), cta.stage_full(ring.slot));
@@ -122,23 +124,29 @@ impl Operands {
             // SAFETY: the stage is free in all CTAs of the cluster; their barriers expect these bytes.
             unsafe {
                 if shared {
-                    tensor_load_2d_multicast(destination, self.tokens, coordinates, full, everyone);
+                    tensor_load_2d_multicast(destination, tokens, coordinates, full, everyone);
                 } else {
-                    tensor_load_2d(destination, self.tokens, coordinates, full);
+                    tensor_load_2d(destination, tokens, coordinates, full);
                 }
             };
-            ring.advance(pipeline.stages);
+            self.ring.advance(pipeline.stages);
         }
     }
+}
 
-    /// Waits until a stage is free, announces both tiles, and loads the weight tile.
-    #[inline(always)]
-    fn load_weights(&self, cta: Cta, pipeline: Pipeline, task: &Task, ring: Ring, k_block: u32) {
-        cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
-        let full = cta.stage_full(ring.slot);
-        full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
-        let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
-        // SAFETY: the stage is free; its barrier expects these bytes.
-        unsafe { tensor_load_3d(pipeline.weights(ring.slot), self.weights, coordinates, full) };
-    }
+/// The map of a pool for a task's token tile.
+#[inline(always)]
+fn map_of(maps: &[TensorMap; TOKEN_TILES.len()], task: &Task) -> *const TensorMap {
+    (&raw const *maps).cast::<TensorMap>().wrapping_add(task.width as usize)
+}
+
+/// Waits until a stage is free, announces both tiles, and loads the weight tile.
+#[inline(always)]
+fn load_weights(cta: Cta, pipeline: Pipeline, weights: *const TensorMap, task: &Task, ring: Ring, k_block: u32) {
+    cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
+    let full = cta.stage_full(ring.slot);
+    full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
+    let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
+    // SAFETY: the stage is free; its barrier expects these bytes.
+    unsafe { tensor_load_3d(pipeline.weights(ring.slot), weights, coordinates, full) };
 }

@@ -98,7 +98,8 @@ impl<'a> Publisher<'a> {
         if self.ended || !self.tasks.is_ready() {
             return false;
         }
-        let task = self.tasks.take();
+        let task = self.tasks.look();
+        self.tasks.release();
         self.ended = task.phase == Phase::End as u32;
         if task.phase == Phase::Linear1 as u32 || task.phase == Phase::Linear2 as u32 {
             self.task = Some(task);

@@ -3,7 +3,7 @@
 //! A ticket stands for a few rows, a lane for each: their pieces are under way together. What a token has for several experts of this rank comes
 //! once, with the row that leads, which is the first in this order: other lanes store it for the rows that follow, whose own tickets have nothing to do.
 
-use crate::cta::{Cta, Ring};
+use crate::cta::{CountedRows, Cta, Ring};
 use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
@@ -15,7 +15,7 @@ use crate::launch::{COUNTS_BARRIER, Launch};
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
 use crate::roles::route::claim;
 use crate::roles::schedule::COUNTS_THREADS;
-use crate::schedule::{MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows};
+use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
 use crate::sources::{Sources, place_of, source_at};
 use crate::tile::MAX_TOKEN_TILE;
@@ -43,19 +43,19 @@ const _: () = assert!(MAX_PULL_ROWS <= 8 && PULL_BYTES / PIECE_STEP < 256 && pie
 #[inline(always)]
 pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let params = launch.params();
-    let experts = params.shape.local_experts();
     let next = launch.counter(params.workspace.counter.pull_ticket, 0);
     // As the scheduler's first.
     let claimed = claim(next, lane);
     mark!(launch, WaitForCounts);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
-    let rows = |expert: u32| rows_of(cta, expert);
-    let batch = pull_rows(count_rows(experts, lane, rows), ctas());
-    let mut puller = Puller { launch, cta, warp, lane, batch, ring: Ring::new() };
-    let mut cursor = RowCursor::new();
+    // SAFETY: the scheduler warp is there too.
+    let rows = unsafe { CountedRows::new(cta, params.shape.local_experts()) };
+    let batch = pull_rows(count_rows(&rows, lane), ctas());
+    let mut cursor = RowCursor::new(&rows);
+    let mut puller = Puller { launch, cta, warp, lane, rows, batch, ring: Ring::new() };
     let mut ticket = shfl_idx(claimed, 0);
     loop {
-        let row = if lane < batch { cursor.seek(ticket * batch + lane, experts, rows) } else { None };
+        let row = if lane < batch { cursor.seek(ticket * batch + lane, &puller.rows) } else { None };
         if ballot(row.is_some()) == 0 {
             return;
         }
@@ -66,20 +66,13 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     }
 }
 
-/// Rows of a local expert.
-#[inline(always)]
-fn rows_of(cta: Cta, expert: u32) -> u32 {
-    // SAFETY: the scheduler warp wrote the counts before the barrier that dispatch warps have passed.
-    unsafe { cta.expert_rows(expert).load_u32() }
-}
-
 /// All rows to pull.
 #[inline(always)]
-fn count_rows(experts: u32, lane: u32, rows: impl Fn(u32) -> u32) -> u32 {
+fn count_rows(rows: &CountedRows, lane: u32) -> u32 {
     let mut sum = 0;
     let mut expert = lane;
-    while expert < experts {
-        sum += rows(expert);
+    while expert < rows.experts() {
+        sum += rows.rows(expert);
         expert += WARP;
     }
     redux_add(sum)
@@ -148,6 +141,7 @@ struct Puller<'a> {
     cta: Cta,
     warp: u32,
     lane: u32,
+    rows: CountedRows,
     /// Rows of a ticket.
     batch: u32,
     ring: Ring,
@@ -239,7 +233,7 @@ impl Puller<'_> {
         let (meta, _) = entry(self.launch, source, expert, slot);
         let row = sources_of(self.launch, expert).index_of(place_of(params.rank, shape.ranks, source), slot);
         while position.expert < local {
-            position = position.next(rows_of(self.cta, position.expert));
+            position = position.next(&self.rows);
         }
         let (pool_row, tile) = (position.pool_row + row, position.tile + row / MAX_TOKEN_TILE);
         Some((meta, Row { expert: local, row, pool_row, tile }))

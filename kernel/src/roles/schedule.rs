@@ -1,13 +1,13 @@
 //! The scheduler warp: waits for all ranks' counts; then that of a cluster's first CTA claims tickets and hands tasks to the other roles.
 
-use crate::cta::{Cta, TaskWriter};
+use crate::cta::{CountedRows, Cta, TaskWriter};
 use crate::device::atomic::atom_add_relaxed_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::fence::fence_acq_rel_sys;
 use crate::device::global::{ld_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
-use crate::device::warp::redux_max;
+use crate::device::warp::{ballot, redux_max};
 use crate::launch::{COUNTS_BARRIER, Launch};
 use crate::schedule::{Phase, ScheduleShape, TaskCursor, combine_chunks};
 use crate::shared::{DISPATCH_WARPS, WARP};
@@ -28,8 +28,8 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     let first = if hands_out { claim_task(launch) } else { 0 };
     mark!(launch, GatherCounts);
     gather_counts(launch, cta, lane);
+    let most_rows = look_at_rows(launch, cta, lane);
     bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
-    let most_rows = most_rows(launch, cta, lane);
     if hands_out {
         hand_out_tasks(launch, cta, most_rows, first);
     }
@@ -109,15 +109,21 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     fence_acq_rel_sys();
 }
 
-/// Rows of the local expert that has the most.
+/// Marks the local experts that have rows; returns the rows of the one that has the most.
 #[inline(always)]
-fn most_rows(launch: &Launch, cta: Cta, lane: u32) -> u32 {
+fn look_at_rows(launch: &Launch, cta: Cta, lane: u32) -> u32 {
+    let experts = launch.params().shape.local_experts();
     let mut most = 0;
-    let mut expert = lane;
-    while expert < launch.params().shape.local_experts() {
+    for word in 0..experts.div_ceil(WARP) {
+        let expert = word * WARP + lane;
         // SAFETY: this warp wrote the counts.
-        most = most.max(unsafe { cta.expert_rows(expert).load_u32() });
-        expert += WARP;
+        let rows = if expert < experts { unsafe { cta.expert_rows(expert).load_u32() } } else { 0 };
+        most = most.max(rows);
+        let hit = ballot(rows > 0);
+        if lane == 0 {
+            // SAFETY: there is a word for all local experts, and this thread alone writes them.
+            unsafe { cta.hit_experts(word).store_u32(hit) };
+        }
     }
     redux_max(most)
 }
@@ -129,30 +135,36 @@ fn claim_task(launch: &Launch) -> u32 {
     unsafe { atom_add_relaxed_gpu(launch.counter(launch.params().workspace.counter.task_ticket, 0), 1) }
 }
 
-/// Puts the tasks of `ticket` and those claimed after it into the slots of the cluster's CTAs, in order, until the tasks end.
+/// Puts the task of `ticket` and those claimed after it into the slots of the cluster's CTAs, one after the other, until the tasks end.
 #[inline(always)]
 fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32, mut ticket: u32) {
     let params = launch.params();
     let shape = &params.shape;
-    let mut cursor = TaskCursor::new(ScheduleShape {
-        experts: shape.local_experts(),
+    // SAFETY: this warp wrote them.
+    let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
+    let schedule = ScheduleShape {
         wave_experts: params.wave_experts,
         linear1_rows: 2 * shape.intermediate,
         linear2_rows: shape.hidden,
         combine_chunks: combine_chunks(launch.tokens(), ctas()),
         cluster: cluster_ctas(),
         most_rows,
-    });
+    };
+    let mut cursor = TaskCursor::new(schedule, &rows);
     let mut writer = TaskWriter::new(cta);
     loop {
-        // SAFETY: this warp wrote the counts.
-        let task = cursor.seek(ticket, |expert| unsafe { cta.expert_rows(expert).load_u32() });
+        let task = cursor.seek(ticket, &rows);
         mark!(launch, HandOut, &task);
         writer.put(task);
         if task.phase == Phase::End as u32 {
             return;
         }
         mark!(launch, ClaimTask);
+        // What follows a short product is found out while that runs.
+        let short = task.phase <= Phase::Linear2 as u32 && task.claim_block(shape) == 0;
+        if !short {
+            writer.wait();
+        }
         ticket = claim_task(launch);
     }
 }

@@ -40,16 +40,16 @@ fn expected(case: &Case, tokens: &Tokens, rank: usize) -> Products {
         }
     }
     rows[..config.shared_experts].fill(case.tokens[rank] as u32);
-    let mut cursor = TaskCursor::new(ScheduleShape {
-        experts: rows.len() as u32,
+    let shape = ScheduleShape {
         wave_experts: 1,
         linear1_rows: 2 * config.intermediate as u32,
         linear2_rows: config.hidden as u32,
         combine_chunks: 0,
         cluster: 1,
         most_rows: rows.iter().copied().max().unwrap_or(0),
-    });
-    let task = |ticket| cursor.seek(ticket, |expert| rows[expert as usize]);
+    };
+    let mut cursor = TaskCursor::new(shape, &rows[..]);
+    let task = |ticket| cursor.seek(ticket, &rows[..]);
     (0..)
         .map(task)
         .take_while(|task| task.phase < Phase::Combine as u32)

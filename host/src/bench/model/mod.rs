@@ -4,8 +4,8 @@
 mod timeline;
 
 use ferromoe_kernel::layout::{BF16_BYTES, Shape};
-use ferromoe_kernel::schedule::{Phase, Task, TaskCursor};
-use ferromoe_kernel::tile::{MAX_CLUSTER, WEIGHT_TILE, token_tile};
+use ferromoe_kernel::schedule::{Phase, ScheduleShape, Task, TaskCursor, group_tiles};
+use ferromoe_kernel::tile::{K_BLOCK, MAX_CLUSTER, WEIGHT_TILE, token_tile, token_tiles};
 use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
@@ -209,43 +209,40 @@ impl Load {
 
     /// The GEMM tasks of clusters, in ticket order.
     fn tasks(&self) -> impl Iterator<Item = Task> {
-        let mut cursor = TaskCursor::new(ferromoe_kernel::schedule::ScheduleShape {
-            experts: self.shape.local_experts(),
+        let shape = ScheduleShape {
             wave_experts: self.wave_experts,
             linear1_rows: 2 * self.shape.intermediate,
             linear2_rows: self.shape.hidden,
             combine_chunks: 0,
             cluster: self.cluster,
             most_rows: self.rows.iter().copied().max().unwrap_or(0),
-        });
+        };
+        let mut cursor = TaskCursor::new(shape, &self.rows[..]);
         (0..)
-            .map(move |ticket| cursor.seek(ticket, |expert| self.rows[expert as usize]))
+            .map(move |ticket| cursor.seek(ticket, &self.rows[..]))
             .take_while(|task| task.phase <= Phase::Linear2 as u32)
     }
 
     /// Elements that a task's products sum over.
     fn depth(&self, task: &Task) -> f64 {
-        f64::from(if task.phase == Phase::Linear1 as u32 { self.shape.hidden } else { self.shape.intermediate })
-    }
-
-    /// Whether a task is of its expert's first token tile.
-    fn first_tile(&self, task: &Task, first_tiles: &[u32]) -> bool {
-        first_tiles[task.expert as usize] == task.tile
+        f64::from(task.k_blocks(&self.shape) * K_BLOCK)
     }
 
     /// The number of each expert's first tile.
     fn first_tiles(&self) -> Vec<u32> {
         let mut next = 0;
         let first = |&rows: &u32| {
-            next += ferromoe_kernel::tile::token_tiles(rows);
-            next - ferromoe_kernel::tile::token_tiles(rows)
+            next += token_tiles(rows);
+            next - token_tiles(rows)
         };
         self.rows.iter().map(first).collect()
     }
 
-    /// Bytes of weights that a cluster's task reads from device memory.
+    /// Bytes of weights that a cluster's task reads from device memory: all of its block, but for tiles that take turns at it behind another one.
     fn weight_bytes(&self, task: &Task, first_tiles: &[u32]) -> f64 {
-        let read = !self.kept[task.phase as usize] || self.first_tile(task, first_tiles);
+        let tile = task.tile - first_tiles[task.expert as usize];
+        let group = group_tiles(task.k_blocks(&self.shape) * K_BLOCK);
+        let read = if self.kept[task.phase as usize] { tile == 0 } else { tile.is_multiple_of(group) };
         if read { f64::from(WEIGHT_TILE * self.cluster) * self.depth(task) * BF16_BYTES as f64 } else { 0.0 }
     }
 
@@ -277,7 +274,7 @@ impl Load {
         for task in self.tasks() {
             let work = &mut phases[1 + task.phase as usize];
             work.memory_bytes += self.weight_bytes(&task, &first_tiles);
-            if self.first_tile(&task, &first_tiles) {
+            if first_tiles[task.expert as usize] == task.tile {
                 work.least_memory_bytes +=
                     f64::from(WEIGHT_TILE * self.cluster) * self.depth(&task) * BF16_BYTES as f64;
             }

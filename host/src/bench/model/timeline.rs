@@ -5,7 +5,6 @@ use std::collections::{BinaryHeap, HashMap};
 
 use ferromoe_kernel::layout::BF16_BYTES;
 use ferromoe_kernel::schedule::{Phase, Task, combine_chunks, pull_rows};
-use ferromoe_kernel::shared::TASK_SLOTS;
 use ferromoe_kernel::tile::{MAX_TOKEN_TILE, WEIGHT_TILE};
 use ferromoe_kernel::trace::Activity;
 
@@ -53,8 +52,6 @@ impl Pipe {
 /// The CTAs of a cluster, which work on neighbouring weight tiles of the same token tile.
 struct Cluster {
     free: f64,
-    /// When its tasks were begun: a task is claimed when that [`TASK_SLOTS`] before it was.
-    begun: Vec<f64>,
 }
 
 impl RankModel {
@@ -65,8 +62,7 @@ impl RankModel {
         let rows_there = pull(load, machine, &mut ctas);
         let mut memory = Pipe { free: 0.0, bytes_per_ns: machine.memory_gbs };
         let mut nvlink = Pipe { free: 0.0, bytes_per_ns: machine.nvlink_gbs };
-        let mut clusters: Vec<Cluster> =
-            (0..load.ctas / load.cluster).map(|_| Cluster { free: COUNTS_NS, begun: Vec::new() }).collect();
+        let mut clusters: Vec<Cluster> = (0..load.ctas / load.cluster).map(|_| Cluster { free: COUNTS_NS }).collect();
         // Times as whole nanoseconds: they are ordered.
         let mut claims: BinaryHeap<Reverse<(u64, usize)>> =
             (0..clusters.len()).map(|cluster| Reverse((COUNTS_NS as u64, cluster))).collect();
@@ -106,10 +102,10 @@ impl RankModel {
                 CONSUMERS.into_iter().for_each(|role| parts.into_iter().for_each(|part| push(&mut roles[role], part)));
             }
             cluster.free = stored;
-            cluster.begun.push(begins);
-            let next =
-                cluster.begun.len().checked_sub(TASK_SLOTS as usize).map_or(COUNTS_NS, |slot| cluster.begun[slot]);
-            claims.push(Reverse((next.max(claimed as f64) as u64, index)));
+            // The next task is claimed with one of this one's last k-blocks, and no sooner than the consumers have begun.
+            let loads = f64::from(task.claim_block(&load.shape)) / f64::from(task.k_blocks(&load.shape));
+            let next = starts + (multiplied - starts) * loads;
+            claims.push(Reverse((next as u64, index)));
         }
         let free = clusters.iter().flat_map(|cluster| vec![cluster.free; load.cluster as usize]).collect();
         Self { ctas, products_end, end: products_end, free }
