@@ -26,7 +26,7 @@ use crate::rendezvous::RendezvousError;
 use crate::weights::ExpertWeights;
 
 use rank::{Rank, symmetric_buffer};
-pub(crate) use rank::{clusters_pay, wave_experts};
+pub(crate) use rank::{clusters_pay, wave_tiles};
 pub(crate) use traffic::{PARTS, Part};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.

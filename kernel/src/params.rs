@@ -58,8 +58,8 @@ pub struct Params {
     pub rank: u32,
     /// SwiGLU clamp: gate at most this, up within plus and minus this. Infinity for none.
     pub swiglu_limit: f32,
-    /// Experts of one wave, at least 1.
-    pub wave_experts: u32,
+    /// Token tiles of one wave, at least 1.
+    pub wave_tiles: u32,
     /// CTAs of a cluster, for which the maps of the pools are made.
     pub cluster: u32,
     /// Zero: aligns what follows.

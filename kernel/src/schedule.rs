@@ -1,7 +1,7 @@
 //! The order of work: which rows, tiles and tasks there are, the same for every CTA of a rank.
 //!
-//! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, experts come in waves: linear 1 of waves 0, 1 and 2, linear 2 of wave 0, linear 1
-//! of wave 3, linear 2 of wave 1, and so on, then the combine chunks. A task's dependencies always have smaller tickets.
+//! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, an expert's linear 1 is followed by linear 2 of the expert that lies
+//! two waves of token tiles before it, and at the end come the combine chunks. A task's dependencies always have smaller tickets.
 
 use crate::layout::Shape;
 use crate::shared::{WARP, stages};
@@ -30,9 +30,8 @@ pub const fn route_tokens(tokens: u32, top_k: u32) -> u32 {
     }
 }
 
-/// Waves that have begun linear 1 when linear 2 of the first of them begins: so many that linear 1 of a wave is done, not only claimed, when its
-/// linear 2 is claimed.
-pub const WAVES: u32 = 3;
+/// Waves of token tiles whose linear 1 comes between linear 1 and linear 2 of an expert: so many that its linear 1 is done, not only claimed, when its linear 2 is claimed.
+pub const WAVES_AHEAD: u32 = 2;
 
 /// The most tokens that one combine task stands for.
 pub const MAX_COMBINE_TOKENS: u32 = 8;
@@ -290,8 +289,8 @@ impl RowCursor {
 /// The sizes that the task order depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScheduleShape {
-    /// Experts of one wave, at least 1.
-    pub wave_experts: u32,
+    /// Token tiles of one wave, at least 1.
+    pub wave_tiles: u32,
     /// Rows of the linear 1 weights of one expert: twice the intermediate size.
     pub linear1_rows: u32,
     /// Rows of the linear 2 weights of one expert: the hidden size.
@@ -311,8 +310,6 @@ pub struct TaskCursor {
     blocks: [u32; 2],
     /// The next expert of each GEMM phase.
     next: [PoolPosition; 2],
-    /// The first expert behind the wave that linear 2 is at.
-    wave_end: u32,
     /// The expert whose tasks the cursor stands at.
     current: PoolPosition,
     phase: Phase,
@@ -330,7 +327,6 @@ impl TaskCursor {
             shape,
             blocks: [shape.linear1_rows.div_ceil(block_rows), shape.linear2_rows.div_ceil(block_rows)],
             next: [first; 2],
-            wave_end: shape.wave_experts,
             current: first,
             phase: Phase::Linear1,
             first_ticket: 0,
@@ -383,32 +379,27 @@ impl TaskCursor {
     fn advance(&mut self, rows: &(impl ExpertRows + ?Sized)) -> bool {
         self.first_ticket += self.tickets;
         self.tickets = 0;
-        let ScheduleShape { wave_experts, cluster, .. } = self.shape;
         // Each phase by itself: a position that is chosen at run time would lie in memory.
-        loop {
-            let [linear1, linear2] = self.next;
-            if linear1.expert < rows.experts() && linear1.expert < self.wave_end + (WAVES - 1) * wave_experts {
+        let [linear1, linear2] = self.next;
+        if linear2.expert < rows.experts() {
+            let tiles = token_tiles(rows.rows(linear2.expert));
+            let ahead = linear2.tile + tiles + WAVES_AHEAD * self.shape.wave_tiles;
+            if linear1.expert < rows.experts() && linear1.tile < ahead {
                 self.next[0] = linear1.next(rows);
                 (self.phase, self.current) = (Phase::Linear1, linear1);
                 self.tickets = token_tiles(rows.rows(linear1.expert)) * self.blocks[0];
-                return true;
-            }
-            if linear2.expert == rows.experts() {
-                break;
-            }
-            if linear2.expert < self.wave_end {
+            } else {
                 self.next[1] = linear2.next(rows);
                 (self.phase, self.current) = (Phase::Linear2, linear2);
-                self.tickets = token_tiles(rows.rows(linear2.expert)) * self.blocks[1];
-                return true;
+                self.tickets = tiles * self.blocks[1];
             }
-            self.wave_end += wave_experts;
+            return true;
         }
         if self.phase as u32 == Phase::Combine as u32 {
             return false;
         }
         self.phase = Phase::Combine;
-        self.tickets = self.shape.combine_chunks.div_ceil(cluster);
+        self.tickets = self.shape.combine_chunks.div_ceil(self.shape.cluster);
         true
     }
 }

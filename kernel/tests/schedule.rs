@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
-    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES, combine_chunks, combine_tokens,
+    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens,
     group_tiles, pull_rows, route_chunks, route_step, route_tokens,
 };
 use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
@@ -22,9 +22,9 @@ fn tasks(shape: ScheduleShape, rows: &[u32]) -> Vec<Task> {
 fn schedule() -> impl Strategy<Value = (ScheduleShape, Vec<u32>)> {
     let rows = prop::collection::vec(prop_oneof![Just(0u32), 1..40u32, 60..300u32, 900..3000u32], 1..12);
     (rows, 1..6u32, 1..6u32, prop_oneof![1..9u32, 100..200u32], 0..5u32).prop_map(
-        |(rows, wave_experts, intermediate, hidden, combine_chunks)| {
+        |(rows, wave_tiles, intermediate, hidden, combine_chunks)| {
             let shape = ScheduleShape {
-                wave_experts,
+                wave_tiles,
                 linear1_rows: 128 * intermediate,
                 linear2_rows: 64 * hidden,
                 combine_chunks,
@@ -64,20 +64,20 @@ proptest! {
         }
     }
 
-    /// Linear 1 of a wave lies before linear 2 of the wave [`WAVES`] - 1 before, and not further ahead.
+    /// When linear 2 of an expert begins, linear 1 has come to the experts that begin less than [`WAVES_AHEAD`] waves of tiles behind it, and not further.
     #[test]
-    fn waves_interleave((shape, rows) in schedule()) {
-        let wave = |task: &Task| task.expert / shape.wave_experts;
-        let mut linear1_wave = 0;
+    fn linear_1_is_waves_ahead((shape, rows) in schedule()) {
+        let first_tile = |expert: u32| rows[..expert as usize].iter().map(|&rows| token_tiles(rows)).sum::<u32>();
+        let mut begun = HashSet::new();
         for task in tasks(shape, &rows).iter().filter(|task| task.phase != COMBINE) {
             if task.phase == LINEAR1 {
-                linear1_wave = wave(task);
-            } else {
-                let last = wave(task) + WAVES - 1;
-                let there = rows.iter().enumerate().skip((last * shape.wave_experts) as usize)
-                    .take(shape.wave_experts as usize).any(|(_, &rows)| rows > 0);
-                prop_assert!(!there || linear1_wave == last, "{task:?} while linear 1 is at wave {linear1_wave}");
+                begun.insert(task.expert);
+                continue;
             }
+            let ahead = first_tile(task.expert + 1) + WAVES_AHEAD * shape.wave_tiles;
+            let hit = (0..rows.len() as u32).filter(|&expert| rows[expert as usize] > 0);
+            let due: HashSet<u32> = hit.filter(|&expert| first_tile(expert) < ahead).collect();
+            prop_assert_eq!(&begun, &due, "at {:?}", task);
         }
     }
 

@@ -66,7 +66,7 @@ impl Rank {
             shape,
             rank: rank as u32,
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
-            wave_experts: wave_experts(&shape, sms),
+            wave_tiles: wave_tiles(&shape, sms),
             cluster: 1,
             reserved: 0,
             trace: TraceBuffer::NONE,
@@ -143,8 +143,8 @@ fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static st
     Ok(buffer)
 }
 
-/// Experts of one wave: enough that their linear 1, at a single token tile each, gives every SM two tasks.
-pub(crate) fn wave_experts(shape: &Shape, sms: u32) -> u32 {
+/// Token tiles of one wave: enough that their linear 1 gives every SM two tasks.
+pub(crate) fn wave_tiles(shape: &Shape, sms: u32) -> u32 {
     (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
 }
 

@@ -51,7 +51,7 @@ impl FusedMoe {
             let per_cta = capacity * ROLES as usize;
             let ran = records.chunks(per_cta).rposition(|records| records[0].time_ns != 0);
             records.truncate(ran.map_or(records.len(), |last| (last + 1) * per_cta));
-            ranks.push((rank, state.params[0].wave_experts, records));
+            ranks.push((rank, state.params[0].wave_tiles, records));
         }
         Trace::new(ranks, capacity)
     }

@@ -152,7 +152,7 @@ mod tests {
         ];
         let cta = CtaTrace { sm: 9, roles: vec![vec![], spans] };
         let trace = Trace {
-            ranks: vec![RankTrace { rank: 1, ctas: vec![cta], start: 0, end: 5000, wave_experts: 1 }],
+            ranks: vec![RankTrace { rank: 1, ctas: vec![cta], start: 0, end: 5000, wave_tiles: 1 }],
             one_clock: true,
         };
         let mut out = Vec::new();

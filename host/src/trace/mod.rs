@@ -49,8 +49,8 @@ pub struct RankTrace {
     pub start: u64,
     /// When its last role ended.
     pub end: u64,
-    /// Experts of one wave.
-    pub wave_experts: u32,
+    /// Token tiles of one wave.
+    pub wave_tiles: u32,
 }
 
 /// One CTA.
@@ -90,14 +90,14 @@ impl Span {
 }
 
 impl Trace {
-    /// Each rank's number, experts of a wave, and records, `[CTAs][ROLES][capacity]`.
+    /// Each rank's number, token tiles of a wave, and records, `[CTAs][ROLES][capacity]`.
     ///
     /// # Errors
     /// A role that recorded nothing, more than the capacity, or times that run backwards.
     pub(crate) fn new(ranks: Vec<(usize, u32, Vec<Record>)>, capacity: usize) -> Result<Self> {
         let mut ranks: Vec<RankTrace> = ranks
             .into_iter()
-            .map(|(rank, wave_experts, records)| RankTrace::new(rank, wave_experts, &records, capacity))
+            .map(|(rank, wave_tiles, records)| RankTrace::new(rank, wave_tiles, &records, capacity))
             .collect::<Result<_>>()?;
         let first = ranks.iter().map(|rank| rank.start).min().unwrap_or(0);
         let one_clock = ranks.iter().all(|rank| rank.start - first <= MOST_APART_NS);
@@ -107,14 +107,14 @@ impl Trace {
         Ok(Self { ranks, one_clock })
     }
 
-    /// A time line that a model made: each rank's CTAs, and experts of a wave.
+    /// A time line that a model made: each rank's CTAs, and token tiles of a wave.
     pub(crate) fn modelled(ranks: impl Iterator<Item = (Vec<CtaTrace>, u32)>) -> Self {
-        let rank = |(rank, (ctas, wave_experts)): (usize, (Vec<CtaTrace>, u32))| RankTrace {
+        let rank = |(rank, (ctas, wave_tiles)): (usize, (Vec<CtaTrace>, u32))| RankTrace {
             rank,
             start: 0,
             end: last_end(&ctas),
             ctas,
-            wave_experts,
+            wave_tiles,
         };
         Self { ranks: ranks.enumerate().map(rank).collect(), one_clock: true }
     }
@@ -126,7 +126,7 @@ impl Trace {
 }
 
 impl RankTrace {
-    fn new(rank: usize, wave_experts: u32, records: &[Record], capacity: usize) -> Result<Self> {
+    fn new(rank: usize, wave_tiles: u32, records: &[Record], capacity: usize) -> Result<Self> {
         let per_cta = (capacity * ROLE_NAMES.len()).max(1);
         let ctas: Vec<CtaTrace> = records
             .chunks(per_cta)
@@ -136,7 +136,7 @@ impl RankTrace {
         let spans = || ctas.iter().flat_map(|cta| cta.roles.iter().flatten());
         let start = spans().map(|span| span.start).min().unwrap_or(0);
         let end = last_end(&ctas);
-        Ok(Self { rank, ctas, start, end, wave_experts })
+        Ok(Self { rank, ctas, start, end, wave_tiles })
     }
 
     /// Counts time from `origin` on.

@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn times_are_medians_and_the_most_over_ctas() {
-        let trace = RankTrace { rank: 3, ctas: [30, 10, 50].map(cta).to_vec(), start: 10, end: 210, wave_experts: 1 };
+        let trace = RankTrace { rank: 3, ctas: [30, 10, 50].map(cta).to_vec(), start: 10, end: 210, wave_tiles: 1 };
         let summary = Summary::new(&trace, 64, 128);
         assert_eq!((summary.ns, summary.ctas, summary.clock_step), (200, 3, 10));
         assert_eq!((summary.multiplying, summary.both_multiplying), ([104; 3], [96; 3]));

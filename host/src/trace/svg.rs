@@ -187,7 +187,7 @@ impl Picture {
             "pull, combine".into(),
             bar(PULL, range(&mut pulls())).chain(bar(COMBINE, range(&mut combines()))).collect(),
         ));
-        let wave_of = |span: &Span| span.task.map(|task| task.expert / rank.wave_experts.max(1));
+        let wave_of = |span: &Span| span.task.map(|task| task.tile / rank.wave_tiles.max(1));
         let waves = spans(&CONSUMERS).filter_map(wave_of).max().map_or(0, |wave| wave + 1);
         for wave in 0..waves {
             let of = |phase: Phase| {

@@ -143,7 +143,7 @@ fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32, mut ticket: u32) {
     // SAFETY: this warp wrote them.
     let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
     let schedule = ScheduleShape {
-        wave_experts: params.wave_experts,
+        wave_tiles: params.wave_tiles,
         linear1_rows: 2 * shape.intermediate,
         linear2_rows: shape.hidden,
         combine_chunks: combine_chunks(launch.tokens(), ctas()),

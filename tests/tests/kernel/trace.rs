@@ -41,7 +41,7 @@ fn expected(case: &Case, tokens: &Tokens, rank: usize) -> Products {
     }
     rows[..config.shared_experts].fill(case.tokens[rank] as u32);
     let shape = ScheduleShape {
-        wave_experts: 1,
+        wave_tiles: 1,
         linear1_rows: 2 * config.intermediate as u32,
         linear2_rows: config.hidden as u32,
         combine_chunks: 0,

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
 use crate::error::Result;
-use crate::fused::{clusters_pay, layer_shape, wave_experts};
+use crate::fused::{clusters_pay, layer_shape, wave_tiles};
 use crate::router::Routing;
 use crate::trace::Trace;
 use timeline::{COUNTS_NS, FIRST_ROWS_NS, RankModel};
@@ -136,7 +136,7 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
             nvlink_us,
             tensor_us,
             bottleneck,
-            trace: Trace::modelled(models.into_iter().zip(&loads).map(|(model, load)| (model.ctas, load.wave_experts))),
+            trace: Trace::modelled(models.into_iter().zip(&loads).map(|(model, load)| (model.ctas, load.wave_tiles))),
             sizes: [config.hidden, config.intermediate],
         })
     };
@@ -158,7 +158,7 @@ pub(super) struct Load {
     received: u32,
     cluster: u32,
     ctas: u32,
-    wave_experts: u32,
+    wave_tiles: u32,
     /// Whether the weights of one expert stay in the cache from one token tile to the next, in linear 1 and in linear 2.
     kept: [bool; 2],
 }
@@ -202,7 +202,7 @@ impl Load {
             received,
             cluster,
             ctas: machine.sms / cluster * cluster,
-            wave_experts: wave_experts(shape, machine.sms),
+            wave_tiles: wave_tiles(shape, machine.sms),
             kept,
         }
     }
@@ -210,7 +210,7 @@ impl Load {
     /// The GEMM tasks of clusters, in ticket order.
     fn tasks(&self) -> impl Iterator<Item = Task> {
         let shape = ScheduleShape {
-            wave_experts: self.wave_experts,
+            wave_tiles: self.wave_tiles,
             linear1_rows: 2 * self.shape.intermediate,
             linear2_rows: self.shape.hidden,
             combine_chunks: 0,
