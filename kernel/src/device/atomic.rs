@@ -40,6 +40,21 @@ atomic!(atom_add_acq_rel_gpu, u32, reg32, "atom.acq_rel.gpu.global.add.u32");
 reduction!(red_add_release_gpu, u32, reg32, "red.release.gpu.global.add.u32");
 reduction!(red_min_relaxed_gpu_u64, u64, reg64, "red.relaxed.gpu.global.min.u64");
 
+/// `atom.relaxed.gpu.global.inc.u32`: adds 1, from the bound to 0, and returns the old value. An addition of 1 ptxas makes once for all lanes, with a
+/// shuffle behind it that waits for the result at once; this one is waited for where it is used. (With the greatest bound it takes it for an addition.)
+///
+/// # Safety
+/// As for [`atom_add_relaxed_gpu`].
+#[inline(always)]
+pub unsafe fn atom_inc_relaxed_gpu(address: *mut u32) -> u32 {
+    let old: u32;
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("atom.relaxed.gpu.global.inc.u32 {0}, [{1}], {2};", out(reg32) old, in(reg64) address, in(reg32) u32::MAX - 1)
+    };
+    old
+}
+
 /// `atom.relaxed.gpu.global.cas.b64`: returns the old value.
 ///
 /// # Safety

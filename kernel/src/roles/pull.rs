@@ -126,13 +126,23 @@ fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
         return (meta, 0, launch.hidden_states() + row.row as u64 * bytes);
     }
     let expert = row.expert - shape.shared_experts;
-    let (place, slot) = sources_of(launch, expert).locate(row.row);
-    let source = source_at(params.rank, shape.ranks, place);
+    // A single rank's rows are in the order of its list: neither counts nor a distance to wait for.
+    let alone = shape.ranks == 1;
+    let (source, slot) = if alone {
+        (params.rank, row.row)
+    } else {
+        let (place, slot) = sources_of(launch, expert).locate(row.row);
+        (source_at(params.rank, shape.ranks, place), slot)
+    };
     let (meta, followers) = entry(launch, source, expert, slot);
-    // SAFETY: the source has written the distance before its counts.
-    let distance = unsafe { ld_weak_u64(launch.hidden_distance(params.rank, source)) };
+    let hidden = if alone {
+        launch.hidden_states()
+    } else {
+        // SAFETY: the source has written the distance before its counts.
+        launch.symmetric_base(source).wrapping_add(unsafe { ld_weak_u64(launch.hidden_distance(params.rank, source)) })
+    };
     let token = meta.combine_row / shape.slots();
-    (meta, followers, launch.symmetric_base(source).wrapping_add(distance) + token as u64 * bytes)
+    (meta, followers, hidden + token as u64 * bytes)
 }
 
 /// A dispatch warp that copies rows.

@@ -3,7 +3,9 @@
 //! Dispatch warps claim chunks of tokens; while tokens are few, one chunk is all of them. The warp that finishes a rank's last chunk publishes
 //! the rank's counts to every rank.
 
-use crate::device::atomic::{atom_add_acq_rel_gpu, atom_add_relaxed_gpu, red_min_relaxed_gpu_u64};
+use crate::device::atomic::{
+    atom_add_acq_rel_gpu, atom_add_relaxed_gpu, atom_inc_relaxed_gpu, red_min_relaxed_gpu_u64,
+};
 use crate::device::barrier::bar_warp_sync;
 use crate::device::fence::fence_acq_rel_sys;
 use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u32, st_weak_u64};
@@ -65,7 +67,7 @@ pub fn route(launch: &Launch, lane: u32) {
 #[inline(always)]
 pub fn claim(ticket: *mut u32, lane: u32) -> u32 {
     // SAFETY: a counter of this launch.
-    if lane == 0 { unsafe { atom_add_relaxed_gpu(ticket, 1) } } else { 0 }
+    if lane == 0 { unsafe { atom_inc_relaxed_gpu(ticket) } } else { 0 }
 }
 
 /// The token and the choice that a lane looks at in a pass over the tokens from `first` on.
@@ -107,7 +109,7 @@ impl Chosen {
         let shape = &params.shape;
         // SAFETY: zeros are valid.
         let (mut experts, mut slots): ([u32; PASSES], [u32; PASSES]) = unsafe { core::mem::zeroed() };
-        // All slots are under way before the first is needed, and while it is found out who follows whom.
+        // All slots are under way before the first is needed.
         unroll!(PASS < PASSES, {
             let (token, k) = choice_at(shape.top_k, first, PASS, lane);
             experts[PASS] = u32::MAX;
@@ -126,20 +128,18 @@ impl Chosen {
                 Choice::None => {}
             }
         });
-        let company = Company::of(launch, &experts, first, lane);
+        // SAFETY: zeros are valid.
+        let mut followers: [u32; PASSES] = unsafe { core::mem::zeroed() };
+        // A single rank has no way through this.
+        if shape.ranks > 1 {
+            followers = Self::send_followers(launch, &experts, &slots, first, lane);
+        }
         unroll!(PASS < PASSES, {
             let (token, k) = choice_at(shape.top_k, first, PASS, lane);
             if experts[PASS] < shape.experts {
                 let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
-                let Company { followers, number } = company[PASS];
-                if followers == FOLLOWER {
-                    let row = (params.rank * shape.max_tokens + token) as u64 * shape.top_k as u64;
-                    let place = launch.symmetric(owner, params.symmetric.followers, row + number as u64);
-                    // SAFETY: a token has fewer followers than choices.
-                    unsafe { st_weak_u32(place, ListPlace { expert: local, slot: slots[PASS] }.pack()) };
-                }
                 let combine_row = token * shape.slots() + k;
-                let entry = RowMeta { combine_row, rank: followers, weight: self.weights[PASS] };
+                let entry = RowMeta { combine_row, rank: followers[PASS], weight: self.weights[PASS] };
                 let list = (params.rank * shape.routed_experts() + local) as u64 * shape.max_tokens as u64;
                 let place = launch.symmetric(owner, params.symmetric.lists, list + slots[PASS] as u64);
                 // SAFETY: a token names an expert at most once, so that the slot is below the maximum of tokens.
@@ -147,37 +147,30 @@ impl Chosen {
             }
         });
     }
-}
 
-/// The choices of a token that go to the same rank as one of them.
-#[derive(Clone, Copy)]
-struct Company {
-    /// Those that follow it, or [`FOLLOWER`].
-    followers: u32,
-    /// If it follows, how many do so before it.
-    number: u32,
-}
-
-impl Company {
-    /// That of a lane's choices, one in each pass, of which an expert that does not exist is none. All lanes call this.
+    /// Finds out which of a lane's choices, one in each pass, follow another that goes to the same rank for the same token, and tells that rank where;
+    /// how many follow each, or [`FOLLOWER`]. An expert that does not exist is no choice. All lanes call this.
     #[inline(always)]
-    fn of(launch: &Launch, experts: &[u32; PASSES], first: u32, lane: u32) -> [Self; PASSES] {
-        let shape = &launch.params().shape;
-        let mut company = [Self { followers: 0, number: 0 }; PASSES];
-        if shape.ranks == 1 {
-            return company;
-        }
-        // The lanes whose choices go to the same rank, for the same token.
-        let mut together = [0; PASSES];
+    fn send_followers(
+        launch: &Launch,
+        experts: &[u32; PASSES],
+        slots: &[u32; PASSES],
+        first: u32,
+        lane: u32,
+    ) -> [u32; PASSES] {
+        let params = launch.params();
+        let shape = &params.shape;
+        // SAFETY: zeros are valid. The lanes whose choices go to the same rank, for the same token.
+        let (mut together, mut followers): ([u32; PASSES], [u32; PASSES]) = unsafe { core::mem::zeroed() };
         unroll!(PASS < PASSES, {
             let (token, _) = choice_at(shape.top_k, first, PASS, lane);
             let owner = experts[PASS] / shape.routed_experts();
             // Rows of the own rank do not cross: as many CTAs as there are rows may copy them.
-            let crosses = experts[PASS] < shape.experts && owner != launch.params().rank;
+            let crosses = experts[PASS] < shape.experts && owner != params.rank;
             together[PASS] = lanes_alike(token, owner, crosses, lane);
         });
         if ballot(together.iter().any(|lanes| lanes.count_ones() > 1)) == 0 {
-            return company;
+            return followers;
         }
         let lanes = shape.top_k.next_power_of_two();
         let mut leads = [u32::MAX; PASSES];
@@ -192,11 +185,19 @@ impl Company {
         }
         unroll!(PASS < PASSES, {
             let leader = leads[PASS] % WARP;
-            let number = (together[PASS] & !(1 << leader) & ((1 << lane) - 1)).count_ones();
-            let followers = if leader == lane { together[PASS].count_ones() - 1 } else { FOLLOWER };
-            company[PASS] = Self { followers, number };
+            followers[PASS] = together[PASS].count_ones() - 1;
+            if leader != lane {
+                followers[PASS] = FOLLOWER;
+                let (token, _) = choice_at(shape.top_k, first, PASS, lane);
+                let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
+                let number = (together[PASS] & !(1 << leader) & ((1 << lane) - 1)).count_ones();
+                let row = (params.rank * shape.max_tokens + token) as u64 * shape.top_k as u64;
+                let place = launch.symmetric(owner, params.symmetric.followers, row + number as u64);
+                // SAFETY: a token has fewer followers than choices.
+                unsafe { st_weak_u32(place, ListPlace { expert: local, slot: slots[PASS] }.pack()) };
+            }
         });
-        company
+        followers
     }
 }
 

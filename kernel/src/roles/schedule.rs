@@ -1,7 +1,7 @@
 //! The scheduler warp: waits for all ranks' counts; then that of a cluster's first CTA claims tickets and hands tasks to the other roles.
 
 use crate::cta::{CountedRows, Cta, TaskWriter};
-use crate::device::atomic::atom_add_relaxed_gpu;
+use crate::device::atomic::atom_inc_relaxed_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::fence::fence_acq_rel_sys;
@@ -132,7 +132,7 @@ fn look_at_rows(launch: &Launch, cta: Cta, lane: u32) -> u32 {
 #[inline(always)]
 fn claim_task(launch: &Launch) -> u32 {
     // SAFETY: a counter of this launch.
-    unsafe { atom_add_relaxed_gpu(launch.counter(launch.params().workspace.counter.task_ticket, 0), 1) }
+    unsafe { atom_inc_relaxed_gpu(launch.counter(launch.params().workspace.counter.task_ticket, 0)) }
 }
 
 /// Puts the task of `ticket` and those claimed after it into the slots of the cluster's CTAs, one after the other, until the tasks end.
