@@ -281,11 +281,17 @@ impl TaskReader {
         Self { cta, parity: 0 }
     }
 
-    /// The next task, read by a single thread, which then gives the slot back by [`Self::release`].
+    /// The next task. The slot stays this role's until it gives it back by [`Self::release`].
     #[inline(always)]
     pub fn look(&self) -> Task {
         while !self.is_ready() {}
         self.read()
+    }
+
+    /// The next task, for all lanes of a warp: the same in all, and known to be, so that what it decides is a branch of the whole warp.
+    #[inline(always)]
+    pub fn look_warp(&self) -> Task {
+        Task::from_words(self.look().words().map(|words| words.map(|word| shfl_idx(word, 0))))
     }
 
     /// Gives the slot back.
@@ -295,19 +301,14 @@ impl TaskReader {
         self.parity ^= 1;
     }
 
-    /// The next task, read by all lanes of a warp.
+    /// Gives the slot back when all lanes of the warp have read it.
     #[inline(always)]
-    pub fn take_warp(&mut self, lane: u32) -> Task {
-        while !self.is_ready() {}
-        let task = self.read();
+    pub fn release_warp(&mut self, lane: u32) {
         bar_warp_sync();
-        // The same in all lanes, and known to be: what a task decides is a branch of the whole warp.
-        let task = Task::from_words(task.words().map(|words| words.map(|word| shfl_idx(word, 0))));
         if lane == 0 {
             self.cta.task_empty().of(0).arrive();
         }
         self.parity ^= 1;
-        task
     }
 
     /// Whether the next task is there.

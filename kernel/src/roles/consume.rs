@@ -126,11 +126,13 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     while task.phase == Phase::Combine as u32 {
         combiner.combine(task.expert);
         mark!(launch, WaitForTask);
-        task = tasks.take_warp(lane);
+        // Not before: the next chunk is that of a CTA which has no other.
+        tasks.release_warp(lane);
+        task = tasks.look_warp();
     }
 }
 
-/// Works on tasks until one comes that is no product, and returns it.
+/// Works on tasks until one comes that is no product, and returns it; its slot is not given back.
 #[inline(always)]
 fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) -> Task {
     let warps = WARPGROUP / WARP;
@@ -140,10 +142,11 @@ fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) 
         mark!(launch, WaitForTask);
         // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
         let lane = special::lane();
-        let task = tasks.take_warp(lane);
+        let task = tasks.look_warp();
         if task.phase > Phase::Linear2 as u32 {
             return task;
         }
+        tasks.release_warp(lane);
         mark!(launch, WaitForStage, &task);
         let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
         match task.width {
