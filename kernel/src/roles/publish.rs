@@ -8,10 +8,12 @@ use crate::device::bulk::{bulk_commit_group, bulk_wait_group, bulk_wait_group_re
 use crate::device::fence::{fence_acq_rel_sys, fence_proxy_async_global};
 use crate::device::global::st_relaxed_sys_u32;
 use crate::launch::Launch;
+use crate::layout::MAX_RANKS;
 use crate::params::{ACTIVATION_MAPS, TensorMap};
-use crate::roles::pull::count_from;
+use crate::roles::pull::sources_of;
 use crate::schedule::{Phase, Task};
 use crate::shared::{ACTIVATION_TOKENS, CONSUMER_WARPGROUPS, LINEAR1_STAGING_TOKENS, STAGING_BUFFERS};
+use crate::sources::{Sources, source_at};
 use crate::tile::token_tile;
 
 /// Intermediate columns that one warpgroup makes: half of its 64 rows are gates.
@@ -180,10 +182,11 @@ impl<'a> Publisher<'a> {
             return;
         }
         let expert = task.expert - shape.shared_experts;
-        for rank in 0..shape.ranks {
-            if count_from(launch, rank, expert) > 0 {
-                raise(rank, params.rank * routed + expert);
+        let Sources(counts) = sources_of(launch, expert);
+        unroll!(PLACE < MAX_RANKS as usize, {
+            if counts[PLACE] > 0 {
+                raise(source_at(params.rank, shape.ranks, PLACE as u32), params.rank * routed + expert);
             }
-        }
+        });
     }
 }

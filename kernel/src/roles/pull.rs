@@ -78,26 +78,27 @@ fn count_rows(rows: &CountedRows, lane: u32) -> u32 {
     redux_add(sum)
 }
 
-/// Rows that `source` sends to a routed expert of this rank in this launch; 0 if it has not published (the wait for it ran out).
+/// Rows of a routed expert of this rank by source; 0 for one that has not published in this launch (the wait for it ran out). All counts are under way
+/// together: behind the last rank, its count once more.
 #[inline(always)]
-pub fn count_from(launch: &Launch, source: u32, expert: u32) -> u32 {
+pub fn sources_of(launch: &Launch, expert: u32) -> Sources {
     let params = launch.params();
-    let place = launch.symmetric(params.rank, params.symmetric.counts, launch.count_index(source, expert));
-    // SAFETY: a place in the counts.
-    let word = unsafe { ld_relaxed_gpu_u64(place) };
-    if (word >> 32) as u32 == launch.epoch() { word as u32 } else { 0 }
-}
-
-/// Rows of a routed expert of this rank by source. All counts are loaded before the first is looked at.
-#[inline(always)]
-fn sources_of(launch: &Launch, expert: u32) -> Sources {
-    let (rank, ranks) = (launch.params().rank, launch.params().shape.ranks);
-    // SAFETY: zeros are valid u32.
-    let mut counts: [u32; MAX_RANKS as usize] = unsafe { core::mem::zeroed() };
+    let (rank, ranks, epoch) = (params.rank, params.shape.ranks, launch.epoch());
+    // SAFETY: zeros are valid.
+    let (mut words, mut counts): ([u64; MAX_RANKS as usize], [u32; MAX_RANKS as usize]) =
+        unsafe { core::mem::zeroed() };
     unroll!(PLACE < MAX_RANKS as usize, {
-        if (PLACE as u32) < ranks {
-            counts[PLACE] = count_from(launch, source_at(rank, ranks, PLACE as u32), expert);
-        }
+        let source = source_at(rank, ranks, (PLACE as u32).min(ranks - 1));
+        let place = launch.symmetric(rank, params.symmetric.counts, launch.count_index(source, expert));
+        // SAFETY: a place in the counts.
+        words[PLACE] = unsafe { ld_relaxed_gpu_u64(place) };
+    });
+    // Looked at together: one after the other, ptxas would load each when the last one has come.
+    let mut old = 0;
+    unroll!(PLACE < MAX_RANKS as usize, { old |= (words[PLACE] >> 32) as u32 ^ epoch });
+    unroll!(PLACE < MAX_RANKS as usize, {
+        let new = old == 0 || (words[PLACE] >> 32) as u32 == epoch;
+        counts[PLACE] = if new && (PLACE as u32) < ranks { words[PLACE] as u32 } else { 0 };
     });
     Sources(counts)
 }
@@ -126,23 +127,18 @@ fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
         return (meta, 0, launch.hidden_states() + row.row as u64 * bytes);
     }
     let expert = row.expert - shape.shared_experts;
-    // A single rank's rows are in the order of its list: neither counts nor a distance to wait for.
-    let alone = shape.ranks == 1;
-    let (source, slot) = if alone {
+    let (source, slot) = if shape.ranks == 1 {
+        // Its rows are in the order of its list: no counts to wait for.
         (params.rank, row.row)
     } else {
         let (place, slot) = sources_of(launch, expert).locate(row.row);
         (source_at(params.rank, shape.ranks, place), slot)
     };
     let (meta, followers) = entry(launch, source, expert, slot);
-    let hidden = if alone {
-        launch.hidden_states()
-    } else {
-        // SAFETY: the source has written the distance before its counts.
-        launch.symmetric_base(source).wrapping_add(unsafe { ld_weak_u64(launch.hidden_distance(params.rank, source)) })
-    };
+    // SAFETY: the source has written the distance before its counts.
+    let distance = unsafe { ld_weak_u64(launch.hidden_distance(params.rank, source)) };
     let token = meta.combine_row / shape.slots();
-    (meta, followers, hidden + token as u64 * bytes)
+    (meta, followers, launch.symmetric_base(source).wrapping_add(distance) + token as u64 * bytes)
 }
 
 /// A dispatch warp that copies rows.
