@@ -183,10 +183,12 @@ impl<'a> Publisher<'a> {
         }
         let expert = task.expert - shape.shared_experts;
         let Sources(counts) = sources_of(launch, expert);
-        unroll!(PLACE < MAX_RANKS as usize, {
-            if counts[PLACE] > 0 {
-                raise(source_at(params.rank, shape.ranks, PLACE as u32), params.rank * routed + expert);
-            }
-        });
+        let mut sent: u32 = 0;
+        unroll!(PLACE < MAX_RANKS as usize, { sent |= ((counts[PLACE] > 0) as u32) << PLACE });
+        while sent != 0 {
+            let rank = source_at(params.rank, shape.ranks, sent.trailing_zeros());
+            raise(rank, params.rank * routed + expert);
+            sent &= sent - 1;
+        }
     }
 }
