@@ -1,6 +1,6 @@
 //! Combine: the sum of a token's results, in the order of its choices, then the shared experts'.
 
-use crate::cta::{Cta, Ring};
+use crate::cta::{Cta, Ring, TaskReader};
 use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::bulk_load;
 use crate::device::convert::bf16x2;
@@ -54,9 +54,9 @@ impl<'a> Combiner<'a> {
     }
 
     /// One chunk of tokens: each of the CTA's warps has an even share of its pieces, those of one token after the other. While one piece is
-    /// summed, the next is on its way.
+    /// summed, the next is on its way. The task slot is given back with the last piece: the next chunk is that of a CTA which is about to have no other.
     #[inline(always)]
-    pub fn combine(&mut self, chunk: u32) {
+    pub fn combine(&mut self, chunk: u32, tasks: &mut TaskReader) {
         mark!(self.launch, Combine, chunk);
         let hidden = self.launch.params().shape.hidden;
         let all = self.launch.tokens();
@@ -68,7 +68,7 @@ impl<'a> Combiner<'a> {
         let share = pieces.div_ceil(CONSUMER_WARPS);
         let mut index = (self.warp * share).min(pieces);
         let end = (index + share).min(pieces);
-        let (mut next, mut known) = (None, None);
+        let (mut next, mut known, mut released) = (None, None, false);
         loop {
             let current = next.take();
             if index < end {
@@ -81,6 +81,10 @@ impl<'a> Combiner<'a> {
                 let columns = COLUMNS_PER_PIECE.min(hidden - first_column);
                 next = Some(Piece { token, first_column, columns, slots, to_load: slots });
                 index += 1;
+            }
+            if next.is_none() && !released {
+                released = true;
+                tasks.release_warp(self.lane);
             }
             match current {
                 Some(piece) => self.sum(piece, &mut next),

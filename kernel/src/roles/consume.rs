@@ -124,10 +124,8 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     bar_sync::<CONSUMERS_BARRIER, { CONSUMER_WARPS * WARP }>();
     let mut combiner = Combiner::new(launch, cta, warp, lane);
     while task.phase == Phase::Combine as u32 {
-        combiner.combine(task.expert);
+        combiner.combine(task.expert, &mut tasks);
         mark!(launch, WaitForTask);
-        // Not before: the next chunk is that of a CTA which has no other.
-        tasks.release_warp(lane);
         task = tasks.look_warp();
     }
 }
