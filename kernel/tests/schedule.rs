@@ -7,7 +7,7 @@ use ferromoe_kernel::schedule::{
     MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens,
     group_tiles, pull_rows, route_chunks, route_step, route_tokens,
 };
-use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
+use ferromoe_kernel::tile::{MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
 use proptest::prelude::*;
 
 const LINEAR1: u32 = Phase::Linear1 as u32;
@@ -103,6 +103,14 @@ proptest! {
             prop_assert!(last == Some(block) || blocks.insert(block), "{task:?} comes back to a block of weights");
             last = Some(block);
         }
+    }
+
+    /// A group's tokens fill at most 16 MB, a single tile's aside; twice as many tiles, rounded up to a power of two columns, would fill more.
+    #[test]
+    fn a_group_s_tokens_stay_in_the_cache(columns in (1..400u32).prop_map(|blocks| 64 * blocks)) {
+        let (group, tile_bytes) = (group_tiles(columns), 2 * MAX_TOKEN_TILE * columns);
+        prop_assert!(group.is_power_of_two() && (group == 1 || group * tile_bytes <= 16 << 20));
+        prop_assert!(2 * group * 2 * MAX_TOKEN_TILE * columns.next_power_of_two() > 16 << 20);
     }
 
     /// Tiles cover the pulled rows of their expert, and share no pool row with each other.
@@ -216,6 +224,19 @@ proptest! {
             (counter.bytes, 0),
         ])?;
     }
+}
+
+/// v3 with tiles of 256 tokens, of which 4 stages fit: linear 1 has 112 k-blocks, linear 2 has 32. With tiles of 8, 11 stages fit.
+#[test]
+fn a_task_is_claimed_two_rounds_of_the_stages_before_the_end_of_the_last() {
+    let shape =
+        Shape { hidden: 7168, intermediate: 2048, experts: 8, shared_experts: 0, top_k: 1, max_tokens: 1, ranks: 1 };
+    let claim_block = |phase, widest| Task { widest, ..Task::plain(phase, 0) }.claim_block(&shape);
+    let widest = TOKEN_TILES.len() as u32 - 1;
+    assert_eq!([claim_block(Phase::Linear1, widest), claim_block(Phase::Linear2, widest)], [104, 24]);
+    assert_eq!([claim_block(Phase::Linear1, 0), claim_block(Phase::Linear2, 0)], [90, 10]);
+    let short = Shape { intermediate: 768, ..shape };
+    assert_eq!(Task::plain(Phase::Linear2, 0).claim_block(&short), 0);
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
