@@ -180,9 +180,11 @@ impl Launch {
         let timeout = unsafe { &raw mut (*self.status()).timeout };
         let start = globaltimer();
         let mut pause = 32;
-        while !ready() {
+        loop {
+            // Under way together with what is waited for.
             // SAFETY: as above.
-            if unsafe { ld_relaxed_gpu_u64(timeout) } != 0 {
+            let given_up = unsafe { ld_relaxed_gpu_u64(timeout) } != 0;
+            if ready() || given_up {
                 return;
             }
             if globaltimer() - start > self.params().deadline_ns {

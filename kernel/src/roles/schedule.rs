@@ -76,6 +76,8 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     let is_new = |word: u64| (word >> 32) as u32 == epoch;
     let last = shape.experts - 1;
     let mut first = lane;
+    // Divisions take their time: a lane steps from expert to expert.
+    let (mut expert, step) = (lane % routed, WARP % routed);
     while first <= last {
         let at = |count: usize| first + count as u32 * WARP;
         // Behind the last, a lane looks at its first once more.
@@ -98,8 +100,10 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
         unroll!(COUNT < COUNTS_AT_ONCE, {
             if at(COUNT) <= last && is_new(words[COUNT]) {
                 // SAFETY: as above; the array is zeroed, and lanes only add to it.
-                unsafe { cta.expert_rows(shared + at(COUNT) % routed).red_add_relaxed_cta(words[COUNT] as u32) };
+                unsafe { cta.expert_rows(shared + expert).red_add_relaxed_cta(words[COUNT] as u32) };
             }
+            expert += step;
+            expert -= if expert < routed { 0 } else { routed };
         });
         first = at(COUNTS_AT_ONCE);
     }
