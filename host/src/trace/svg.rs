@@ -168,7 +168,7 @@ impl Picture {
         self.top = bottom + 34.0;
     }
 
-    /// When each wave's experts are in linear 1 and in linear 2, and when rows are pulled.
+    /// When each wave's tiles are in linear 1 and in linear 2, and when rows are pulled.
     fn waves(&mut self, rank: &RankTrace) {
         let spans = |roles: &'static [usize]| {
             rank.ctas.iter().flat_map(move |cta| roles.iter().filter_map(|&role| cta.roles.get(role)).flatten())
