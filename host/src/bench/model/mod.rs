@@ -159,7 +159,7 @@ pub(super) struct Load {
     cluster: u32,
     ctas: u32,
     wave_tiles: u32,
-    /// Whether the weights of one expert stay in the cache from one token tile to the next, in linear 1 and in linear 2.
+    /// Whether the weights of one expert stay in the cache from one group of token tiles to the next, in linear 1 and in linear 2.
     kept: [bool; 2],
 }
 

@@ -49,11 +49,6 @@ impl Pipe {
     }
 }
 
-/// The CTAs of a cluster, which work on neighbouring weight tiles of the same token tile.
-struct Cluster {
-    free: f64,
-}
-
 impl RankModel {
     /// Dispatch and both products.
     pub(super) fn new(load: &Load, machine: &Machine) -> Self {
@@ -62,23 +57,23 @@ impl RankModel {
         let rows_there = pull(load, machine, &mut ctas);
         let mut memory = Pipe { free: 0.0, bytes_per_ns: machine.memory_gbs };
         let mut nvlink = Pipe { free: 0.0, bytes_per_ns: machine.nvlink_gbs };
-        let mut clusters: Vec<Cluster> = (0..load.ctas / load.cluster).map(|_| Cluster { free: COUNTS_NS }).collect();
+        // When each cluster, whose CTAs work on neighbouring weight tiles of the same token tile, has stored its last product.
+        let mut free = vec![COUNTS_NS; (load.ctas / load.cluster) as usize];
         // Times as whole nanoseconds: they are ordered.
         let mut claims: BinaryHeap<Reverse<(u64, usize)>> =
-            (0..clusters.len()).map(|cluster| Reverse((COUNTS_NS as u64, cluster))).collect();
+            (0..free.len()).map(|cluster| Reverse((COUNTS_NS as u64, cluster))).collect();
         let ops_per_ns = machine.tflops * 1e3 / f64::from(machine.sms);
         let first_tiles = load.first_tiles();
         let mut columns_there: HashMap<u32, f64> = HashMap::new();
         let mut products_end: f64 = COUNTS_NS;
         for task in load.tasks() {
             let Some(Reverse((claimed, index))) = claims.pop() else { break };
-            let cluster = &mut clusters[index];
             let linear1 = task.phase == Phase::Linear1 as u32;
             let operands = match linear1 {
                 true => rows_there.get(task.tile as usize).copied().unwrap_or(0.0),
                 false => columns_there.get(&task.tile).copied().unwrap_or(0.0) + HAND_OVER_NS,
             };
-            let begins = cluster.free.max(claimed as f64);
+            let begins = free[index].max(claimed as f64);
             // The first stages of weights are on their way while the task before is stored.
             let loaded = memory.pass(claimed as f64, load.weight_bytes(&task, &first_tiles)) + MEMORY_NS;
             let starts = begins.max(operands);
@@ -94,20 +89,20 @@ impl RankModel {
             for cta in 0..load.cluster {
                 let roles = &mut ctas[index * load.cluster as usize + cta as usize].roles;
                 let parts = [
-                    (Activity::WaitForTask, cluster.free, begins, None),
+                    (Activity::WaitForTask, free[index], begins, None),
                     (Activity::WaitForStage, begins, starts, Some(task.of(cta))),
                     (Activity::Multiply, starts, multiplied, Some(task.of(cta))),
                     (Activity::Epilogue, multiplied, stored, Some(task.of(cta))),
                 ];
                 CONSUMERS.into_iter().for_each(|role| parts.into_iter().for_each(|part| push(&mut roles[role], part)));
             }
-            cluster.free = stored;
+            free[index] = stored;
             // The next task is claimed with one of this one's last k-blocks, and no sooner than the consumers have begun.
             let loads = f64::from(task.claim_block(&load.shape)) / f64::from(task.k_blocks(&load.shape));
             let next = starts + (multiplied - starts) * loads;
             claims.push(Reverse((next as u64, index)));
         }
-        let free = clusters.iter().flat_map(|cluster| vec![cluster.free; load.cluster as usize]).collect();
+        let free = free.into_iter().flat_map(|free| vec![free; load.cluster as usize]).collect();
         Self { ctas, products_end, end: products_end, free }
     }
 
