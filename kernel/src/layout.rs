@@ -74,7 +74,7 @@ impl Shape {
         self.max_tokens * (self.ranks * choices + self.shared_experts) + self.local_experts() * MAX_PADDING
     }
 
-    /// Tiles that the pools can hold: each expert ends with at most one that is not full.
+    /// Tiles that the pools can hold: each expert has at most one more than its rows fill.
     pub const fn pool_tiles(&self) -> u32 {
         self.pool_rows() / MAX_TOKEN_TILE + self.local_experts()
     }

@@ -5,7 +5,9 @@
 
 use crate::layout::Shape;
 use crate::shared::{WARP, stages};
-use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, tile_index, token_tiles};
+use crate::tile::{
+    K_BLOCK, MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, rows_of_tile, tile_index, tile_of_row, token_tiles,
+};
 
 /// Choices that a lane of a warp that routes has under way at once.
 pub const ROUTE_PASSES: u32 = 4;
@@ -276,7 +278,7 @@ impl RowCursor {
                     expert: self.position.expert,
                     row,
                     pool_row: self.position.pool_row + row,
-                    tile: self.position.tile + row / MAX_TOKEN_TILE,
+                    tile: self.position.tile + tile_of_row(row, count),
                 });
             }
             self.first_ticket += count;
@@ -360,12 +362,13 @@ impl TaskCursor {
         let turns = group.min(token_tiles(count) - first_tile);
         let within = index - first_tile * blocks;
         let (tile, block) = (first_tile + within % turns, within / turns);
-        let rows = (count - tile * MAX_TOKEN_TILE).min(MAX_TOKEN_TILE);
+        let (first_row, end) = rows_of_tile(tile, count);
+        let rows = end - first_row;
         Task {
             phase: self.phase as u32,
             expert: self.current.expert,
             weight_row: block * self.shape.cluster * WEIGHT_TILE,
-            pool_row: self.current.pool_row + tile * MAX_TOKEN_TILE,
+            pool_row: self.current.pool_row + first_row,
             rows,
             tile: self.current.tile + tile,
             width: tile_index(rows),

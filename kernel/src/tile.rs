@@ -1,7 +1,8 @@
 //! The tile family of the two matrix products.
 //!
 //! Weights are the A operand of wgmma, tokens the B operand: a task multiplies 128 weight rows by up to [`MAX_TOKEN_TILE`] tokens.
-//! The rows of an expert are cut into tiles of the largest width, and the rest gets the smallest width that holds it.
+//! The rows of an expert are cut into tiles of the largest width; the last gets the smallest width that holds it, and if that were a narrow one, half of the rows of
+//! the tile before: a narrow tile takes nearly as long as one of half the width, for its weights take as long to come.
 
 /// Weight rows of one task: 64 for each of the two consumer warpgroups.
 pub const WEIGHT_TILE: u32 = 128;
@@ -65,10 +66,38 @@ pub const fn token_tiles(rows: u32) -> u32 {
     rows.div_ceil(MAX_TOKEN_TILE)
 }
 
+/// The rows, from the first to behind the last, of tile `tile` of an expert that has `rows` rows.
+pub const fn rows_of_tile(tile: u32, rows: u32) -> (u32, u32) {
+    let last = last_tile_row(rows);
+    if tile + 1 == token_tiles(rows) {
+        (last, rows)
+    } else {
+        let (first, end) = (tile * MAX_TOKEN_TILE, (tile + 1) * MAX_TOKEN_TILE);
+        (first, if end < last { end } else { last })
+    }
+}
+
+/// The tile that holds row `row` of an expert that has `rows` rows.
+pub const fn tile_of_row(row: u32, rows: u32) -> u32 {
+    if row < last_tile_row(rows) { row / MAX_TOKEN_TILE } else { token_tiles(rows) - 1 }
+}
+
+/// First row of the last tile of an expert that has `rows` rows.
+const fn last_tile_row(rows: u32) -> u32 {
+    let full = rows.saturating_sub(1) / MAX_TOKEN_TILE * MAX_TOKEN_TILE;
+    let rest = rows - full;
+    if full == 0 || rest > MAX_TOKEN_TILE / 2 {
+        full
+    } else {
+        // The last tile but one has half of the two, rounded up to a width.
+        full - MAX_TOKEN_TILE + token_tile(tile_index((MAX_TOKEN_TILE + rest).div_ceil(2)))
+    }
+}
+
 /// Pool rows that `rows` rows of one expert take, padded so that every tile lies within its expert's rows.
 pub const fn padded_rows(rows: u32) -> u32 {
-    let rest = rows % MAX_TOKEN_TILE;
-    if rest == 0 { rows } else { rows - rest + token_tile(tile_index(rest)) }
+    let last = last_tile_row(rows);
+    if rows == 0 { 0 } else { last + token_tile(tile_index(rows - last)) }
 }
 
 /// The most rows that [`padded_rows`] adds to one expert.
@@ -90,22 +119,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rest_of_an_expert_gets_the_smallest_tile_that_holds_it() {
+    fn a_narrow_rest_shares_the_rows_of_the_tile_before_it() {
         for (rows, tiles, padded) in [
-            (0, 0, 0),
-            (1, 1, 8),
-            (8, 1, 8),
-            (9, 1, 16),
-            (17, 1, 32),
-            (64, 1, 64),
-            (65, 1, 96),
-            (129, 1, 160),
-            (225, 1, 256),
-            (256, 1, 256),
-            (257, 2, 264),
-            (600, 3, 608),
+            (0, &[][..], 0),
+            (1, &[1], 8),
+            (8, &[8], 8),
+            (9, &[9], 16),
+            (17, &[17], 32),
+            (64, &[64], 64),
+            (65, &[65], 96),
+            (129, &[129], 160),
+            (225, &[225], 256),
+            (256, &[256], 256),
+            (257, &[160, 97], 288),
+            (320, &[160, 160], 320),
+            (384, &[192, 192], 384),
+            (385, &[256, 129], 416),
+            (512, &[256, 256], 512),
+            (600, &[256, 192, 152], 608),
         ] {
-            assert_eq!((token_tiles(rows), padded_rows(rows)), (tiles, padded), "{rows} rows");
+            let cut = (0..token_tiles(rows)).map(|tile| rows_of_tile(tile, rows)).map(|(first, end)| end - first);
+            assert!(cut.eq(tiles.iter().copied()) && padded_rows(rows) == padded, "{rows} rows");
+        }
+    }
+
+    #[test]
+    fn tiles_hold_an_expert_s_rows_in_order() {
+        for rows in 0..1000 {
+            let mut next = 0;
+            for tile in 0..token_tiles(rows) {
+                let (first, end) = rows_of_tile(tile, rows);
+                assert!(first == next && first < end && end - first <= MAX_TOKEN_TILE, "{rows} rows, tile {tile}");
+                assert!((first..end).all(|row| tile_of_row(row, rows) == tile), "{rows} rows, tile {tile}");
+                assert!(first.is_multiple_of(32), "{rows} rows: tile {tile} begins within a swizzle atom");
+                next = end;
+            }
+            assert_eq!(next, rows);
         }
     }
 

@@ -212,7 +212,7 @@ pub fn small_matrix() -> Vec<SmallCase> {
     vec![
         // More k-blocks than stages in both products, two waves of experts, a shared expert, odd last blocks.
         case("layer", config(320, 320, 8, 3, 1), &[20, 9], Choices::Random, sms(3, None), &[Output; 3]),
-        // Several tiles of one expert, the last of them narrow, and more than one chunk of tokens to route.
+        // Two tiles of one expert that share its rows, and more than one chunk of tokens to route.
         case("tiles", config(64, 64, 4, 1, 0), &[259, 14], Choices::AllTo(1), sms(3, None), &[Output; 2]),
         // Two clusters of two CTAs a rank, with more k-blocks than stages, an odd number of weight blocks, and tiles of several widths.
         case("clusters", config(640, 192, 4, 2, 1), &[80, 50], Choices::Random, sms(4, None), &[Output; 2]),

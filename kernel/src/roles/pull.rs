@@ -18,7 +18,7 @@ use crate::roles::schedule::COUNTS_THREADS;
 use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
 use crate::sources::{Sources, place_of, source_at};
-use crate::tile::MAX_TOKEN_TILE;
+use crate::tile::tile_of_row;
 
 /// Pieces are multiples of so many bytes, as rows are: whole lines.
 const PIECE_STEP: u32 = 128;
@@ -223,7 +223,7 @@ impl Puller<'_> {
         let mut position = PoolPosition {
             expert: shfl_idx(row.expert, leader),
             pool_row: shfl_idx(row.pool_row - row.row, leader),
-            tile: shfl_idx(row.tile - row.row / MAX_TOKEN_TILE, leader),
+            tile: shfl_idx(row.tile - tile_of_row(row.row, self.rows.rows(row.expert)), leader),
         };
         follower?;
         let token = source * shape.max_tokens + combine_row / shape.slots();
@@ -241,7 +241,8 @@ impl Puller<'_> {
         while position.expert < local {
             position = position.next(&self.rows);
         }
-        let (pool_row, tile) = (position.pool_row + row, position.tile + row / MAX_TOKEN_TILE);
+        let tile = position.tile + tile_of_row(row, self.rows.rows(local));
+        let pool_row = position.pool_row + row;
         Some((meta, Row { expert: local, row, pool_row, tile }))
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BinaryHeap, HashMap};
 
 use ferromoe_kernel::layout::BF16_BYTES;
 use ferromoe_kernel::schedule::{Phase, Task, combine_chunks, pull_rows};
-use ferromoe_kernel::tile::{MAX_TOKEN_TILE, WEIGHT_TILE};
+use ferromoe_kernel::tile::{WEIGHT_TILE, rows_of_tile, token_tiles};
 use ferromoe_kernel::trace::Activity;
 
 use super::{Load, Machine};
@@ -131,13 +131,12 @@ fn pull(load: &Load, machine: &Machine, ctas: &mut [CtaTrace]) -> Vec<f64> {
     let first = COUNTS_NS + FIRST_ROWS_NS;
     let (mut pulled, mut tiles) = (0.0, Vec::new());
     for (&rows, &crossing) in load.rows.iter().zip(&load.crossing) {
-        let mut left = rows;
-        while left > 0 {
-            let rows = left.min(MAX_TOKEN_TILE);
-            pulled += f64::from(rows);
+        for tile in 0..token_tiles(rows) {
+            let (first_row, end) = rows_of_tile(tile, rows);
+            let rows = f64::from(end - first_row);
+            pulled += rows;
             let in_time = first + ROW_NS * (pulled / in_flight - 1.0).max(0.0);
-            tiles.push(in_time.max(nvlink.pass(COUNTS_NS, f64::from(rows) * crossing * load.row_bytes())));
-            left -= rows;
+            tiles.push(in_time.max(nvlink.pass(COUNTS_NS, rows * crossing * load.row_bytes())));
         }
     }
     let last = tiles.last().copied().unwrap_or(COUNTS_NS);
