@@ -70,14 +70,14 @@ impl Consumer<'_> {
         self.warp * WARP + self.lane
     }
 
-    /// The meta of a row of the current tile.
+    /// Where the result of a row of the current tile goes: in linear 2.
     #[inline(always)]
-    pub fn row_meta(&self, row: u32) -> RowMeta {
+    pub fn result_row(&self, row: u32) -> u64 {
         // SAFETY: `keep_row_metas` wrote it, before the last `sync`.
-        RowMeta::unpack(unsafe { self.cta.row_meta(self.warpgroup, row).load_u64() })
+        unsafe { self.cta.row_meta(self.warpgroup, row).load_u64() }
     }
 
-    /// The routing weights of a row of the current tile, an even one, and of the next.
+    /// The routing weights of a row of the current tile, an even one, and of the next: in linear 1.
     #[inline(always)]
     pub fn row_weights(&self, row: u32) -> [f32; 2] {
         // SAFETY: as above.
@@ -101,14 +101,20 @@ impl Consumer<'_> {
         loaded
     }
 
-    /// Puts the metas where the whole warpgroup finds them. All staging buffers are taken: all warps are done with the last tile's.
+    /// Puts the metas, in linear 2 the addresses of the result rows, where the whole warpgroup finds them. All staging buffers are taken: all warps
+    /// are done with the last tile's.
     #[inline(always)]
-    fn keep_row_metas<const QUADS: usize>(&self, metas: [u64; METAS_PER_THREAD]) {
+    fn keep_row_metas<const QUADS: usize>(&self, metas: [u64; METAS_PER_THREAD], linear1: bool) {
+        let (row_bytes, results) = (self.launch.row_bytes() as u64, self.launch.params().symmetric.combine);
         unroll!(INDEX < METAS_PER_THREAD, {
             let row = INDEX as u32 * WARPGROUP + self.thread();
             if INDEX * (WARPGROUP as usize) < 8 * QUADS && row < 8 * QUADS as u32 {
+                let RowMeta { combine_row, rank, .. } = RowMeta::unpack(metas[INDEX]);
+                let result = self.launch.symmetric_base(rank) + results + combine_row as u64 * row_bytes;
                 // SAFETY: the array has a place for every row of the widest tile.
-                unsafe { self.cta.row_meta(self.warpgroup, row).store_u64(metas[INDEX]) };
+                unsafe {
+                    self.cta.row_meta(self.warpgroup, row).store_u64(if linear1 { metas[INDEX] } else { result })
+                };
             }
         });
     }
@@ -179,7 +185,7 @@ where
         consumer.take_staging(buffer);
         buffer.advance(STAGING_BUFFERS);
     }
-    consumer.keep_row_metas::<QUADS>(metas);
+    consumer.keep_row_metas::<QUADS>(metas, linear1);
     consumer.sync();
     if linear1 {
         linear1::finish(consumer, staging, &accumulators);
