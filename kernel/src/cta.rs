@@ -55,16 +55,10 @@ impl Cta {
         Mbarrier(self.0.offset(TASK_EMPTY_OFFSET))
     }
 
-    /// A consumer warpgroup's results are the publisher's to store or to announce.
+    /// Every warp of a consumer warpgroup has stored its results of a task, the last one or that before: they are the publisher's to announce.
     #[inline(always)]
-    pub fn staging_full(self, warpgroup: u32, buffer: u32) -> Mbarrier {
-        Mbarrier(self.0.offset(STAGING_FULL_OFFSET)).offset(warpgroup * STAGING_BUFFERS + buffer)
-    }
-
-    /// A staging buffer is its consumer warpgroup's again.
-    #[inline(always)]
-    pub fn staging_empty(self, warpgroup: u32, buffer: u32) -> Mbarrier {
-        Mbarrier(self.0.offset(STAGING_EMPTY_OFFSET)).offset(warpgroup * STAGING_BUFFERS + buffer)
+    pub fn task_finished(self, warpgroup: u32, slot: u32) -> Mbarrier {
+        Mbarrier(self.0.offset(TASK_FINISHED_OFFSET)).offset(warpgroup * UNANNOUNCED_TASKS + slot)
     }
 
     /// The stages of the launch that a task is of.
@@ -74,10 +68,10 @@ impl Cta {
         Pipeline { first: self.0.offset(STAGES_OFFSET), stage_bytes, stages: stages(task.widest) }
     }
 
-    /// A staging buffer of a consumer warpgroup.
+    /// The staging buffer of a consumer warpgroup.
     #[inline(always)]
-    pub fn staging(self, warpgroup: u32, buffer: u32) -> SharedAddress {
-        self.0.offset(STAGING_OFFSET + (warpgroup * STAGING_BUFFERS + buffer) * STAGING_BYTES)
+    pub fn staging(self, warpgroup: u32) -> SharedAddress {
+        self.0.offset(STAGING_OFFSET + warpgroup * STAGING_BYTES)
     }
 
     /// A pull buffer.

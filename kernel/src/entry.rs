@@ -12,7 +12,7 @@ use crate::params::{Arguments, Params};
 use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
     CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPGROUPS, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS,
-    MAX_STAGES, PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, STAGING_BUFFERS, WARP, WARPGROUP,
+    MAX_STAGES, PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, UNANNOUNCED_TASKS, WARP, WARPGROUP,
 };
 use crate::{cta::Cta, shared::COMBINE_BUFFERS};
 
@@ -91,9 +91,8 @@ unsafe fn init_mbarriers(cta: Cta) {
         // The producer, the publisher for either warpgroup, and every consumer warp, of every CTA.
         cta.task_empty().init((1 + CONSUMER_WARPGROUPS + CONSUMER_WARPS) * cluster_ctas());
         for warpgroup in 0..CONSUMER_WARPGROUPS {
-            for buffer in 0..STAGING_BUFFERS {
-                cta.staging_full(warpgroup, buffer).init(WARPGROUP / WARP);
-                cta.staging_empty(warpgroup, buffer).init(1);
+            for slot in 0..UNANNOUNCED_TASKS {
+                cta.task_finished(warpgroup, slot).init(WARPGROUP / WARP);
             }
         }
         for buffer in 0..DISPATCH_WARPS * PULL_BUFFERS {

@@ -1,8 +1,7 @@
 //! The kernel's arguments: the parameter block, by value, and what changes from launch to launch.
 
 use crate::layout::{MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
-use crate::shared::ACTIVATION_TOKENS;
-use crate::tile::{TOKEN_TILES, tile_index};
+use crate::tile::TOKEN_TILES;
 use crate::trace::TraceBuffer;
 
 /// Name of the kernel's entry in the PTX module.
@@ -13,9 +12,6 @@ pub const ENTRY: &str = "ferromoe_forward";
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct TensorMap(pub [u64; 16]);
-
-/// Token tiles up to [`ACTIVATION_TOKENS`](crate::shared::ACTIVATION_TOKENS) wide: wider ones are stored in several boxes.
-pub const ACTIVATION_MAPS: usize = tile_index(ACTIVATION_TOKENS) as usize + 1;
 
 /// The tensor maps of one rank. All are bf16, innermost dimension first.
 #[repr(C)]
@@ -28,10 +24,8 @@ pub struct TensorMaps {
     pub linear2: TensorMap,
     /// Token pool `[hidden, pool_rows]`, box 64 x what one CTA of a cluster loads of a token tile, 128-byte swizzle; one map a token tile.
     pub tokens: [TensorMap; TOKEN_TILES.len()],
-    /// Intermediate pool `[intermediate, pool_rows]`, boxes as those of the token pool, 128-byte swizzle, for loads.
+    /// Intermediate pool `[intermediate, pool_rows]`, boxes as those of the token pool, 128-byte swizzle.
     pub intermediate: [TensorMap; TOKEN_TILES.len()],
-    /// Intermediate pool, box 32 x a token tile but at most [`ACTIVATION_TOKENS`](crate::shared::ACTIVATION_TOKENS) of it, 64-byte swizzle, for stores.
-    pub activation: [TensorMap; ACTIVATION_MAPS],
 }
 
 /// What stays the same from launch to launch: the kernel's first argument, by value. It lies in the constant bank, where a field costs neither

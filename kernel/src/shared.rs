@@ -53,16 +53,15 @@ pub const fn stages(widest: u32) -> u32 {
     };
     (STAGES >> (4 * widest)) as u32 & 0xf
 }
-/// Bytes in which one consumer warpgroup transposes its results, some tokens at a time.
-pub const STAGING_BYTES: u32 = 4096;
-/// Staging buffers of one consumer warpgroup, which take turns.
-pub const STAGING_BUFFERS: u32 = 2;
-/// Tokens that fit a staging buffer in linear 1: 32 bf16 each.
-pub const LINEAR1_STAGING_TOKENS: u32 = STAGING_BYTES / 64;
-/// The most tokens of one store of activations; a staging buffer takes several.
-pub const ACTIVATION_TOKENS: u32 = 32;
-/// Tokens that fit a staging buffer in linear 2: 64 bf16 each.
-pub const LINEAR2_STAGING_TOKENS: u32 = STAGING_BYTES / 128;
+/// Bytes that a consumer warpgroup stores at once: 16 a thread.
+pub const PASS_BYTES: u32 = WARPGROUP * 16;
+/// Passes in the buffer in which a consumer warpgroup transposes its results: one half is written while the other is read.
+pub const STAGED_PASSES: usize = 4;
+/// Bytes of the staging buffer of one consumer warpgroup.
+pub const STAGING_BYTES: u32 = STAGED_PASSES as u32 * PASS_BYTES;
+/// Finished tasks of a consumer warpgroup that the publisher may not have announced. Two, for it gives the slot of a task back when it has
+/// announced the one before.
+pub const UNANNOUNCED_TASKS: u32 = 2;
 /// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row that is on its way.
 pub const PULL_BYTES: u32 = 6144;
 /// Pull buffers of one dispatch warp.
@@ -79,10 +78,10 @@ pub const MBARRIER_BYTES: u32 = 8;
 pub const STAGES_OFFSET: u32 = 0;
 /// Byte offset of the consumer warps' combine buffers: the stages' memory, which is free once a CTA combines.
 pub const COMBINE_OFFSET: u32 = STAGES_OFFSET;
-/// Byte offset of the staging buffers, [`STAGING_BUFFERS`] a consumer warpgroup.
+/// Byte offset of the staging buffers, one a consumer warpgroup.
 pub const STAGING_OFFSET: u32 = STAGES_OFFSET + PIPELINE_BYTES;
 /// Byte offset of the pull buffers, [`PULL_BUFFERS`] a dispatch warp.
-pub const PULL_OFFSET: u32 = STAGING_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFFERS * STAGING_BYTES;
+pub const PULL_OFFSET: u32 = STAGING_OFFSET + CONSUMER_WARPGROUPS * STAGING_BYTES;
 /// Byte offset of the row metas of the current tile (u64), one array a consumer warpgroup.
 pub const ROW_META_OFFSET: u32 = PULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * PULL_BYTES;
 /// Byte offset of the row counts (u32) of the local experts.
@@ -99,12 +98,10 @@ pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + MAX_STAGES * MBARRIER_BY
 pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + MAX_STAGES * MBARRIER_BYTES;
 /// Byte offset of the mbarrier that says the task slot is free.
 pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + MBARRIER_BYTES;
-/// Byte offset of the mbarriers that say a consumer warpgroup's staging buffer is the publisher's.
-pub const STAGING_FULL_OFFSET: u32 = TASK_EMPTY_OFFSET + MBARRIER_BYTES;
-/// Byte offset of the mbarriers that say a staging buffer is its consumer warpgroup's again.
-pub const STAGING_EMPTY_OFFSET: u32 = STAGING_FULL_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFFERS * MBARRIER_BYTES;
+/// Byte offset of the mbarriers that say a consumer warpgroup has finished a task, [`UNANNOUNCED_TASKS`] a warpgroup.
+pub const TASK_FINISHED_OFFSET: u32 = TASK_EMPTY_OFFSET + MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the pull buffers.
-pub const PULL_FULL_OFFSET: u32 = STAGING_EMPTY_OFFSET + CONSUMER_WARPGROUPS * STAGING_BUFFERS * MBARRIER_BYTES;
+pub const PULL_FULL_OFFSET: u32 = TASK_FINISHED_OFFSET + CONSUMER_WARPGROUPS * UNANNOUNCED_TASKS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the combine buffers.
 pub const COMBINE_FULL_OFFSET: u32 = PULL_FULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * MBARRIER_BYTES;
 /// Bytes of dynamic shared memory of a CTA.
@@ -116,7 +113,6 @@ pub const SHARED_LIMIT: u32 = 227 * 1024;
 const _: () = assert!(SHARED_BYTES <= SHARED_LIMIT);
 const _: () = assert!(stage_bytes(TOKEN_TILES[0]).is_multiple_of(1024) && WEIGHT_STAGE_BYTES.is_multiple_of(1024));
 const _: () = assert!(STAGING_OFFSET.is_multiple_of(1024) && STAGING_BYTES.is_multiple_of(1024));
-const _: () = assert!(LINEAR1_STAGING_TOKENS.is_multiple_of(ACTIVATION_TOKENS));
 const _: () = assert!(MAX_STAGES < 16 && stages(0) == MAX_STAGES);
 const _: () = assert!(TASK_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
 const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= PIPELINE_BYTES);

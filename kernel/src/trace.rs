@@ -102,20 +102,16 @@ activities! {
     WaitForStage = "wait for first stage",
     /// Consumers: the product, waits for later stages included.
     Multiply = "multiply",
-    /// Consumers: results to bf16, into the staging buffer or to their ranks.
+    /// Consumers: results to bf16, into the intermediate pool or to their ranks.
     Epilogue = "epilogue",
-    /// Consumers: wait for the publisher to give the staging buffer back.
-    WaitForStaging = "wait for staging",
     /// Consumers: wait for the other warpgroup before the first chunk is combined.
     WaitForWarpgroup = "wait for warpgroup",
     /// Consumers: sum a chunk of tokens. Argument: the chunk.
     Combine = "combine",
     /// Consumers: wait for the results of a token.
     WaitForResults = "wait for results",
-    /// Publisher: waits for the consumers' results.
-    WaitForStaged = "wait for results staged",
-    /// Publisher: stores them. Argument: the task.
-    Store = "store",
+    /// Publisher: waits for a consumer warpgroup to finish a task.
+    WaitForFinished = "wait for a finished task",
     /// Publisher: waits for the stores to be complete, and counts them. Argument: the task.
     Announce = "announce",
     /// The role has ended.

@@ -195,12 +195,12 @@ fn spans(marks: &[(u64, Activity, Argument)]) -> Vec<Span> {
     for pair in marks.windows(2) {
         let ((start, activity, word), (end, ..)) = (pair[0], pair[1]);
         match activity {
-            A::LoadWeights | A::HandOut | A::WaitForStage | A::Store | A::Announce => {
+            A::LoadWeights | A::HandOut | A::WaitForStage | A::Announce => {
                 let named = word.task();
                 task = (named.phase <= Phase::Linear2 as u32).then_some(named);
                 argument = 0;
             }
-            A::WaitForTokens | A::Load | A::Multiply | A::Epilogue | A::WaitForStaging => {}
+            A::WaitForTokens | A::Load | A::Multiply | A::Epilogue => {}
             // A chunk goes on behind the wait for results.
             A::Combine if spans.last().is_some_and(|last| last.activity == A::WaitForResults) => {}
             A::WaitForResults => {}

@@ -68,7 +68,7 @@ pub struct Product {
     pub wait: u64,
     /// The product.
     pub multiply: u64,
-    /// All behind it, waits for the staging buffer included.
+    /// All behind it.
     pub epilogue: u64,
     /// Operations of the product, padding included.
     pub operations: f64,

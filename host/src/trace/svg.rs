@@ -47,12 +47,11 @@ const MULTIPLY1: Kind = kind("linear 1", "#2166ac");
 const FINISH1: Kind = kind("its epilogue", "#92c5de");
 const MULTIPLY2: Kind = kind("linear 2", "#d95f0e");
 const FINISH2: Kind = kind("its epilogue", "#fdb87d");
-const STAGING: Kind = kind("wait for staging", "#525252");
 const COMBINE: Kind = kind("combine", "#762a83");
 const RESULTS: Kind = kind("wait for results", "#d4b9da");
 const IDLE: Kind = kind("no task, set up", "#e9e9e9");
-const KINDS: [Kind; 13] =
-    [ROUTE, PULL, LOAD, TOKENS, STAGE, MULTIPLY1, FINISH1, MULTIPLY2, FINISH2, STAGING, COMBINE, RESULTS, IDLE];
+const KINDS: [Kind; 12] =
+    [ROUTE, PULL, LOAD, TOKENS, STAGE, MULTIPLY1, FINISH1, MULTIPLY2, FINISH2, COMBINE, RESULTS, IDLE];
 
 fn kind_of(span: &Span) -> Kind {
     let first = span.phase() == Some(Phase::Linear1);
@@ -76,7 +75,6 @@ fn kind_of(span: &Span) -> Kind {
                 FINISH2
             }
         }
-        Activity::WaitForStaging => STAGING,
         Activity::Combine => COMBINE,
         Activity::WaitForResults => RESULTS,
         _ => IDLE,

@@ -78,19 +78,6 @@ pub unsafe fn tensor_load_3d(destination: SharedAddress, map: *const TensorMap, 
     };
 }
 
-/// `cp.async.bulk.tensor.2d` from shared to global memory, in the current bulk group.
-///
-/// # Safety
-/// `map` is a valid 2-d tensor map, and nobody writes the source until the group was read.
-#[inline(always)]
-pub unsafe fn tensor_store_2d(map: *const TensorMap, [x, y]: [u32; 2], source: SharedAddress) {
-    // SAFETY: the caller's.
-    unsafe {
-        asm!("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [{0}, {{{1}, {2}}}], [{3}];",
-            in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) source.0)
-    };
-}
-
 /// `cp.async.bulk.commit_group`.
 #[inline(always)]
 pub fn bulk_commit_group() {

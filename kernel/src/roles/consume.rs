@@ -1,6 +1,6 @@
 //! The consumer warpgroups: the tensor-core products, then linear 1's or linear 2's results, then combine.
 //!
-//! A warpgroup has 64 of a task's 128 weight rows. The two meet only through the stages and the staging buffers.
+//! A warpgroup has 64 of a task's 128 weight rows. The two meet only through the stages.
 
 use crate::cta::{Cta, Pipeline, Ring, TaskReader};
 use crate::device::barrier::{bar_sync, bar_warp_sync};
@@ -16,7 +16,7 @@ use crate::layout::RowMeta;
 use crate::roles::combine::Combiner;
 use crate::roles::{linear1, linear2};
 use crate::schedule::{Phase, Task};
-use crate::shared::{CONSUMER_WARPS, STAGING_BUFFERS, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
+use crate::shared::{CONSUMER_WARPS, UNANNOUNCED_TASKS, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
 use crate::tile::{K_BLOCK, K_STEP, MAX_TOKEN_TILE};
 
 /// Metas that a thread loads of the widest tile.
@@ -48,20 +48,14 @@ impl Consumer<'_> {
         }
     }
 
-    /// Waits until a staging buffer is this warpgroup's.
+    /// Hands a finished task, and so all that was stored for it, to the publisher. Every warp calls this.
     #[inline(always)]
-    pub fn take_staging(&self, ring: Ring) {
-        self.cta.staging_empty(self.warpgroup, ring.slot).wait(ring.parity ^ 1);
-    }
-
-    /// Hands the staging buffer, and all that the warpgroup has stored so far, to the publisher. Every warp calls this.
-    #[inline(always)]
-    pub fn hand_over(&self, ring: &mut Ring) {
+    fn hand_over(&self, finished: &mut Ring) {
         bar_warp_sync();
         if self.lane == 0 {
-            self.cta.staging_full(self.warpgroup, ring.slot).arrive();
+            self.cta.task_finished(self.warpgroup, finished.slot).arrive();
         }
-        ring.advance(STAGING_BUFFERS);
+        finished.advance(UNANNOUNCED_TASKS);
     }
 
     /// Thread of the warpgroup.
@@ -101,8 +95,8 @@ impl Consumer<'_> {
         loaded
     }
 
-    /// Puts the metas, in linear 2 the addresses of the result rows, where the whole warpgroup finds them. All staging buffers are taken: all warps
-    /// are done with the last tile's.
+    /// Puts the metas, in linear 2 the addresses of the result rows, where the whole warpgroup finds them. All warps are done with the last tile's: they
+    /// read them before the last `sync`.
     #[inline(always)]
     fn keep_row_metas<const QUADS: usize>(&self, metas: [u64; METAS_PER_THREAD], linear1: bool) {
         let (row_bytes, results) = (self.launch.row_bytes() as u64, self.launch.params().symmetric.combine);
@@ -141,7 +135,7 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
 fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) -> Task {
     let warps = WARPGROUP / WARP;
     let mut ring = Ring::new();
-    let mut staging = Ring::new();
+    let mut finished = Ring::new();
     loop {
         mark!(launch, WaitForTask);
         // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
@@ -154,23 +148,23 @@ fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) 
         mark!(launch, WaitForStage, &task);
         let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
         match task.width {
-            0 => run::<1>(consumer, &task, &mut ring, &mut staging),
-            1 => run::<2>(consumer, &task, &mut ring, &mut staging),
-            2 => run::<4>(consumer, &task, &mut ring, &mut staging),
-            3 => run::<8>(consumer, &task, &mut ring, &mut staging),
-            4 => run::<12>(consumer, &task, &mut ring, &mut staging),
-            5 => run::<16>(consumer, &task, &mut ring, &mut staging),
-            6 => run::<20>(consumer, &task, &mut ring, &mut staging),
-            7 => run::<24>(consumer, &task, &mut ring, &mut staging),
-            8 => run::<28>(consumer, &task, &mut ring, &mut staging),
-            _ => run::<32>(consumer, &task, &mut ring, &mut staging),
+            0 => run::<1>(consumer, &task, &mut ring, &mut finished),
+            1 => run::<2>(consumer, &task, &mut ring, &mut finished),
+            2 => run::<4>(consumer, &task, &mut ring, &mut finished),
+            3 => run::<8>(consumer, &task, &mut ring, &mut finished),
+            4 => run::<12>(consumer, &task, &mut ring, &mut finished),
+            5 => run::<16>(consumer, &task, &mut ring, &mut finished),
+            6 => run::<20>(consumer, &task, &mut ring, &mut finished),
+            7 => run::<24>(consumer, &task, &mut ring, &mut finished),
+            8 => run::<28>(consumer, &task, &mut ring, &mut finished),
+            _ => run::<32>(consumer, &task, &mut ring, &mut finished),
         }
     }
 }
 
 /// One task with a token tile of `8 * QUADS` tokens.
 #[inline(always)]
-fn run<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, ring: &mut Ring, staging: &mut Ring)
+fn run<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, ring: &mut Ring, finished: &mut Ring)
 where
     Accumulators<QUADS>: MmaAsync,
 {
@@ -180,18 +174,14 @@ where
     consumer.cta.stage_full(ring.slot).wait(ring.parity);
     let metas = consumer.load_row_metas::<QUADS>(task);
     let accumulators = multiply::<QUADS>(consumer, consumer.cta.pipeline(task), task.k_blocks(shape), ring);
-    let mut buffer = *staging;
-    for _ in 0..STAGING_BUFFERS {
-        consumer.take_staging(buffer);
-        buffer.advance(STAGING_BUFFERS);
-    }
     consumer.keep_row_metas::<QUADS>(metas, linear1);
     consumer.sync();
     if linear1 {
-        linear1::finish(consumer, staging, &accumulators);
+        linear1::finish(consumer, task, &accumulators);
     } else {
-        linear2::finish(consumer, task, staging, &accumulators);
+        linear2::finish(consumer, task, &accumulators);
     }
+    consumer.hand_over(finished);
 }
 
 /// The product of this warpgroup's 64 weight rows with the tile's tokens. One stage's products stay in flight while the next are issued.

@@ -1,6 +1,5 @@
 //! The end of a linear 2 task: bf16 rows straight into the combine buffers of the ranks that own the tokens.
 
-use crate::cta::Ring;
 use crate::device::address::SharedAddress;
 use crate::device::convert::bf16x2;
 use crate::device::global::st_weak_v4;
@@ -8,23 +7,29 @@ use crate::device::matrix::{stmatrix_x2_trans, stmatrix_x4_trans};
 use crate::device::wgmma::Accumulators;
 use crate::roles::consume::Consumer;
 use crate::schedule::Task;
-use crate::shared::{LINEAR2_STAGING_TOKENS, STAGING_BUFFERS, STAGING_BYTES, WARPGROUP};
+use crate::shared::{PASS_BYTES, STAGED_PASSES, WARPGROUP};
 use crate::tile::WARPGROUP_ROWS;
 
 /// Lanes that write one token's 128 bytes, 16 each.
 const LANES_PER_ROW: u32 = 8;
 
-/// Tokens that a warpgroup writes at once.
+/// Tokens that a warpgroup writes in a pass.
 const TOKENS_PER_PASS: u32 = WARPGROUP / LANES_PER_ROW;
 
-/// Quads that are staged at once.
-const STAGED_QUADS: usize = LINEAR2_STAGING_TOKENS as usize / 8;
+/// Passes that are staged at once. Half of the buffer is written again two chunks later, when every warp has passed the barrier between, and so has
+/// sent what was in it.
+const CHUNK_PASSES: usize = STAGED_PASSES / 2;
 
-// A buffer is written again two chunks later, when every warp has passed the barrier between, and so has read what was in it.
-const _: () = assert!(STAGING_BUFFERS == 2);
+/// Tokens that are staged at once.
+const CHUNK_TOKENS: u32 = CHUNK_PASSES as u32 * TOKENS_PER_PASS;
+
+/// Quads that are staged at once.
+const CHUNK_QUADS: usize = CHUNK_TOKENS as usize / 8;
+
+/// Passes of a chunk, one after the other.
+type Passes<T> = [T; CHUNK_PASSES];
 
 /// What a thread has to do with every chunk.
-#[derive(Clone, Copy)]
 struct Places<'a> {
     consumer: Consumer<'a>,
     /// Where it writes its row of the first matrix of the first chunk.
@@ -39,48 +44,44 @@ struct Places<'a> {
     rows: u32,
 }
 
-/// Finishes a task; all staging buffers are taken. A quad holds, for two tokens, two hidden columns eight apart. While one chunk is read from
-/// its buffer, the next is written to the other.
+/// Finishes a task. A quad holds, for two tokens, two hidden columns eight apart. While one chunk is read from its half of the buffer, the next is
+/// written to the other.
 #[inline(always)]
-pub fn finish<const QUADS: usize>(
-    consumer: Consumer<'_>,
-    task: &Task,
-    staging: &mut Ring,
-    accumulators: &Accumulators<QUADS>,
-) {
+pub fn finish<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, accumulators: &Accumulators<QUADS>) {
     let places = Places::new(consumer, task);
     if places.rows > 0 {
         places.stage::<QUADS, 0>(accumulators);
     }
-    unroll!(CHUNK < QUADS.div_ceil(STAGED_QUADS), {
+    unroll!(CHUNK < QUADS.div_ceil(CHUNK_QUADS), {
         if first_token(CHUNK) < places.rows {
+            // Before the barrier: behind the last, another warp may put the next tile's in their place.
+            let results = places.results::<CHUNK>();
             consumer.sync();
-            places.send::<CHUNK>(|| {
+            places.send::<CHUNK>(results, || {
                 if first_token(CHUNK + 1) < places.rows {
                     places.stage::<QUADS, { CHUNK + 1 }>(accumulators);
                 }
             });
         }
     });
-    consumer.hand_over(staging);
 }
 
 /// First token of a chunk.
 const fn first_token(chunk: usize) -> u32 {
-    chunk as u32 * LINEAR2_STAGING_TOKENS
+    chunk as u32 * CHUNK_TOKENS
 }
 
-/// Byte offset of a chunk's buffer from the first one's.
-const fn buffer(chunk: usize) -> u32 {
-    chunk as u32 % STAGING_BUFFERS * STAGING_BYTES
+/// Byte offset of a pass of a chunk in the buffer.
+const fn area(chunk: usize, pass: usize) -> u32 {
+    (chunk % 2 * CHUNK_PASSES + pass) as u32 * PASS_BYTES
 }
 
 impl<'a> Places<'a> {
     #[inline(always)]
     fn new(consumer: Consumer<'a>, task: &Task) -> Self {
         let (warp, lane) = (consumer.warp, consumer.lane);
-        let staging = consumer.cta.staging(consumer.warpgroup, 0);
         // Rows of 64 columns a token, 128-byte swizzle.
+        let staging = consumer.cta.staging(consumer.warpgroup);
         let place = |token: u32, chunk: u32| staging.offset(token * 128 + (chunk ^ (token % 8)) * 16);
         let (token, chunk) = (consumer.thread() / LANES_PER_ROW, lane % LANES_PER_ROW);
         let column = task.weight_row + consumer.warpgroup * WARPGROUP_ROWS;
@@ -96,44 +97,58 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// Transposes one chunk of the accumulators into its buffer.
+    /// Transposes one chunk of the accumulators into its half of the buffer.
     #[inline(always)]
     fn stage<const QUADS: usize, const CHUNK: usize>(&self, accumulators: &Accumulators<QUADS>) {
         if QUADS == 1 {
             let [a0, a1, a2, a3] = accumulators[0];
-            // SAFETY: the staging buffer holds the chunk's rows, and these 32 bytes of each are this warp's. Lanes from 16 on give no address.
+            // SAFETY: the buffer holds the chunk's rows, and these 32 bytes of each are this warp's. Lanes from 16 on give no address.
             unsafe { stmatrix_x2_trans(self.staged, [bf16x2(a0, a1), bf16x2(a2, a3)]) };
             return;
         }
-        unroll!(PAIR < STAGED_QUADS / 2, {
-            let quad = CHUNK * STAGED_QUADS + 2 * PAIR;
+        unroll!(PASS < CHUNK_PASSES, {
+            let quad = CHUNK * CHUNK_QUADS + 2 * PASS;
             if quad < QUADS {
                 let [a0, a1, a2, a3] = accumulators[quad];
                 let [b0, b1, b2, b3] = accumulators[quad + 1];
                 let matrices = [bf16x2(a0, a1), bf16x2(a2, a3), bf16x2(b0, b1), bf16x2(b2, b3)];
                 // SAFETY: as above.
-                unsafe { stmatrix_x4_trans(self.staged.offset(buffer(CHUNK) + PAIR as u32 * 16 * 128), matrices) };
+                unsafe { stmatrix_x4_trans(self.staged.offset(area(CHUNK, PASS)), matrices) };
             }
         });
     }
 
+    /// A thread's token in a pass of a chunk.
+    #[inline(always)]
+    fn token(&self, chunk: usize, pass: usize) -> u32 {
+        first_token(chunk) + pass as u32 * TOKENS_PER_PASS + self.token
+    }
+
+    /// The result rows of a thread's tokens in a chunk.
+    #[inline(always)]
+    fn results<const CHUNK: usize>(&self) -> Passes<u64> {
+        let mut results = [0; CHUNK_PASSES];
+        unroll!(PASS < CHUNK_PASSES, {
+            if self.token(CHUNK, PASS) < self.rows {
+                results[PASS] = self.consumer.result_row(self.token(CHUNK, PASS));
+            }
+        });
+        results
+    }
+
     /// Writes a chunk's 64 columns of each token into its owner's combine buffer; `meanwhile` runs while they come from the staging buffer.
     #[inline(always)]
-    fn send<const CHUNK: usize>(&self, meanwhile: impl FnOnce()) {
-        const PASSES: usize = (LINEAR2_STAGING_TOKENS / TOKENS_PER_PASS) as usize;
-        let token = |pass: usize| first_token(CHUNK) + pass as u32 * TOKENS_PER_PASS + self.token;
-        let (mut results, mut values) = ([0; PASSES], [[0; 4]; PASSES]);
-        unroll!(PASS < PASSES, {
-            if token(PASS) < self.rows {
-                results[PASS] = self.consumer.result_row(token(PASS));
+    fn send<const CHUNK: usize>(&self, results: Passes<u64>, meanwhile: impl FnOnce()) {
+        let mut values = [[0; 4]; CHUNK_PASSES];
+        unroll!(PASS < CHUNK_PASSES, {
+            if self.token(CHUNK, PASS) < self.rows {
                 // SAFETY: the row is staged.
-                values[PASS] =
-                    unsafe { self.read.offset(buffer(CHUNK) + PASS as u32 * TOKENS_PER_PASS * 128).load_v4() };
+                values[PASS] = unsafe { self.read.offset(area(CHUNK, PASS)).load_v4() };
             }
         });
         meanwhile();
-        unroll!(PASS < PASSES, {
-            if token(PASS) < self.rows {
+        unroll!(PASS < CHUNK_PASSES, {
+            if self.token(CHUNK, PASS) < self.rows {
                 // SAFETY: the combine buffer has a row for every (token, k) of its rank, and this one has no other writer.
                 unsafe { st_weak_v4((results[PASS] + self.at) as *mut u8, values[PASS]) };
             }

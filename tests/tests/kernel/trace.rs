@@ -66,7 +66,7 @@ fn recorded(case: &Case, rank: &RankTrace, role: usize) -> Products {
             let Some(task) = part[0].task else { continue };
             if (task.weight_row as usize) < limits[task.phase as usize] {
                 let times = products.entry([task.phase, task.expert, task.tile, task.weight_row]).or_default();
-                // The publisher stores a product's results chunk by chunk, those of both warpgroups in any order.
+                // The publisher announces a product's results once for each warpgroup, those of both in any order.
                 *times = if role == PUBLISHER { 1 } else { *times + 1 };
             }
         }
