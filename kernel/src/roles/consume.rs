@@ -3,9 +3,10 @@
 //! A warpgroup has 64 of a task's 128 weight rows. The two meet only through the stages.
 
 use crate::cta::{Cta, Pipeline, Ring, TaskReader};
+use crate::device::address::SharedAddress;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::cluster_ctas;
-use crate::device::global::ld_weak_u64;
+use crate::device::global::{ld_weak_u64, st_weak_v4};
 use crate::device::mbarrier::ClusterMbarrier;
 use crate::device::special;
 use crate::device::wgmma::{
@@ -16,11 +17,16 @@ use crate::layout::RowMeta;
 use crate::roles::combine::Combiner;
 use crate::roles::{linear1, linear2};
 use crate::schedule::{Phase, Task};
-use crate::shared::{CONSUMER_WARPS, UNANNOUNCED_TASKS, WARP, WARPGROUP, WEIGHT_STAGE_BYTES};
+use crate::shared::{
+    CONSUMER_WARPS, PASS_BYTES, STAGED_PASSES, UNANNOUNCED_TASKS, WARP, WARPGROUP, WEIGHT_STAGE_BYTES,
+};
 use crate::tile::{K_BLOCK, K_STEP, MAX_TOKEN_TILE};
 
 /// Metas that a thread loads of the widest tile.
 const METAS_PER_THREAD: usize = (MAX_TOKEN_TILE / WARPGROUP) as usize;
+
+/// Passes that are staged ahead of those that are stored: half of the buffer.
+const AHEAD: usize = STAGED_PASSES / 2;
 
 /// One consumer warp.
 #[derive(Clone, Copy)]
@@ -46,6 +52,43 @@ impl Consumer<'_> {
         } else {
             bar_sync::<SECOND_WARPGROUP_BARRIER, WARPGROUP>();
         }
+    }
+
+    /// Stores the warpgroup's results in `passes` passes of 16 bytes a thread. `stage` puts those of a pass into an area of shared memory, where a thread's
+    /// 16 bytes lie `source` bytes from the start; `place` says where they go, and whether they do. A pass is on its way while the one that lies half of
+    /// the buffer behind it is staged. Neither closure is called behind the last `sync`.
+    #[inline(always)]
+    pub fn store_passes(
+        &self,
+        passes: usize,
+        source: u32,
+        stage: impl Fn(usize, SharedAddress),
+        mut place: impl FnMut(usize) -> (*mut u8, bool),
+    ) {
+        let staging = self.cta.staging(self.warpgroup);
+        let area = |pass: usize| staging.offset((pass % STAGED_PASSES) as u32 * PASS_BYTES);
+        let mut places = [(core::ptr::null_mut(), false); AHEAD];
+        unroll!(STEP < passes + AHEAD, {
+            let next = &mut places[STEP % AHEAD];
+            let (to, stores) = *next;
+            // SAFETY: zeros are valid u32.
+            let mut results: [u32; 4] = unsafe { core::mem::zeroed() };
+            if STEP >= AHEAD {
+                // SAFETY: the pass was staged before the last barrier, and its area is written again behind the next.
+                results = unsafe { area(STEP + STAGED_PASSES - AHEAD).offset(source).load_v4() };
+            }
+            if STEP < passes {
+                stage(STEP, area(STEP));
+                *next = place(STEP);
+            }
+            if stores {
+                // SAFETY: the caller's buffer has this place, and it has no other writer.
+                unsafe { st_weak_v4(to, results) };
+            }
+            if STEP < passes && (STEP % AHEAD == AHEAD - 1 || STEP + 1 == passes) {
+                self.sync();
+            }
+        });
     }
 
     /// Hands a finished task, and so all that was stored for it, to the publisher. Every warp calls this.
