@@ -37,6 +37,8 @@ impl Cta {
         stage_full at STAGE_FULL_OFFSET;
         /// A stage was read by every consumer warp of the cluster.
         stage_empty at STAGE_EMPTY_OFFSET;
+        /// Every consumer warp has stored its results of a task, one of the last [`UNANNOUNCED_TASKS`]: they are the publisher's to announce.
+        task_finished at TASK_FINISHED_OFFSET;
         /// A pull buffer holds its piece.
         pull_full at PULL_FULL_OFFSET;
         /// A combine buffer holds its piece.
@@ -53,12 +55,6 @@ impl Cta {
     #[inline(always)]
     pub fn task_empty(self) -> Mbarrier {
         Mbarrier(self.0.offset(TASK_EMPTY_OFFSET))
-    }
-
-    /// Every warp of a consumer warpgroup has stored its results of a task, the last one or that before: they are the publisher's to announce.
-    #[inline(always)]
-    pub fn task_finished(self, warpgroup: u32, slot: u32) -> Mbarrier {
-        Mbarrier(self.0.offset(TASK_FINISHED_OFFSET)).offset(warpgroup * UNANNOUNCED_TASKS + slot)
     }
 
     /// The stages of the launch that a task is of.
@@ -288,6 +284,14 @@ impl TaskReader {
         Task::from_words(self.look().words().map(|words| words.map(|word| shfl_idx(word, 0))))
     }
 
+    /// The next task; gives its slot back.
+    #[inline(always)]
+    pub fn take(&mut self) -> Task {
+        let task = self.look();
+        self.release();
+        task
+    }
+
     /// Gives the slot back.
     #[inline(always)]
     pub fn release(&mut self) {
@@ -307,7 +311,7 @@ impl TaskReader {
 
     /// Whether the next task is there.
     #[inline(always)]
-    pub fn is_ready(&self) -> bool {
+    fn is_ready(&self) -> bool {
         // The first CTA's own scheduler has written the slot there.
         if cluster_cta() == 0 {
             self.cta.task_full().try_wait(self.parity)

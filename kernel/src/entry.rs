@@ -11,8 +11,8 @@ use crate::launch::Launch;
 use crate::params::{Arguments, Params};
 use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
-    CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPGROUPS, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS,
-    MAX_STAGES, PRODUCER_WARP, PULL_BUFFERS, SCHEDULER_WARP, UNANNOUNCED_TASKS, WARP, WARPGROUP,
+    CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS, MAX_STAGES, PRODUCER_WARP,
+    PULL_BUFFERS, SCHEDULER_WARP, UNANNOUNCED_TASKS, WARP,
 };
 use crate::{cta::Cta, shared::COMBINE_BUFFERS};
 
@@ -88,12 +88,10 @@ unsafe fn init_mbarriers(cta: Cta) {
             cta.stage_empty(stage).init(CONSUMER_WARPS * cluster_ctas());
         }
         cta.task_full().init(1);
-        // The producer, the publisher for either warpgroup, and every consumer warp, of every CTA.
-        cta.task_empty().init((1 + CONSUMER_WARPGROUPS + CONSUMER_WARPS) * cluster_ctas());
-        for warpgroup in 0..CONSUMER_WARPGROUPS {
-            for slot in 0..UNANNOUNCED_TASKS {
-                cta.task_finished(warpgroup, slot).init(WARPGROUP / WARP);
-            }
+        // The producer, the publisher and every consumer warp, of every CTA.
+        cta.task_empty().init((2 + CONSUMER_WARPS) * cluster_ctas());
+        for slot in 0..UNANNOUNCED_TASKS {
+            cta.task_finished(slot).init(CONSUMER_WARPS);
         }
         for buffer in 0..DISPATCH_WARPS * PULL_BUFFERS {
             cta.pull_full(buffer).init(1);

@@ -59,9 +59,9 @@ pub const PASS_BYTES: u32 = WARPGROUP * 16;
 pub const STAGED_PASSES: usize = 4;
 /// Bytes of the staging buffer of one consumer warpgroup.
 pub const STAGING_BYTES: u32 = STAGED_PASSES as u32 * PASS_BYTES;
-/// Finished tasks of a consumer warpgroup that the publisher may not have announced. Two, for it gives the slot of a task back when it has
-/// announced the one before.
-pub const UNANNOUNCED_TASKS: u32 = 2;
+/// Tasks that the consumers may have finished and the publisher not announced: before it announces one, it gives the slot of the next back, and so a third one's
+/// can be finished.
+pub const UNANNOUNCED_TASKS: u32 = 3;
 /// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row that is on its way.
 pub const PULL_BYTES: u32 = 6144;
 /// Pull buffers of one dispatch warp.
@@ -98,10 +98,10 @@ pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + MAX_STAGES * MBARRIER_BY
 pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + MAX_STAGES * MBARRIER_BYTES;
 /// Byte offset of the mbarrier that says the task slot is free.
 pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + MBARRIER_BYTES;
-/// Byte offset of the mbarriers that say a consumer warpgroup has finished a task, [`UNANNOUNCED_TASKS`] a warpgroup.
+/// Byte offset of the mbarriers that say the consumers have finished a task.
 pub const TASK_FINISHED_OFFSET: u32 = TASK_EMPTY_OFFSET + MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the pull buffers.
-pub const PULL_FULL_OFFSET: u32 = TASK_FINISHED_OFFSET + CONSUMER_WARPGROUPS * UNANNOUNCED_TASKS * MBARRIER_BYTES;
+pub const PULL_FULL_OFFSET: u32 = TASK_FINISHED_OFFSET + UNANNOUNCED_TASKS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the combine buffers.
 pub const COMBINE_FULL_OFFSET: u32 = PULL_FULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * MBARRIER_BYTES;
 /// Bytes of dynamic shared memory of a CTA.

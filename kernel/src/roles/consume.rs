@@ -96,7 +96,7 @@ impl Consumer<'_> {
     fn hand_over(&self, finished: &mut Ring) {
         bar_warp_sync();
         if self.lane == 0 {
-            self.cta.task_finished(self.warpgroup, finished.slot).arrive();
+            self.cta.task_finished(finished.slot).arrive();
         }
         finished.advance(UNANNOUNCED_TASKS);
     }

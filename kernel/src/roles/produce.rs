@@ -8,7 +8,7 @@ use crate::device::global::ld_acquire_gpu_u32;
 use crate::launch::Launch;
 use crate::params::TensorMap;
 use crate::schedule::{Phase, Task, weight_tasks};
-use crate::shared::{CONSUMER_WARPGROUPS, WEIGHT_STAGE_BYTES};
+use crate::shared::WEIGHT_STAGE_BYTES;
 use crate::status::{Stage, Timeout};
 use crate::tile::{K_BLOCK, TOKEN_TILES, loaded_rows, token_tile};
 
@@ -68,9 +68,9 @@ impl Producer<'_> {
         let stored = self.launch.counter(params.workspace.counter.columns_ready, task.tile);
         let operands = [&raw const params.maps.linear2, map_of(&params.maps.intermediate, task)];
         let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
-        let halves = weight_tasks(2 * params.shape.intermediate, cluster_ctas()) * CONSUMER_WARPGROUPS;
+        let blocks = weight_tasks(2 * params.shape.intermediate, cluster_ctas());
         // SAFETY: a counter of this launch.
-        self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= halves);
+        self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= blocks);
     }
 
     /// Loads all k-blocks of a task: this CTA's weights, and its share of the tokens for all CTAs of the cluster. If the tokens are not there yet, the
