@@ -5,7 +5,7 @@ use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas, mapa};
 use crate::device::mbarrier::Mbarrier;
 use crate::device::warp::shfl_idx;
-use crate::schedule::{ExpertRows, Task};
+use crate::schedule::{ExpertRows, TASK_BYTES, Task};
 use crate::shared::*;
 use crate::tile::{MAX_TOKEN_TILE, token_tile};
 
@@ -37,6 +37,10 @@ impl Cta {
         stage_full at STAGE_FULL_OFFSET;
         /// A stage was read by every consumer warp of the cluster.
         stage_empty at STAGE_EMPTY_OFFSET;
+        /// A task slot holds a task.
+        task_full at TASK_FULL_OFFSET;
+        /// In the first CTA of the cluster: every role of all its CTAs has given the task slot back.
+        task_empty at TASK_EMPTY_OFFSET;
         /// Every consumer warp has stored its results of a task, one of the last [`UNANNOUNCED_TASKS`]: they are the publisher's to announce.
         task_finished at TASK_FINISHED_OFFSET;
         /// A pull buffer holds its piece.
@@ -45,16 +49,10 @@ impl Cta {
         combine_full at COMBINE_FULL_OFFSET;
     }
 
-    /// The task slot holds a task.
+    /// In the first CTA of the cluster: the producers of all its CTAs are so far with their task that the next is to be claimed.
     #[inline(always)]
-    pub fn task_full(self) -> Mbarrier {
-        Mbarrier(self.0.offset(TASK_FULL_OFFSET))
-    }
-
-    /// In the first CTA of the cluster: every role of all its CTAs has given the task slot back.
-    #[inline(always)]
-    pub fn task_empty(self) -> Mbarrier {
-        Mbarrier(self.0.offset(TASK_EMPTY_OFFSET))
+    pub fn task_wanted(self) -> Mbarrier {
+        Mbarrier(self.0.offset(TASK_WANTED_OFFSET))
     }
 
     /// The stages of the launch that a task is of.
@@ -100,10 +98,10 @@ impl Cta {
         self.0.offset(HIT_EXPERTS_OFFSET + word * 4)
     }
 
-    /// The task slot.
+    /// A task slot.
     #[inline(always)]
-    fn task_slot(self) -> SharedAddress {
-        self.0.offset(TASK_OFFSET)
+    fn task_slot(self, slot: u32) -> SharedAddress {
+        self.0.offset(TASK_OFFSET + slot * TASK_BYTES)
     }
 }
 
@@ -213,37 +211,34 @@ impl ExpertRows for CountedRows {
     }
 }
 
-/// The end of the task slot that the scheduler of a cluster's first CTA has.
+/// The end of the task slots that the scheduler of a cluster's first CTA has.
 pub struct TaskWriter {
     cta: Cta,
-    parity: u32,
+    ring: Ring,
+    /// Of the phase that completes when the next task is wanted.
+    wanted: u32,
 }
 
 impl TaskWriter {
     /// Before the first task.
     #[inline(always)]
     pub fn new(cta: Cta) -> Self {
-        Self { cta, parity: 1 }
-    }
-
-    /// Waits until every role has given the last task's slot back.
-    #[inline(always)]
-    pub fn wait(&self) {
-        self.cta.task_empty().wait(self.parity);
+        Self { cta, ring: Ring::new(), wanted: 0 }
     }
 
     /// Hands each CTA of the cluster its task, of which `task` is the first's. One thread calls this.
     #[inline(always)]
     pub fn put(&mut self, task: Task) {
-        self.wait();
-        let address = self.cta.task_slot();
+        let slot = self.ring.slot;
+        self.cta.task_empty(slot).wait(self.ring.parity ^ 1);
+        let address = self.cta.task_slot(slot);
         let [first, second] = task.words();
         // SAFETY: the slot is this thread's until it arrives below.
         unsafe {
             address.store_v4(first);
             address.offset(16).store_v4(second);
         }
-        self.cta.task_full().arrive();
+        self.cta.task_full(slot).arrive();
         for cta in 1..cluster_ctas() {
             let address = mapa(address, cta);
             let [first, second] = task.of(cta).words();
@@ -252,30 +247,49 @@ impl TaskWriter {
                 address.store_v4(first);
                 address.offset(16).store_v4(second);
             }
-            self.cta.task_full().of(cta).arrive_release();
+            self.cta.task_full(slot).of(cta).arrive_release();
         }
-        self.parity ^= 1;
+    }
+
+    /// Waits until the next task is to be claimed, `task` being the last that was put: a product's producers say when, a chunk to combine gives its slot back.
+    #[inline(always)]
+    pub fn wait(&mut self, task: &Task) {
+        if task.is_product() {
+            self.cta.task_wanted().wait(self.wanted);
+            self.wanted ^= 1;
+        } else {
+            self.cta.task_empty(self.ring.slot).wait(self.ring.parity);
+        }
+        self.ring.advance(TASK_SLOTS);
     }
 }
 
-/// A role's end of the task slot.
+/// A role's end of the task slots.
 pub struct TaskReader {
     cta: Cta,
-    parity: u32,
+    ring: Ring,
 }
 
 impl TaskReader {
     /// Before the first task.
     #[inline(always)]
     pub fn new(cta: Cta) -> Self {
-        Self { cta, parity: 0 }
+        Self { cta, ring: Ring::new() }
     }
 
-    /// The next task. The slot stays this role's until it gives it back by [`Self::release`].
+    /// The next task. The slot stays this role's until it gives it back by [`Self::release_warp`].
     #[inline(always)]
     pub fn look(&self) -> Task {
-        while !self.is_ready() {}
-        self.read()
+        let full = self.cta.task_full(self.ring.slot);
+        // The first CTA's own scheduler has written the slot there.
+        while !if cluster_cta() == 0 {
+            full.try_wait(self.ring.parity)
+        } else {
+            full.try_wait_cluster(self.ring.parity)
+        } {}
+        let address = self.cta.task_slot(self.ring.slot);
+        // SAFETY: the slot is full, and stays so until this role arrives on `task_empty`.
+        Task::from_words(unsafe { [address.load_v4(), address.offset(16).load_v4()] })
     }
 
     /// The next task, for all lanes of a warp: the same in all, and known to be, so that what it decides is a branch of the whole warp.
@@ -288,15 +302,9 @@ impl TaskReader {
     #[inline(always)]
     pub fn take(&mut self) -> Task {
         let task = self.look();
-        self.release();
+        self.cta.task_empty(self.ring.slot).of(0).arrive();
+        self.ring.advance(TASK_SLOTS);
         task
-    }
-
-    /// Gives the slot back.
-    #[inline(always)]
-    pub fn release(&mut self) {
-        self.cta.task_empty().of(0).arrive();
-        self.parity ^= 1;
     }
 
     /// Gives the slot back when all lanes of the warp have read it.
@@ -304,26 +312,8 @@ impl TaskReader {
     pub fn release_warp(&mut self, lane: u32) {
         bar_warp_sync();
         if lane == 0 {
-            self.cta.task_empty().of(0).arrive();
+            self.cta.task_empty(self.ring.slot).of(0).arrive();
         }
-        self.parity ^= 1;
-    }
-
-    /// Whether the next task is there.
-    #[inline(always)]
-    fn is_ready(&self) -> bool {
-        // The first CTA's own scheduler has written the slot there.
-        if cluster_cta() == 0 {
-            self.cta.task_full().try_wait(self.parity)
-        } else {
-            self.cta.task_full().try_wait_cluster(self.parity)
-        }
-    }
-
-    #[inline(always)]
-    fn read(&self) -> Task {
-        let address = self.cta.task_slot();
-        // SAFETY: the slot is full, and stays so until this role arrives on `task_empty`.
-        Task::from_words(unsafe { [address.load_v4(), address.offset(16).load_v4()] })
+        self.ring.advance(TASK_SLOTS);
     }
 }

@@ -12,7 +12,7 @@ use crate::params::{Arguments, Params};
 use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
 use crate::shared::{
     CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS, MAX_STAGES, PRODUCER_WARP,
-    PULL_BUFFERS, SCHEDULER_WARP, UNANNOUNCED_TASKS, WARP,
+    PULL_BUFFERS, SCHEDULER_WARP, TASK_SLOTS, UNANNOUNCED_TASKS, WARP,
 };
 use crate::{cta::Cta, shared::COMBINE_BUFFERS};
 
@@ -87,9 +87,12 @@ unsafe fn init_mbarriers(cta: Cta) {
             cta.stage_full(stage).init(1);
             cta.stage_empty(stage).init(CONSUMER_WARPS * cluster_ctas());
         }
-        cta.task_full().init(1);
-        // The producer, the publisher and every consumer warp, of every CTA.
-        cta.task_empty().init((2 + CONSUMER_WARPS) * cluster_ctas());
+        for slot in 0..TASK_SLOTS {
+            cta.task_full(slot).init(1);
+            // The producer, the publisher and every consumer warp, of every CTA.
+            cta.task_empty(slot).init((2 + CONSUMER_WARPS) * cluster_ctas());
+        }
+        cta.task_wanted().init(cluster_ctas());
         for slot in 0..UNANNOUNCED_TASKS {
             cta.task_finished(slot).init(CONSUMER_WARPS);
         }

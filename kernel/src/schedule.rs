@@ -145,14 +145,20 @@ impl Task {
         Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest }
     }
 
+    /// Whether it is a matrix product.
+    #[inline(always)]
+    pub const fn is_product(&self) -> bool {
+        self.phase <= Phase::Linear2 as u32
+    }
+
     /// K-blocks that a product sums over.
     #[inline(always)]
     pub const fn k_blocks(&self, shape: &Shape) -> u32 {
         (if self.phase == Phase::Linear1 as u32 { shape.hidden } else { shape.intermediate }) / K_BLOCK
     }
 
-    /// The k-block that is about to be loaded when the CTA claims its next task: as late as the way there and back lets it, so that tickets are taken up in their
-    /// order, by CTAs that have the time. 0 for a short product.
+    /// The k-block that is about to be loaded, its tokens being there, when the CTA claims its next task: as late as the way there and back lets it, so that
+    /// tickets are taken up in their order, by CTAs that have the time.
     #[inline(always)]
     pub const fn claim_block(&self, shape: &Shape) -> u32 {
         self.k_blocks(shape).saturating_sub(2 * stages(self.widest))

@@ -59,9 +59,10 @@ pub const PASS_BYTES: u32 = WARPGROUP * 16;
 pub const STAGED_PASSES: usize = 4;
 /// Bytes of the staging buffer of one consumer warpgroup.
 pub const STAGING_BYTES: u32 = STAGED_PASSES as u32 * PASS_BYTES;
-/// Tasks that the consumers may have finished and the publisher not announced: before it announces one, it gives the slot of the next back, and so a third one's
-/// can be finished.
-pub const UNANNOUNCED_TASKS: u32 = 3;
+/// Task slots, which take turns: a task is claimed by the time the producer needs it, whether or not all roles have come to the one before.
+pub const TASK_SLOTS: u32 = 2;
+/// Tasks that the consumers may have finished and the publisher not announced: it takes the next one before it announces one, and the slots may hold as many more.
+pub const UNANNOUNCED_TASKS: u32 = TASK_SLOTS + 2;
 /// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row that is on its way.
 pub const PULL_BYTES: u32 = 6144;
 /// Pull buffers of one dispatch warp.
@@ -88,18 +89,20 @@ pub const ROW_META_OFFSET: u32 = PULL_OFFSET + DISPATCH_WARPS * PULL_BUFFERS * P
 pub const EXPERT_ROWS_OFFSET: u32 = ROW_META_OFFSET + CONSUMER_WARPGROUPS * MAX_TOKEN_TILE * 8;
 /// Byte offset of the bits of the local experts that have rows, in words of [`WARP`].
 pub const HIT_EXPERTS_OFFSET: u32 = EXPERT_ROWS_OFFSET + MAX_LOCAL_EXPERTS * 4;
-/// Byte offset of the task slot.
+/// Byte offset of the task slots.
 pub const TASK_OFFSET: u32 = HIT_EXPERTS_OFFSET + MAX_LOCAL_EXPERTS / WARP * 4;
 /// Byte offset of the mbarriers that say a stage is full.
-pub const STAGE_FULL_OFFSET: u32 = TASK_OFFSET + TASK_BYTES;
+pub const STAGE_FULL_OFFSET: u32 = TASK_OFFSET + TASK_SLOTS * TASK_BYTES;
 /// Byte offset of the mbarriers that say a stage is free.
 pub const STAGE_EMPTY_OFFSET: u32 = STAGE_FULL_OFFSET + MAX_STAGES * MBARRIER_BYTES;
-/// Byte offset of the mbarrier that says the task slot is full.
+/// Byte offset of the mbarriers that say a task slot is full.
 pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + MAX_STAGES * MBARRIER_BYTES;
-/// Byte offset of the mbarrier that says the task slot is free.
-pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + MBARRIER_BYTES;
+/// Byte offset of the mbarriers that say a task slot is free.
+pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+/// Byte offset of the mbarrier that says the next task is to be claimed.
+pub const TASK_WANTED_OFFSET: u32 = TASK_EMPTY_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say the consumers have finished a task.
-pub const TASK_FINISHED_OFFSET: u32 = TASK_EMPTY_OFFSET + MBARRIER_BYTES;
+pub const TASK_FINISHED_OFFSET: u32 = TASK_WANTED_OFFSET + MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the pull buffers.
 pub const PULL_FULL_OFFSET: u32 = TASK_FINISHED_OFFSET + UNANNOUNCED_TASKS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the combine buffers.

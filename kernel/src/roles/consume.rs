@@ -184,7 +184,7 @@ fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) 
         // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
         let lane = special::lane();
         let task = tasks.look_warp();
-        if task.phase > Phase::Linear2 as u32 {
+        if !task.is_product() {
             return task;
         }
         tasks.release_warp(lane);

@@ -27,16 +27,13 @@ pub fn produce(launch: &Launch, cta: Cta, lane: u32) {
     let mut producer = Producer { launch, cta, tasks: TaskReader::new(cta), ring: Ring::new() };
     loop {
         mark!(launch, WaitForTask);
-        let task = producer.tasks.look();
+        let task = producer.tasks.take();
         if task.phase == Phase::Linear1 as u32 {
             producer.load_linear1(&task);
         } else if task.phase == Phase::Linear2 as u32 {
             producer.load_linear2(&task);
-        } else {
-            producer.tasks.release();
-            if task.phase == Phase::End as u32 {
-                return;
-            }
+        } else if task.phase == Phase::End as u32 {
+            return;
         }
     }
 }
@@ -74,7 +71,7 @@ impl Producer<'_> {
     }
 
     /// Loads all k-blocks of a task: this CTA's weights, and its share of the tokens for all CTAs of the cluster. If the tokens are not there yet, the
-    /// weights of the first stages are on their way before they are waited for. Gives the task slot back when the next task is wanted.
+    /// weights of the first stages are on their way before they are waited for. Says when the next task is wanted.
     #[inline(always)]
     fn load(
         &mut self,
@@ -92,9 +89,6 @@ impl Producer<'_> {
         let everyone = (1 << cluster) - 1;
         let pipeline = cta.pipeline(task);
         let (k_blocks, claim_block) = (task.k_blocks(shape), task.claim_block(shape));
-        if claim_block == 0 {
-            self.tasks.release();
-        }
         let mut early = 0;
         mark!(launch, LoadWeights, task);
         if !tokens_ready() {
@@ -111,8 +105,8 @@ impl Producer<'_> {
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
         fence_proxy_async_global();
         for k_block in 0..k_blocks {
-            if k_block > 0 && k_block == claim_block {
-                self.tasks.release();
+            if k_block == claim_block {
+                cta.task_wanted().of(0).arrive();
             }
             let ring = self.ring;
             if k_block >= early {

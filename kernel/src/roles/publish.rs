@@ -20,9 +20,9 @@ pub fn publish(launch: &Launch, cta: Cta, lane: u32) {
     let mut tasks = TaskReader::new(cta);
     let mut finished = Ring::new();
     let mut task = tasks.take();
-    while task.phase <= Phase::Linear2 as u32 {
+    while task.is_product() {
         mark!(launch, WaitForTask);
-        // Before this one is finished: whoever claims what comes behind the next waits for the slot.
+        // Before this one is finished: its slot is wanted for what comes behind.
         let next = tasks.take();
         mark!(launch, WaitForFinished);
         cta.task_finished(finished.slot).wait(finished.parity);

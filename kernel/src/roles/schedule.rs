@@ -164,11 +164,7 @@ fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32, mut ticket: u32) {
             return;
         }
         mark!(launch, ClaimTask);
-        // What follows a short product is found out while that runs.
-        let short = task.phase <= Phase::Linear2 as u32 && task.claim_block(shape) == 0;
-        if !short {
-            writer.wait();
-        }
+        writer.wait(&task);
         ticket = claim_task(launch);
     }
 }
