@@ -145,6 +145,12 @@ impl Ring {
         Self { slot: 0, parity: 0 }
     }
 
+    /// Where the use of this number, from 0, is in a ring of `slots` slots, a power of two.
+    #[inline(always)]
+    pub const fn at(number: u32, slots: u32) -> Self {
+        Self { slot: number % slots, parity: number / slots % 2 }
+    }
+
     /// Steps to the next of `slots` slots.
     #[inline(always)]
     pub fn advance(&mut self, slots: u32) {
@@ -267,27 +273,25 @@ impl TaskWriter {
 /// A role's end of the task slots.
 pub struct TaskReader {
     cta: Cta,
-    ring: Ring,
+    /// Number of the next task, from 0.
+    pub number: u32,
 }
 
 impl TaskReader {
     /// Before the first task.
     #[inline(always)]
     pub fn new(cta: Cta) -> Self {
-        Self { cta, ring: Ring::new() }
+        Self { cta, number: 0 }
     }
 
     /// The next task. The slot stays this role's until it gives it back by [`Self::release_warp`].
     #[inline(always)]
     pub fn look(&self) -> Task {
-        let full = self.cta.task_full(self.ring.slot);
+        let Ring { slot, parity } = Ring::at(self.number, TASK_SLOTS);
+        let full = self.cta.task_full(slot);
         // The first CTA's own scheduler has written the slot there.
-        while !if cluster_cta() == 0 {
-            full.try_wait(self.ring.parity)
-        } else {
-            full.try_wait_cluster(self.ring.parity)
-        } {}
-        let address = self.cta.task_slot(self.ring.slot);
+        while !if cluster_cta() == 0 { full.try_wait(parity) } else { full.try_wait_cluster(parity) } {}
+        let address = self.cta.task_slot(slot);
         // SAFETY: the slot is full, and stays so until this role arrives on `task_empty`.
         Task::from_words(unsafe { [address.load_v4(), address.offset(16).load_v4()] })
     }
@@ -302,8 +306,8 @@ impl TaskReader {
     #[inline(always)]
     pub fn take(&mut self) -> Task {
         let task = self.look();
-        self.cta.task_empty(self.ring.slot).of(0).arrive();
-        self.ring.advance(TASK_SLOTS);
+        self.give_back();
+        self.number += 1;
         task
     }
 
@@ -312,8 +316,13 @@ impl TaskReader {
     pub fn release_warp(&mut self, lane: u32) {
         bar_warp_sync();
         if lane == 0 {
-            self.cta.task_empty(self.ring.slot).of(0).arrive();
+            self.give_back();
         }
-        self.ring.advance(TASK_SLOTS);
+        self.number += 1;
+    }
+
+    #[inline(always)]
+    fn give_back(&self) {
+        self.cta.task_empty(self.number % TASK_SLOTS).of(0).arrive();
     }
 }

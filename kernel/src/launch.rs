@@ -1,6 +1,7 @@
 //! One rank's launch as its warps see it: addresses, the epoch, and waits with a deadline.
 
 use crate::device::atomic::atom_cas_relaxed_gpu_u64;
+use crate::device::fence::{fence_acq_rel_gpu, fence_acq_rel_sys};
 use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32};
 use crate::device::special::{globaltimer, nanosleep};
 use crate::layout::BF16_BYTES;
@@ -166,6 +167,16 @@ impl Launch {
     #[inline(always)]
     pub fn output_row(&self, token: u32) -> *mut u8 {
         (self.arguments.output as *mut u8).wrapping_add(token as usize * self.row_bytes() as usize)
+    }
+
+    /// Orders, for all ranks, what this thread has seen and written. One rank alone needs no wait for the whole system.
+    #[inline(always)]
+    pub fn fence(&self) {
+        if self.params().shape.ranks == 1 {
+            fence_acq_rel_gpu();
+        } else {
+            fence_acq_rel_sys();
+        }
     }
 
     /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.

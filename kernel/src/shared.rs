@@ -118,6 +118,7 @@ const _: () = assert!(stage_bytes(TOKEN_TILES[0]).is_multiple_of(1024) && WEIGHT
 const _: () = assert!(STAGING_OFFSET.is_multiple_of(1024) && STAGING_BYTES.is_multiple_of(1024));
 const _: () = assert!(MAX_STAGES < 16 && stages(0) == MAX_STAGES);
 const _: () = assert!(TASK_OFFSET.is_multiple_of(16) && STAGE_FULL_OFFSET.is_multiple_of(MBARRIER_BYTES));
+const _: () = assert!(TASK_SLOTS.is_power_of_two() && UNANNOUNCED_TASKS.is_power_of_two());
 const _: () = assert!(CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES <= PIPELINE_BYTES);
 // The register file holds 64 Ki registers, and setmaxnreg takes multiples of 8 (PTX ISA 8.6, setmaxnreg).
 const _: () = assert!(WARP * (CONSUMER_WARP * HELPER_REGISTERS + CONSUMER_WARPS * CONSUMER_REGISTERS) <= 65536);

@@ -2,6 +2,13 @@
 
 use core::arch::asm;
 
+/// `fence.acq_rel.gpu`.
+#[inline(always)]
+pub fn fence_acq_rel_gpu() {
+    // SAFETY: orders memory.
+    unsafe { asm!("fence.acq_rel.gpu;") };
+}
+
 /// `fence.acq_rel.sys`.
 #[inline(always)]
 pub fn fence_acq_rel_sys() {

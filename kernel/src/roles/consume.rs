@@ -91,14 +91,13 @@ impl Consumer<'_> {
         });
     }
 
-    /// Hands a finished task, and so all that was stored for it, to the publisher. Every warp calls this.
+    /// Hands the finished task of this number, and so all that was stored for it, to the publisher. Every warp calls this.
     #[inline(always)]
-    fn hand_over(&self, finished: &mut Ring) {
+    fn hand_over(&self, number: u32) {
         bar_warp_sync();
         if self.lane == 0 {
-            self.cta.task_finished(finished.slot).arrive();
+            self.cta.task_finished(number % UNANNOUNCED_TASKS).arrive();
         }
-        finished.advance(UNANNOUNCED_TASKS);
     }
 
     /// Thread of the warpgroup.
@@ -178,7 +177,6 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
 fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) -> Task {
     let warps = WARPGROUP / WARP;
     let mut ring = Ring::new();
-    let mut finished = Ring::new();
     loop {
         mark!(launch, WaitForTask);
         // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
@@ -187,27 +185,28 @@ fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) 
         if !task.is_product() {
             return task;
         }
+        let number = tasks.number;
         tasks.release_warp(lane);
         mark!(launch, WaitForStage, &task);
         let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
         match task.width {
-            0 => run::<1>(consumer, &task, &mut ring, &mut finished),
-            1 => run::<2>(consumer, &task, &mut ring, &mut finished),
-            2 => run::<4>(consumer, &task, &mut ring, &mut finished),
-            3 => run::<8>(consumer, &task, &mut ring, &mut finished),
-            4 => run::<12>(consumer, &task, &mut ring, &mut finished),
-            5 => run::<16>(consumer, &task, &mut ring, &mut finished),
-            6 => run::<20>(consumer, &task, &mut ring, &mut finished),
-            7 => run::<24>(consumer, &task, &mut ring, &mut finished),
-            8 => run::<28>(consumer, &task, &mut ring, &mut finished),
-            _ => run::<32>(consumer, &task, &mut ring, &mut finished),
+            0 => run::<1>(consumer, &task, &mut ring, number),
+            1 => run::<2>(consumer, &task, &mut ring, number),
+            2 => run::<4>(consumer, &task, &mut ring, number),
+            3 => run::<8>(consumer, &task, &mut ring, number),
+            4 => run::<12>(consumer, &task, &mut ring, number),
+            5 => run::<16>(consumer, &task, &mut ring, number),
+            6 => run::<20>(consumer, &task, &mut ring, number),
+            7 => run::<24>(consumer, &task, &mut ring, number),
+            8 => run::<28>(consumer, &task, &mut ring, number),
+            _ => run::<32>(consumer, &task, &mut ring, number),
         }
     }
 }
 
-/// One task with a token tile of `8 * QUADS` tokens.
+/// The task of this number, with a token tile of `8 * QUADS` tokens.
 #[inline(always)]
-fn run<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, ring: &mut Ring, finished: &mut Ring)
+fn run<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, ring: &mut Ring, number: u32)
 where
     Accumulators<QUADS>: MmaAsync,
 {
@@ -224,7 +223,7 @@ where
     } else {
         linear2::finish(consumer, task, &accumulators);
     }
-    consumer.hand_over(finished);
+    consumer.hand_over(number);
 }
 
 /// The product of this warpgroup's 64 weight rows with the tile's tokens. One stage's products stay in flight while the next are issued.

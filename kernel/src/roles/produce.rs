@@ -1,7 +1,7 @@
 //! The producer warp: keeps the stages full of weight and token tiles.
 
 use crate::cta::{Cta, Pipeline, Ring, TaskReader};
-use crate::device::bulk::{prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d};
+use crate::device::bulk::{CachePolicy, prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::ld_acquire_gpu_u32;
@@ -88,6 +88,8 @@ impl Producer<'_> {
         let first_row = if shared { cluster_cta() * rows } else { 0 };
         let everyone = (1 << cluster) - 1;
         let pipeline = cta.pipeline(task);
+        // Weights that one narrow tile uses go through the cache once, and what the next launch begins with had better stay.
+        let policy = if task.width == 0 { CachePolicy::evict_first() } else { CachePolicy::evict_normal() };
         let (k_blocks, claim_block) = (task.k_blocks(shape), task.claim_block(shape));
         let mut early = 0;
         mark!(launch, LoadWeights, task);
@@ -95,7 +97,7 @@ impl Producer<'_> {
             let mut ring = self.ring;
             early = k_blocks.min(pipeline.stages);
             for k_block in 0..early {
-                load_weights(cta, pipeline, weights, task, ring, k_block);
+                load_weights(cta, pipeline, weights, task, ring, k_block, policy);
                 ring.advance(pipeline.stages);
             }
             mark!(launch, WaitForTokens);
@@ -110,7 +112,7 @@ impl Producer<'_> {
             }
             let ring = self.ring;
             if k_block >= early {
-                load_weights(cta, pipeline, weights, task, ring, k_block);
+                load_weights(cta, pipeline, weights, task, ring, k_block, policy);
             }
             let (destination, full) =
                 (pipeline.tokens(ring.slot).offset(first_row * K_BLOCK * 2), cta.stage_full(ring.slot));
@@ -136,11 +138,19 @@ fn map_of(maps: &[TensorMap; TOKEN_TILES.len()], task: &Task) -> *const TensorMa
 
 /// Waits until a stage is free, announces both tiles, and loads the weight tile.
 #[inline(always)]
-fn load_weights(cta: Cta, pipeline: Pipeline, weights: *const TensorMap, task: &Task, ring: Ring, k_block: u32) {
+fn load_weights(
+    cta: Cta,
+    pipeline: Pipeline,
+    weights: *const TensorMap,
+    task: &Task,
+    ring: Ring,
+    k_block: u32,
+    policy: CachePolicy,
+) {
     cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
     let full = cta.stage_full(ring.slot);
     full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
     let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
     // SAFETY: the stage is free; its barrier expects these bytes.
-    unsafe { tensor_load_3d(pipeline.weights(ring.slot), weights, coordinates, full) };
+    unsafe { tensor_load_3d(pipeline.weights(ring.slot), weights, coordinates, full, policy) };
 }

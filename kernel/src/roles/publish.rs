@@ -2,7 +2,6 @@
 
 use crate::cta::{Cta, Ring, TaskReader};
 use crate::device::atomic::{atom_add_relaxed_gpu, red_add_release_gpu};
-use crate::device::fence::fence_acq_rel_sys;
 use crate::device::global::st_relaxed_sys_u32;
 use crate::launch::Launch;
 use crate::layout::MAX_RANKS;
@@ -18,15 +17,14 @@ pub fn publish(launch: &Launch, cta: Cta, lane: u32) {
         return;
     }
     let mut tasks = TaskReader::new(cta);
-    let mut finished = Ring::new();
     let mut task = tasks.take();
     while task.is_product() {
         mark!(launch, WaitForTask);
         // Before this one is finished: its slot is wanted for what comes behind.
         let next = tasks.take();
         mark!(launch, WaitForFinished);
-        cta.task_finished(finished.slot).wait(finished.parity);
-        finished.advance(UNANNOUNCED_TASKS);
+        let Ring { slot, parity } = Ring::at(tasks.number - 2, UNANNOUNCED_TASKS);
+        cta.task_finished(slot).wait(parity);
         mark!(launch, Announce, &task);
         if task.phase == Phase::Linear1 as u32 {
             announce_columns(launch, &task);
@@ -56,12 +54,12 @@ fn announce_results(launch: &Launch, task: &Task) {
     let shape = &params.shape;
     let done = launch.counter(params.workspace.counter.expert_done, task.expert);
     // The warpgroup's stores to all ranks come before the count, and all counted stores before the flag: with the fences the count releases and acquires.
-    fence_acq_rel_sys();
+    launch.fence();
     // SAFETY: a counter of this launch.
     if unsafe { atom_add_relaxed_gpu(done, 1) } + 1 < task.expert_tasks {
         return;
     }
-    fence_acq_rel_sys();
+    launch.fence();
     let routed = shape.routed_experts();
     let epoch = launch.epoch();
     let raise = |rank: u32, flag: u32| {

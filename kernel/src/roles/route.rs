@@ -7,7 +7,6 @@ use crate::device::atomic::{
     atom_add_acq_rel_gpu, atom_add_relaxed_gpu, atom_inc_relaxed_gpu, red_min_relaxed_gpu_u64,
 };
 use crate::device::barrier::bar_warp_sync;
-use crate::device::fence::fence_acq_rel_sys;
 use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::ctas;
 use crate::device::warp::{ballot, shfl_idx};
@@ -52,7 +51,7 @@ pub fn route(launch: &Launch, lane: u32) {
         bar_warp_sync();
         let mut routed = 1;
         if lane == 0 && chunks > 1 {
-            fence_acq_rel_sys();
+            launch.fence();
             // SAFETY: a counter of this launch.
             routed += unsafe { atom_add_acq_rel_gpu(launch.counter(counters.routed_chunks, 0), 1) };
         }
@@ -231,7 +230,7 @@ fn publish(launch: &Launch, lane: u32) {
             counts[COUNT] = unsafe { ld_relaxed_gpu_u32(launch.counter(params.workspace.counter.sent, expert)) };
         });
         // The counts are under way while the lists are.
-        fence_acq_rel_sys();
+        launch.fence();
         unroll!(COUNT < COUNTS_AT_ONCE, {
             let expert = first + COUNT as u32 * WARP;
             if expert < shape.experts {

@@ -4,7 +4,6 @@ use crate::cta::{CountedRows, Cta, TaskWriter};
 use crate::device::atomic::atom_inc_relaxed_gpu;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
-use crate::device::fence::fence_acq_rel_sys;
 use crate::device::global::{ld_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
 use crate::device::warp::{ballot, redux_max};
@@ -110,7 +109,7 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     // Lanes wait apart from each other. Their loads are relaxed, so as to be under way together: the fence makes them acquire what the sources
     // wrote before their counts, for this warp and those that it tells.
     bar_warp_sync();
-    fence_acq_rel_sys();
+    launch.fence();
 }
 
 /// Marks the local experts that have rows; returns the rows of the one that has the most.
