@@ -64,7 +64,6 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
         }
     } else {
         setmaxnreg_inc::<CONSUMER_REGISTERS>();
-        route::help(&launch.keep(), lane);
         consume::consume(&launch, cta, warp - CONSUMER_WARP, lane);
     }
 

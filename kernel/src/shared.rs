@@ -32,21 +32,22 @@ pub const CONSUMER_REGISTERS: u32 = 208;
 
 /// Bytes of the TMA pipeline: four stages of the widest token tile.
 pub const PIPELINE_BYTES: u32 = 4 * stage_bytes(MAX_TOKEN_TILE);
-/// The most stages of the pipeline: as many as the narrowest token tile lets it have.
-pub const MAX_STAGES: u32 = PIPELINE_BYTES / stage_bytes(TOKEN_TILES[0]);
+/// The most stages of the pipeline. More would only queue at the memory, and flags and fences behind them.
+pub const MAX_STAGES: u32 = 6;
 /// Bytes of one stage's weight tile.
 pub const WEIGHT_STAGE_BYTES: u32 = WEIGHT_TILE * K_BLOCK * 2;
 /// Bytes of one stage for token tiles of up to `width` tokens: the weight tile, then the token tile.
 pub const fn stage_bytes(width: u32) -> u32 {
     WEIGHT_STAGE_BYTES + width * K_BLOCK * 2
 }
-/// Stages of a launch whose widest token tile has this index: as many as the pipeline's bytes hold.
+/// Stages of a launch whose widest token tile has this index: as many as the pipeline's bytes hold, but at most [`MAX_STAGES`].
 pub const fn stages(widest: u32) -> u32 {
     // A table would lie in memory, and a division takes its time.
     const STAGES: u64 = {
         let (mut packed, mut index) = (0, 0);
         while index < TOKEN_TILES.len() {
-            packed |= ((PIPELINE_BYTES / stage_bytes(TOKEN_TILES[index])) as u64) << (4 * index);
+            let fit = PIPELINE_BYTES / stage_bytes(TOKEN_TILES[index]);
+            packed |= (if fit < MAX_STAGES { fit } else { MAX_STAGES } as u64) << (4 * index);
             index += 1;
         }
         packed

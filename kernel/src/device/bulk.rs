@@ -65,46 +65,38 @@ pub unsafe fn tensor_load_2d_multicast(
     };
 }
 
-/// How long the L2 cache keeps what a copy brings.
-#[derive(Clone, Copy)]
-pub struct CachePolicy(u64);
-
-impl CachePolicy {
-    /// `createpolicy.fractional.L2::evict_normal`.
-    #[inline(always)]
-    pub fn evict_normal() -> Self {
-        let policy;
-        // SAFETY: computes a policy.
-        unsafe { asm!("createpolicy.fractional.L2::evict_normal.b64 {0};", out(reg64) policy, options(pure, nomem)) };
-        Self(policy)
-    }
-
-    /// `createpolicy.fractional.L2::evict_first`.
-    #[inline(always)]
-    pub fn evict_first() -> Self {
-        let policy;
-        // SAFETY: computes a policy.
-        unsafe { asm!("createpolicy.fractional.L2::evict_first.b64 {0};", out(reg64) policy, options(pure, nomem)) };
-        Self(policy)
-    }
-}
-
 /// `cp.async.bulk.tensor.3d` from global to shared memory; completes the box's bytes on `full`.
 ///
 /// # Safety
 /// As for [`tensor_load_2d`], with a 3-d map.
 #[inline(always)]
-pub unsafe fn tensor_load_3d(
+pub unsafe fn tensor_load_3d(destination: SharedAddress, map: *const TensorMap, [x, y, z]: [u32; 3], full: Mbarrier) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [{0}], [{1}, {{{2}, {3}, {4}}}], [{5}];",
+            in(reg32) destination.0, in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) z, in(reg32) full.0.0)
+    };
+}
+
+/// [`tensor_load_3d`] of what leaves the L2 cache first.
+///
+/// # Safety
+/// As for [`tensor_load_3d`].
+#[inline(always)]
+pub unsafe fn tensor_load_3d_evict_first(
     destination: SharedAddress,
     map: *const TensorMap,
     [x, y, z]: [u32; 3],
     full: Mbarrier,
-    policy: CachePolicy,
 ) {
     // SAFETY: the caller's.
     unsafe {
-        asm!("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [{0}], [{1}, {{{2}, {3}, {4}}}], [{5}], {6};",
-            in(reg32) destination.0, in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) z, in(reg32) full.0.0, in(reg64) policy.0)
+        asm!("{{",
+            ".reg .b64 policy;",
+            "createpolicy.fractional.L2::evict_first.b64 policy;",
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [{0}], [{1}, {{{2}, {3}, {4}}}], [{5}], policy;",
+            "}}",
+            in(reg32) destination.0, in(reg64) map, in(reg32) x, in(reg32) y, in(reg32) z, in(reg32) full.0.0)
     };
 }
 

@@ -7,7 +7,7 @@ use super::cluster::{ClusterAddress, mapa};
 use crate::shared::MBARRIER_BYTES;
 
 /// An mbarrier object.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Mbarrier(pub SharedAddress);
 
 impl Mbarrier {

@@ -244,15 +244,17 @@ where
     // Every producer of the cluster writes to a stage: a lane for each gives it back.
     let (releases, stage_empty) = (lane < cluster_ctas(), cta.stage_empty(0).of(lane.min(cluster_ctas() - 1)));
     let first_row = warpgroup * (WEIGHT_STAGE_BYTES / 2);
-    let mut previous = None;
+    let mut previous: Option<ClusterMbarrier> = None;
     let mut rest = k_blocks;
     while rest > 0 {
-        // Up to the ring's end a stage lies behind the one before it.
-        let end = pipeline.stages.min(ring.slot + rest);
-        rest -= end - ring.slot;
+        // Up to the ring's end a stage, and its barriers, lie behind those of the one before.
+        let stages = rest.min(pipeline.stages - ring.slot);
+        rest -= stages;
         let mut next = MatrixDescriptor::new(pipeline.weights(ring.slot)).offset(first_row);
-        while ring.slot < end {
-            cta.stage_full(ring.slot).wait(ring.parity);
+        let (mut full, mut empty) = (cta.stage_full(ring.slot), stage_empty.offset(ring.slot));
+        let end = full.offset(stages);
+        while full != end {
+            full.wait(ring.parity);
             wgmma_fence();
             let weights = next.uniform();
             let tokens = weights.offset(WEIGHT_STAGE_BYTES - first_row);
@@ -263,25 +265,21 @@ where
             });
             wgmma_commit_group();
             wgmma_wait_group::<1>();
+            // No lane waits for the others: each has waited for the products of the whole warp.
             if releases && let Some(stage) = previous {
-                release(stage_empty, stage);
+                stage.arrive();
             }
-            previous = Some(ring.slot);
+            previous = Some(empty);
+            (full, empty) = (full.offset(1), empty.offset(1));
             next = next.offset(pipeline.stage_bytes);
-            ring.slot += 1;
         }
+        ring.slot += stages;
         ring.wrap(pipeline.stages);
     }
     wgmma_wait_group::<0>();
     if releases && let Some(stage) = previous {
-        release(stage_empty, stage);
+        stage.arrive();
     }
     mark!(consumer.launch, Epilogue);
     accumulators
-}
-
-/// Gives a stage back. No lane waits for the others: each has waited for the products of the whole warp.
-#[inline(always)]
-fn release(stage_empty: ClusterMbarrier, stage: u32) {
-    stage_empty.offset(stage).arrive();
 }

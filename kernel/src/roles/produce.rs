@@ -1,7 +1,9 @@
 //! The producer warp: keeps the stages full of weight and token tiles.
 
 use crate::cta::{Cta, Pipeline, Ring, TaskReader};
-use crate::device::bulk::{CachePolicy, prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d};
+use crate::device::bulk::{
+    prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d, tensor_load_3d_evict_first,
+};
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::ld_acquire_gpu_u32;
@@ -88,8 +90,6 @@ impl Producer<'_> {
         let first_row = if shared { cluster_cta() * rows } else { 0 };
         let everyone = (1 << cluster) - 1;
         let pipeline = cta.pipeline(task);
-        // Weights that one narrow tile uses go through the cache once, and what the next launch begins with had better stay.
-        let policy = if task.width == 0 { CachePolicy::evict_first() } else { CachePolicy::evict_normal() };
         let (k_blocks, claim_block) = (task.k_blocks(shape), task.claim_block(shape));
         let mut early = 0;
         mark!(launch, LoadWeights, task);
@@ -97,7 +97,7 @@ impl Producer<'_> {
             let mut ring = self.ring;
             early = k_blocks.min(pipeline.stages);
             for k_block in 0..early {
-                load_weights(cta, pipeline, weights, task, ring, k_block, policy);
+                load_weights(cta, pipeline, weights, task, ring, k_block);
                 ring.advance(pipeline.stages);
             }
             mark!(launch, WaitForTokens);
@@ -112,7 +112,7 @@ impl Producer<'_> {
             }
             let ring = self.ring;
             if k_block >= early {
-                load_weights(cta, pipeline, weights, task, ring, k_block, policy);
+                load_weights(cta, pipeline, weights, task, ring, k_block);
             }
             let (destination, full) =
                 (pipeline.tokens(ring.slot).offset(first_row * K_BLOCK * 2), cta.stage_full(ring.slot));
@@ -138,19 +138,18 @@ fn map_of(maps: &[TensorMap; TOKEN_TILES.len()], task: &Task) -> *const TensorMa
 
 /// Waits until a stage is free, announces both tiles, and loads the weight tile.
 #[inline(always)]
-fn load_weights(
-    cta: Cta,
-    pipeline: Pipeline,
-    weights: *const TensorMap,
-    task: &Task,
-    ring: Ring,
-    k_block: u32,
-    policy: CachePolicy,
-) {
+fn load_weights(cta: Cta, pipeline: Pipeline, weights: *const TensorMap, task: &Task, ring: Ring, k_block: u32) {
     cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
     let full = cta.stage_full(ring.slot);
     full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
-    let coordinates = [k_block * K_BLOCK, task.weight_row, task.expert];
+    let (destination, coordinates) = (pipeline.weights(ring.slot), [k_block * K_BLOCK, task.weight_row, task.expert]);
     // SAFETY: the stage is free; its barrier expects these bytes.
-    unsafe { tensor_load_3d(pipeline.weights(ring.slot), weights, coordinates, full, policy) };
+    unsafe {
+        if task.width == 0 {
+            // A narrow tile is its expert's only one: its weights come once, and what the next launch begins with had better stay in the cache.
+            tensor_load_3d_evict_first(destination, weights, coordinates, full);
+        } else {
+            tensor_load_3d(destination, weights, coordinates, full);
+        }
+    };
 }

@@ -8,13 +8,12 @@ use crate::device::atomic::{
 };
 use crate::device::barrier::bar_warp_sync;
 use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u32, st_weak_u64};
-use crate::device::special::ctas;
 use crate::device::warp::{ballot, shfl_idx};
 use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, RowMeta};
 use crate::roles::choice::{Choice, check, lanes_alike, load};
 use crate::schedule::{ROUTE_PASSES, route_chunks, route_step, route_tokens};
-use crate::shared::{DISPATCH_WARPS, WARP};
+use crate::shared::WARP;
 use crate::status::BadChoice;
 
 const PASSES: usize = ROUTE_PASSES as usize;
@@ -60,14 +59,6 @@ pub fn route(launch: &Launch, lane: u32) {
             publish(launch, lane);
         }
         claimed = claim(ticket, lane);
-    }
-}
-
-/// Routes too if there are more chunks than dispatch warps: a consumer warp has nothing else to do before the counts are there.
-#[inline(always)]
-pub fn help(launch: &Launch, lane: u32) {
-    if route_chunks(launch.tokens(), launch.params().shape.top_k) > ctas() * DISPATCH_WARPS {
-        route(launch, lane);
     }
 }
 
