@@ -145,8 +145,8 @@ fn load_weights(cta: Cta, pipeline: Pipeline, weights: *const TensorMap, task: &
     let (destination, coordinates) = (pipeline.weights(ring.slot), [k_block * K_BLOCK, task.weight_row, task.expert]);
     // SAFETY: the stage is free; its barrier expects these bytes.
     unsafe {
-        if task.width == 0 {
-            // A narrow tile is its expert's only one: its weights come once, and what the next launch begins with had better stay in the cache.
+        if task.widest == 0 {
+            // Few tokens: weights come once, and what the next launch begins with had better stay in the cache.
             tensor_load_3d_evict_first(destination, weights, coordinates, full);
         } else {
             tensor_load_3d(destination, weights, coordinates, full);

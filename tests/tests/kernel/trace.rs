@@ -153,13 +153,13 @@ fn the_file_is_json_whose_events_nest() {
 #[test]
 fn what_cannot_be_recorded_is_told() {
     let case = case(&[9]);
-    assert!(matches!(case.layer().moe.record_trace(8), Err(Error::NotTraced)));
+    assert!(matches!(case.layer().moe.record_trace(4), Err(Error::NotTraced)));
     let mut layer = case.layer_on(&traced_group(1, case.sim));
     assert!(matches!(layer.moe.trace(), Err(Error::NotTraced)));
-    layer.moe.record_trace(8).unwrap();
+    layer.moe.record_trace(4).unwrap();
     let error = layer.moe.trace().unwrap_err().to_string();
     assert!(error.contains("no launch has recorded it"), "{error}");
     layer.check(&case.tokens(), "a buffer that is too small");
     let error = layer.moe.trace().unwrap_err().to_string();
-    assert!(error.contains("capacity of 8 records"), "{error}");
+    assert!(error.contains("capacity of 4 records"), "{error}");
 }
