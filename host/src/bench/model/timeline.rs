@@ -16,8 +16,8 @@ pub(super) const COUNTS_NS: f64 = 13_000.0;
 pub(super) const FIRST_ROWS_NS: f64 = 11_000.0;
 /// From a row's first byte asked for to its last stored (docs/measurements.md, several rows a pull ticket).
 const ROW_NS: f64 = 5_700.0;
-/// The epilogue of linear 2, 5 us for 256 rows (docs/measurements.md); linear 1 stores half as much.
-const EPILOGUE_NS: [f64; 2] = [10.0, 20.0];
+/// The epilogues of linear 1 and linear 2, a row: 2.5 and 2.3 us for 256 rows (docs/measurements.md).
+const EPILOGUE_NS: [f64; 2] = [10.0, 9.0];
 /// From a result stored to another CTA's load of it: a release, a poll and a load through L2.
 const HAND_OVER_NS: f64 = 2_000.0;
 /// From a load of device memory to its arrival.
@@ -97,7 +97,7 @@ impl RankModel {
                 CONSUMERS.into_iter().for_each(|role| parts.into_iter().for_each(|part| push(&mut roles[role], part)));
             }
             free[index] = stored;
-            // The next task is claimed with one of this one's last k-blocks, and no sooner than the consumers have begun.
+            // The next task is claimed with one of this one's last k-blocks, and no sooner than its tokens are there.
             let loads = f64::from(task.claim_block(&load.shape)) / f64::from(task.k_blocks(&load.shape));
             let next = starts + (multiplied - starts) * loads;
             claims.push(Reverse((next as u64, index)));
