@@ -60,9 +60,9 @@ pub const PASS_BYTES: u32 = WARPGROUP * 16;
 pub const STAGED_PASSES: usize = 4;
 /// Bytes of the staging buffer of one consumer warpgroup.
 pub const STAGING_BYTES: u32 = STAGED_PASSES as u32 * PASS_BYTES;
-/// Task slots, which take turns: a task is claimed by the time the producer needs it, whether or not all roles have come to the one before.
+/// Task slots, which take turns: the producer has its next task while other roles have not yet come to the one before.
 pub const TASK_SLOTS: u32 = 2;
-/// Tasks that the consumers may have finished and the publisher not announced: it takes the next one before it announces one, and the slots may hold as many more.
+/// Tasks that the consumers may have finished and the publisher not announced: the one it is at, the next, which it has taken, and those in the slots.
 pub const UNANNOUNCED_TASKS: u32 = TASK_SLOTS + 2;
 /// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row that is on its way.
 pub const PULL_BYTES: u32 = 6144;

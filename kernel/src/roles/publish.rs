@@ -20,7 +20,7 @@ pub fn publish(launch: &Launch, cta: Cta, lane: u32) {
     let mut task = tasks.take();
     while task.is_product() {
         mark!(launch, WaitForTask);
-        // Before this one is finished: its slot is wanted for what comes behind.
+        // First, for its slot is wanted.
         let next = tasks.take();
         mark!(launch, WaitForFinished);
         let Ring { slot, parity } = Ring::at(tasks.number - 2, UNANNOUNCED_TASKS);
@@ -42,7 +42,7 @@ pub fn publish(launch: &Launch, cta: Cta, lane: u32) {
 #[inline(always)]
 fn announce_columns(launch: &Launch, task: &Task) {
     let stored = launch.counter(launch.params().workspace.counter.columns_ready, task.tile);
-    // The hand-over has told this thread of the warpgroup's stores: the release is one of them too.
+    // The hand-over has told this thread of all consumers' stores: the release is one of them too.
     // SAFETY: a counter of this launch.
     unsafe { red_add_release_gpu(stored, 1) };
 }
@@ -53,7 +53,7 @@ fn announce_results(launch: &Launch, task: &Task) {
     let params = launch.params();
     let shape = &params.shape;
     let done = launch.counter(params.workspace.counter.expert_done, task.expert);
-    // The warpgroup's stores to all ranks come before the count, and all counted stores before the flag: with the fences the count releases and acquires.
+    // The consumers' stores to all ranks come before the count, and all counted stores before the flag: with the fences the count releases and acquires.
     launch.fence();
     // SAFETY: a counter of this launch.
     if unsafe { atom_add_relaxed_gpu(done, 1) } + 1 < task.expert_tasks {
