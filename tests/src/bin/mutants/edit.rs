@@ -22,6 +22,8 @@ pub enum Edit {
     Become(i32, i64),
     /// An operand becomes the rank of the executing CTA in its cluster.
     BecomeRank(i32),
+    /// An operand is an address in an array at this offset of shared memory, and its distance from there loses a bit.
+    WithoutBit(i32, u32, u32),
     /// A wait for an mbarrier finds it complete.
     Pass,
     /// The next conditional branch is always taken.
@@ -196,6 +198,14 @@ fn apply(lines: &mut [String], at: usize, edit: Edit) -> Result<()> {
         }
         Edit::BecomeRank(operand) => {
             lines[at] = with_operand(&line, operand, |_, _| "mov.u32 mutant, %cluster_ctarank;".to_owned())?
+        }
+        Edit::WithoutBit(operand, first, bit) => {
+            // Dynamic shared memory begins at a multiple of 1024.
+            lines[at] = with_operand(&line, operand, |bits, old| {
+                format!(
+                    "sub.s{bits} mutant, {old}, {first};\nand.b{bits} mutant, mutant, {bit};\nsub.s{bits} mutant, {old}, mutant;"
+                )
+            })?
         }
         Edit::Pass => lines[at] = "setp.eq.u32 complete, 0, 0;".to_owned(),
         Edit::Branch => {
