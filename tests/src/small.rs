@@ -212,14 +212,16 @@ pub fn small_matrix() -> Vec<SmallCase> {
     vec![
         // More k-blocks than stages in both products, two waves of experts, a shared expert, odd last blocks.
         case("layer", config(320, 320, 8, 3, 1), &[20, 9], Choices::Random, sms(3, None), &[Output; 3]),
-        // Two tiles of one expert that share its rows, and more than one chunk of tokens to route.
-        case("tiles", config(64, 64, 4, 1, 0), &[259, 14], Choices::AllTo(1), sms(3, None), &[Output; 2]),
+        // Two tiles of one expert that share its rows, those of followers too, and more than one chunk of tokens to route.
+        case("tiles", config(64, 64, 4, 2, 0), &[259, 14], Choices::AllTo(3), sms(3, None), &[Output; 2]),
         // Two clusters of two CTAs a rank, with more k-blocks than stages, an odd number of weight blocks, and tiles of several widths.
         case("clusters", config(640, 192, 4, 2, 1), &[80, 50], Choices::Random, sms(4, None), &[Output; 2]),
         // Rows of several pull and combine pieces, for one expert of a rank or for two.
         case("wide rows", config(6208, 64, 4, 2, 0), &[5, 3], Choices::Random, sms(2, None), &[Output; 2]),
         // More results than combine buffers, and one CTA at a time.
         case("many choices", config(64, 64, 16, 12, 2), &[9, 6], Choices::Sparse, sms(3, Some(1)), &[Output; 2]),
+        // One rank alone, with several tasks of an expert in both products.
+        case("one rank", config(320, 192, 4, 2, 1), &[9], Choices::Random, sms(3, None), &[Output; 2]),
         // What the kernel reports, and that it works again afterwards.
         case(
             "bad choices",
