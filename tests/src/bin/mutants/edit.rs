@@ -277,11 +277,11 @@ mod tests {
     fn an_instruction_is_found_by_the_function_it_was_inlined_from() {
         let source = Source::read(PTX, &root()).expect("readable");
         let plant = |instruction, from, edit| [Plant { instruction, from, place: None, edit }];
-        let edited = source.edited(&plant("fence.proxy", "fence::fence_acq_rel_sys", Edit::Drop)).expect("found");
+        let edited = source.edited(&plant("fence.proxy", "fence::fence_acq_rel_gpu", Edit::Drop)).expect("found");
         assert_eq!(edited, PTX.replace("\tfence.proxy.async;", ""));
         source.edited(&plant("fence.proxy", "fence::other", Edit::Drop)).expect_err("another function");
-        source.edited(&plant("fence", "fence::fence_acq_rel_sys", Edit::Replace("x.y", "z"))).expect_err("no change");
-        let edited = source.edited(&plant("fence", "fence::fence_acq_rel_sys", Edit::Branch)).expect("found");
+        source.edited(&plant("fence", "fence::fence_acq_rel_gpu", Edit::Replace("x.y", "z"))).expect_err("no change");
+        let edited = source.edited(&plant("fence", "fence::fence_acq_rel_gpu", Edit::Branch)).expect("found");
         assert_eq!(edited, PTX.replace("@%p1 bra", "bra"));
     }
 
