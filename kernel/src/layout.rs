@@ -203,9 +203,9 @@ pub struct CounterLayout {
     pub sent: u64,
     /// `[pool_tiles]`: rows pulled into a tile.
     pub rows_ready: u64,
-    /// `[pool_tiles]`: blocks of intermediate columns stored for a tile, one for each warpgroup of each linear 1 task.
+    /// `[pool_tiles]`: blocks of intermediate columns stored for a tile, one for each linear 1 task.
     pub columns_ready: u64,
-    /// `[local_experts]`: linear 2 tasks of an expert whose results are stored, counted by each warpgroup.
+    /// `[local_experts]`: linear 2 tasks of an expert whose results are stored.
     pub expert_done: u64,
     /// Size of one set, a multiple of 4.
     pub bytes: u64,
