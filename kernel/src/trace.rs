@@ -110,7 +110,7 @@ activities! {
     Combine = "combine",
     /// Consumers: wait for the results of a token.
     WaitForResults = "wait for results",
-    /// Publisher: waits for a consumer warpgroup to finish a task.
+    /// Publisher: waits for the consumers to finish a task.
     WaitForFinished = "wait for a finished task",
     /// Publisher: waits for the stores to be complete, and counts them. Argument: the task.
     Announce = "announce",

@@ -65,9 +65,7 @@ fn recorded(case: &Case, rank: &RankTrace, role: usize) -> Products {
         for part in cta.roles[role].chunk_by(|one, next| one.task.is_some() && one.task == next.task) {
             let Some(task) = part[0].task else { continue };
             if (task.weight_row as usize) < limits[task.phase as usize] {
-                let times = products.entry([task.phase, task.expert, task.tile, task.weight_row]).or_default();
-                // The publisher announces a product's results once for each warpgroup, those of both in any order.
-                *times = if role == PUBLISHER { 1 } else { *times + 1 };
+                *products.entry([task.phase, task.expert, task.tile, task.weight_row]).or_default() += 1;
             }
         }
     }
