@@ -7,7 +7,7 @@ use crate::device::mbarrier::Mbarrier;
 use crate::device::warp::shfl_idx;
 use crate::schedule::{ExpertRows, TASK_BYTES, Task};
 use crate::shared::*;
-use crate::tile::{MAX_TOKEN_TILE, token_tile};
+use crate::tile::MAX_TOKEN_TILE;
 
 /// The CTA's dynamic shared memory.
 #[derive(Clone, Copy)]
@@ -55,10 +55,16 @@ impl Cta {
         Mbarrier(self.0.offset(TASK_WANTED_OFFSET))
     }
 
+    /// The scheduler warp has counted the local experts' rows.
+    #[inline(always)]
+    pub fn counted(self) -> Mbarrier {
+        Mbarrier(self.0.offset(COUNTED_OFFSET))
+    }
+
     /// The stages of the launch that a task is of.
     #[inline(always)]
     pub fn pipeline(self, task: &Task) -> Pipeline {
-        let stage_bytes = stage_bytes(token_tile(task.widest));
+        let stage_bytes = stage_bytes(pipeline_width(task.widest));
         Pipeline { first: self.0.offset(STAGES_OFFSET), stage_bytes, stages: stages(task.widest) }
     }
 
@@ -155,6 +161,16 @@ impl Ring {
     #[inline(always)]
     pub fn advance(&mut self, slots: u32) {
         self.slot += 1;
+        self.wrap(slots);
+    }
+
+    /// Calls `pass` at every slot from here to behind the last of `slots`, and goes on from the first.
+    #[inline(always)]
+    pub fn finish_round(&mut self, slots: u32, pass: impl Fn(Ring)) {
+        while self.slot < slots {
+            pass(*self);
+            self.slot += 1;
+        }
         self.wrap(slots);
     }
 

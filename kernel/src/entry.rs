@@ -92,6 +92,7 @@ unsafe fn init_mbarriers(cta: Cta) {
             cta.task_empty(slot).init((2 + CONSUMER_WARPS) * cluster_ctas());
         }
         cta.task_wanted().init(cluster_ctas());
+        cta.counted().init(1);
         for slot in 0..UNANNOUNCED_TASKS {
             cta.task_finished(slot).init(CONSUMER_WARPS);
         }

@@ -8,14 +8,12 @@ use crate::layout::BF16_BYTES;
 use crate::params::{Arguments, Params};
 use crate::status::{Status, Timeout};
 
-/// Named barrier of the scheduler and dispatch warps: the row counts are in shared memory.
-pub const COUNTS_BARRIER: u32 = 1;
 /// Named barrier of all consumer warps.
-pub const CONSUMERS_BARRIER: u32 = 2;
+pub const CONSUMERS_BARRIER: u32 = 1;
 /// Named barrier of the first consumer warpgroup.
-pub const FIRST_WARPGROUP_BARRIER: u32 = 3;
+pub const FIRST_WARPGROUP_BARRIER: u32 = 2;
 /// Named barrier of the second consumer warpgroup.
-pub const SECOND_WARPGROUP_BARRIER: u32 = 4;
+pub const SECOND_WARPGROUP_BARRIER: u32 = 3;
 
 /// Longest pause between two looks at a condition, in nanoseconds.
 const MAX_PAUSE_NS: u32 = 256;

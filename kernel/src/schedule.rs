@@ -112,6 +112,8 @@ pub struct Task {
     pub expert_tasks: u32,
     /// Index of the widest tile of the launch, for which the pipeline's stages are cut.
     pub widest: u32,
+    /// Of a product: stages of the pipeline that the CTA's product before had, if they were cut otherwise; else 0.
+    pub old_stages: u32,
 }
 
 impl Task {
@@ -127,22 +129,23 @@ impl Task {
             width: 0,
             expert_tasks: 0,
             widest: 0,
+            old_stages: 0,
         }
     }
 
     /// As it lies in a task slot.
     #[inline(always)]
     pub const fn words(self) -> [[u32; 4]; 2] {
-        let Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest } = self;
-        [[phase, expert, weight_row, pool_row], [rows, tile, width | widest << 16, expert_tasks]]
+        let Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest, old_stages } = self;
+        [[phase, expert, weight_row, pool_row], [rows, tile, width | widest << 8 | old_stages << 16, expert_tasks]]
     }
 
     /// Reads what [`Self::words`] gave.
     #[inline(always)]
     pub const fn from_words(words: [[u32; 4]; 2]) -> Self {
         let [[phase, expert, weight_row, pool_row], [rows, tile, widths, expert_tasks]] = words;
-        let (width, widest) = (widths & 0xffff, widths >> 16);
-        Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest }
+        let (width, widest, old_stages) = (widths & 0xff, widths >> 8 & 0xff, widths >> 16);
+        Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest, old_stages }
     }
 
     /// Whether it is a matrix product.
@@ -229,6 +232,9 @@ pub struct PoolPosition {
 }
 
 impl PoolPosition {
+    /// At the first expert.
+    pub const FIRST: Self = Self { expert: 0, pool_row: 0, tile: 0 };
+
     /// At the first expert that has rows.
     #[inline(always)]
     pub fn first(rows: &(impl ExpertRows + ?Sized)) -> Self {
@@ -266,12 +272,26 @@ pub struct Row {
     pub tile: u32,
 }
 
+/// The row of this number among those of the shared experts, which come first, each with all `tokens` tokens of its rank; `None` behind the last.
+#[inline(always)]
+pub fn shared_row(shared_experts: u32, tokens: u32, mut number: u32) -> Option<Row> {
+    let mut position = PoolPosition::FIRST;
+    while position.expert < shared_experts {
+        if number < tokens {
+            let (pool_row, tile) = (position.pool_row + number, position.tile + tile_of_row(number, tokens));
+            return Some(Row { expert: position.expert, row: number, pool_row, tile });
+        }
+        number -= tokens;
+        position.expert += 1;
+        position.pool_row += padded_rows(tokens);
+        position.tile += token_tiles(tokens);
+    }
+    None
+}
+
 impl RowCursor {
     /// Before the first row.
-    #[inline(always)]
-    pub fn new(rows: &(impl ExpertRows + ?Sized)) -> Self {
-        Self { position: PoolPosition::first(rows), first_ticket: 0 }
-    }
+    pub const START: Self = Self { position: PoolPosition::FIRST, first_ticket: 0 };
 
     /// The row of `ticket`, `None` behind the last. Tickets must not decrease from call to call.
     #[inline(always)]
@@ -311,11 +331,57 @@ pub struct ScheduleShape {
     pub most_rows: u32,
 }
 
+impl ScheduleShape {
+    /// Tasks of one token tile in a GEMM phase, of which each stands for one a CTA of the cluster.
+    #[inline(always)]
+    const fn blocks(&self, phase: Phase) -> u32 {
+        let rows = if phase as u32 == Phase::Linear1 as u32 { self.linear1_rows } else { self.linear2_rows };
+        rows.div_ceil(WEIGHT_TILE * self.cluster)
+    }
+
+    /// The task of this number, for the first CTA of a cluster, of an expert's in a GEMM phase; it has `rows` rows, from `position` on.
+    #[inline(always)]
+    fn product(&self, phase: Phase, position: PoolPosition, rows: u32, number: u32) -> Task {
+        let (blocks, columns) = (
+            self.blocks(phase),
+            if phase as u32 == Phase::Linear1 as u32 { self.linear2_rows } else { self.linear1_rows / 2 },
+        );
+        // Group by group of tiles, and in each block by block of weights: neighbouring tickets share a block of weights, which so is read once for the group, and its
+        // tokens stay in the L2 cache.
+        let (group, tiles) = (group_tiles(columns), token_tiles(rows));
+        let first_tile = number / (group * blocks) * group;
+        let turns = group.min(tiles - first_tile);
+        let within = number - first_tile * blocks;
+        let (tile, block) = (first_tile + within % turns, within / turns);
+        let (first_row, end) = rows_of_tile(tile, rows);
+        Task {
+            phase: phase as u32,
+            expert: position.expert,
+            weight_row: block * self.cluster * WEIGHT_TILE,
+            pool_row: position.pool_row + first_row,
+            rows: end - first_row,
+            tile: position.tile + tile,
+            width: tile_index(end - first_row),
+            expert_tasks: tiles * blocks * self.cluster,
+            widest: tile_index(self.most_rows),
+            old_stages: 0,
+        }
+    }
+
+    /// The task of `ticket` if it is linear 1 of the first shared expert, which comes first, and has all `tokens` tokens of its rank: nobody's choices change it, but for
+    /// the widest tile, which is taken to be its own.
+    #[inline(always)]
+    pub fn early_task(&self, shared_experts: u32, tokens: u32, ticket: u32) -> Option<Task> {
+        if shared_experts == 0 || ticket >= token_tiles(tokens) * self.blocks(Phase::Linear1) {
+            return None;
+        }
+        Some(Self { most_rows: tokens, ..*self }.product(Phase::Linear1, PoolPosition::FIRST, tokens, ticket))
+    }
+}
+
 /// Walks the tasks in ticket order.
 pub struct TaskCursor {
     shape: ScheduleShape,
-    /// Tasks of one token tile in each GEMM phase, of which each stands for one a CTA of the cluster.
-    blocks: [u32; 2],
     /// The next expert of each GEMM phase.
     next: [PoolPosition; 2],
     /// The expert whose tasks the cursor stands at.
@@ -329,17 +395,8 @@ impl TaskCursor {
     /// Before the first task.
     #[inline(always)]
     pub fn new(shape: ScheduleShape, rows: &(impl ExpertRows + ?Sized)) -> Self {
-        let block_rows = WEIGHT_TILE * shape.cluster;
         let first = PoolPosition::first(rows);
-        Self {
-            shape,
-            blocks: [shape.linear1_rows.div_ceil(block_rows), shape.linear2_rows.div_ceil(block_rows)],
-            next: [first; 2],
-            current: first,
-            phase: Phase::Linear1,
-            first_ticket: 0,
-            tickets: 0,
-        }
+        Self { shape, next: [first; 2], current: first, phase: Phase::Linear1, first_ticket: 0, tickets: 0 }
     }
 
     /// The task of `ticket` for the first CTA of a cluster. Tickets must not decrease from call to call.
@@ -354,33 +411,7 @@ impl TaskCursor {
         if self.phase as u32 == Phase::Combine as u32 {
             return Task::plain(Phase::Combine, index * self.shape.cluster);
         }
-        let linear1 = self.phase as u32 == Phase::Linear1 as u32;
-        // Each phase by itself, as below.
-        let (blocks, group) = if linear1 {
-            (self.blocks[0], group_tiles(self.shape.linear2_rows))
-        } else {
-            (self.blocks[1], group_tiles(self.shape.linear1_rows / 2))
-        };
-        // Group by group of tiles, and in each block by block of weights: neighbouring tickets share a block of weights, which so is read once for the group, and its
-        // tokens stay in the L2 cache.
-        let count = rows.rows(self.current.expert);
-        let first_tile = index / (group * blocks) * group;
-        let turns = group.min(token_tiles(count) - first_tile);
-        let within = index - first_tile * blocks;
-        let (tile, block) = (first_tile + within % turns, within / turns);
-        let (first_row, end) = rows_of_tile(tile, count);
-        let rows = end - first_row;
-        Task {
-            phase: self.phase as u32,
-            expert: self.current.expert,
-            weight_row: block * self.shape.cluster * WEIGHT_TILE,
-            pool_row: self.current.pool_row + first_row,
-            rows,
-            tile: self.current.tile + tile,
-            width: tile_index(rows),
-            expert_tasks: self.tickets * self.shape.cluster,
-            widest: tile_index(self.shape.most_rows),
-        }
+        self.shape.product(self.phase, self.current, rows.rows(self.current.expert), index)
     }
 
     /// Steps to the next expert with rows in the next phase; false behind the last task.
@@ -396,11 +427,11 @@ impl TaskCursor {
             if linear1.expert < rows.experts() && linear1.tile < ahead {
                 self.next[0] = linear1.next(rows);
                 (self.phase, self.current) = (Phase::Linear1, linear1);
-                self.tickets = token_tiles(rows.rows(linear1.expert)) * self.blocks[0];
+                self.tickets = token_tiles(rows.rows(linear1.expert)) * self.shape.blocks(Phase::Linear1);
             } else {
                 self.next[1] = linear2.next(rows);
                 (self.phase, self.current) = (Phase::Linear2, linear2);
-                self.tickets = tiles * self.blocks[1];
+                self.tickets = tiles * self.shape.blocks(Phase::Linear2);
             }
             return true;
         }

@@ -2,7 +2,7 @@
 
 use crate::layout::MAX_LOCAL_EXPERTS;
 use crate::schedule::TASK_BYTES;
-use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE};
+use crate::tile::{K_BLOCK, MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE, tile_index, token_tile};
 
 /// Threads of a warp.
 pub const WARP: u32 = 32;
@@ -40,14 +40,18 @@ pub const WEIGHT_STAGE_BYTES: u32 = WEIGHT_TILE * K_BLOCK * 2;
 pub const fn stage_bytes(width: u32) -> u32 {
     WEIGHT_STAGE_BYTES + width * K_BLOCK * 2
 }
-/// Stages of a launch whose widest token tile has this index: as many as the pipeline's bytes hold, but at most [`MAX_STAGES`].
+/// The width for which the pipeline of a launch is cut whose widest token tile has this index: no narrower one than that of which [`MAX_STAGES`] stages fit.
+pub const fn pipeline_width(widest: u32) -> u32 {
+    const LEAST: u32 = tile_index((PIPELINE_BYTES / MAX_STAGES - WEIGHT_STAGE_BYTES) / (K_BLOCK * 2));
+    token_tile(if widest < LEAST { LEAST } else { widest })
+}
+/// Stages of such a launch: as many as the pipeline's bytes hold.
 pub const fn stages(widest: u32) -> u32 {
     // A table would lie in memory, and a division takes its time.
     const STAGES: u64 = {
         let (mut packed, mut index) = (0, 0);
         while index < TOKEN_TILES.len() {
-            let fit = PIPELINE_BYTES / stage_bytes(TOKEN_TILES[index]);
-            packed |= (if fit < MAX_STAGES { fit } else { MAX_STAGES } as u64) << (4 * index);
+            packed |= ((PIPELINE_BYTES / stage_bytes(pipeline_width(index as u32))) as u64) << (4 * index);
             index += 1;
         }
         packed
@@ -102,8 +106,10 @@ pub const TASK_FULL_OFFSET: u32 = STAGE_EMPTY_OFFSET + MAX_STAGES * MBARRIER_BYT
 pub const TASK_EMPTY_OFFSET: u32 = TASK_FULL_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
 /// Byte offset of the mbarrier that says the next task is to be claimed.
 pub const TASK_WANTED_OFFSET: u32 = TASK_EMPTY_OFFSET + TASK_SLOTS * MBARRIER_BYTES;
+/// Byte offset of the mbarrier that says the local experts' rows are counted.
+pub const COUNTED_OFFSET: u32 = TASK_WANTED_OFFSET + MBARRIER_BYTES;
 /// Byte offset of the mbarriers that say the consumers have finished a task.
-pub const TASK_FINISHED_OFFSET: u32 = TASK_WANTED_OFFSET + MBARRIER_BYTES;
+pub const TASK_FINISHED_OFFSET: u32 = COUNTED_OFFSET + MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the pull buffers.
 pub const PULL_FULL_OFFSET: u32 = TASK_FINISHED_OFFSET + UNANNOUNCED_TASKS * MBARRIER_BYTES;
 /// Byte offset of the mbarriers of the combine buffers.

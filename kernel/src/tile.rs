@@ -85,12 +85,12 @@ pub const fn tile_of_row(row: u32, rows: u32) -> u32 {
 /// First row of the last tile of an expert that has `rows` rows.
 const fn last_tile_row(rows: u32) -> u32 {
     let full = rows.saturating_sub(1) / MAX_TOKEN_TILE * MAX_TOKEN_TILE;
-    let rest = rows - full;
-    if full == 0 || rest > MAX_TOKEN_TILE / 2 {
-        full
+    if full == 0 {
+        0
     } else {
         // The last tile but one has half of the two, rounded up to a width.
-        full - MAX_TOKEN_TILE + token_tile(tile_index((MAX_TOKEN_TILE + rest).div_ceil(2)))
+        let before = full - MAX_TOKEN_TILE;
+        before + token_tile(tile_index((rows - before).div_ceil(2)))
     }
 }
 
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_narrow_rest_shares_the_rows_of_the_tile_before_it() {
+    fn the_last_two_tiles_share_their_rows() {
         for (rows, tiles, padded) in [
             (0, &[][..], 0),
             (1, &[1], 8),
@@ -134,7 +134,8 @@ mod tests {
             (257, &[160, 97], 288),
             (320, &[160, 160], 320),
             (384, &[192, 192], 384),
-            (385, &[256, 129], 416),
+            (385, &[224, 161], 416),
+            (450, &[256, 194], 480),
             (512, &[256, 256], 512),
             (600, &[256, 192, 152], 608),
         ] {

@@ -160,6 +160,7 @@ impl Argument {
             width: (word >> 12) as u32 & 0xf,
             expert_tasks: 0,
             widest: 0,
+            old_stages: 0,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
     MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens,
-    group_tiles, pull_rows, route_chunks, route_step, route_tokens,
+    group_tiles, pull_rows, route_chunks, route_step, route_tokens, shared_row,
 };
 use ferromoe_kernel::tile::{MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
 use proptest::prelude::*;
@@ -113,10 +113,30 @@ proptest! {
         prop_assert!(2 * group * 2 * MAX_TOKEN_TILE * columns.next_power_of_two() > 16 << 20);
     }
 
+    /// What shared experts have to do is known before the counts are, but for the widest tile.
+    #[test]
+    fn early_tasks_and_rows_are_the_first((shape, routed) in schedule(), shared_experts in 0..3u32, tokens in prop_oneof![Just(0u32), 1..40u32, 200..900u32]) {
+        let rows: Vec<_> = std::iter::repeat_n(tokens, shared_experts as usize).chain(routed).collect();
+        let all = tasks(shape, &rows);
+        let mut found = 0;
+        for (ticket, task) in all.iter().enumerate() {
+            let Some(early) = shape.early_task(shared_experts, tokens, ticket as u32) else { break };
+            prop_assert_eq!(Task { widest: task.widest, ..early }, *task);
+            found += 1;
+        }
+        let early = all.iter().filter(|task| task.phase == LINEAR1 && task.expert == 0 && shared_experts > 0).count();
+        prop_assert_eq!(found, early);
+        let mut cursor = RowCursor::START;
+        for number in 0..shared_experts * tokens {
+            prop_assert_eq!(shared_row(shared_experts, tokens, number), cursor.seek(number, &rows[..]));
+        }
+        prop_assert_eq!(shared_row(shared_experts, tokens, shared_experts * tokens), None);
+    }
+
     /// Tiles cover the pulled rows of their expert, and share no pool row with each other.
     #[test]
     fn tiles_and_rows_agree((shape, rows) in schedule()) {
-        let mut cursor = RowCursor::new(&rows[..]);
+        let mut cursor = RowCursor::START;
         let pulled: Vec<_> = (0..rows.iter().sum()).map(|ticket| {
             cursor.seek(ticket, &rows[..]).expect("a row for every ticket")
         }).collect();
@@ -142,7 +162,7 @@ proptest! {
     /// A lane of a ticket's rows sees every eighth row, or so; what it makes of them does not depend on which those are.
     #[test]
     fn a_row_cursor_that_skips_rows_finds_the_same((_, rows) in schedule(), stride in 1..300usize, first in 0..9usize) {
-        let (mut all, mut skipping) = (RowCursor::new(&rows[..]), RowCursor::new(&rows[..]));
+        let (mut all, mut skipping) = (RowCursor::START, RowCursor::START);
         let numbers = 0..rows.iter().sum::<u32>() + 9;
         let found: Vec<_> = numbers.map(|number| all.seek(number, &rows[..])).collect();
         for number in (first..found.len()).step_by(stride) {

@@ -212,8 +212,8 @@ pub fn small_matrix() -> Vec<SmallCase> {
     vec![
         // More k-blocks than stages in both products, two waves of experts, a shared expert, odd last blocks.
         case("layer", config(448, 448, 8, 3, 1), &[20, 9], Choices::Random, sms(3, None), &[Output; 3]),
-        // Two tiles of one expert that share its rows, those of followers too, and more than one chunk of tokens to route.
-        case("tiles", config(64, 64, 4, 2, 0), &[259, 14], Choices::AllTo(3), sms(3, None), &[Output; 2]),
+        // Two tiles of one expert that share its rows, those of followers too, on a rank whose first product has stages for a narrow tile; and more than one chunk of tokens to route.
+        case("tiles", config(64, 64, 4, 2, 1), &[259, 14], Choices::AllTo(3), sms(3, None), &[Output; 2]),
         // Two clusters of two CTAs a rank, with more k-blocks than stages, an odd number of weight blocks, and tiles of several widths.
         case("clusters", config(640, 192, 4, 2, 1), &[80, 50], Choices::Random, sms(4, None), &[Output; 2]),
         // Rows of several pull and combine pieces, for one expert of a rank or for two.

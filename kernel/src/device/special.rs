@@ -1,13 +1,15 @@
 //! Special registers, clocks and the register file.
 
 use core::arch::asm;
-use core::arch::nvptx::{_block_idx_x, _grid_dim_x, _thread_idx_x};
+use core::arch::nvptx::{_block_idx_x, _grid_dim_x};
 
 /// `%tid.x`.
 #[inline(always)]
 pub fn thread() -> u32 {
+    let thread: u32;
     // SAFETY: reads a special register.
-    (unsafe { _thread_idx_x() }) as u32
+    unsafe { asm!("mov.u32 {0}, %tid.x;", out(reg32) thread) };
+    thread
 }
 
 /// `%laneid`.

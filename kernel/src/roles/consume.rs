@@ -91,6 +91,17 @@ impl Consumer<'_> {
         });
     }
 
+    /// Passes over what is left of a round of the last task's stages, as the producer does.
+    #[inline(always)]
+    fn retire(&self, stages: u32, ring: &mut Ring) {
+        ring.finish_round(stages, |Ring { slot, parity }| {
+            self.cta.stage_full(slot).wait(parity);
+            if self.lane < cluster_ctas() {
+                self.cta.stage_empty(slot).of(self.lane).arrive();
+            }
+        });
+    }
+
     /// Hands the finished task of this number, and so all that was stored for it, to the publisher. Every warp calls this.
     #[inline(always)]
     fn hand_over(&self, number: u32) {
@@ -189,6 +200,9 @@ fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) 
         tasks.release_warp(lane);
         mark!(launch, WaitForStage, &task);
         let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
+        if task.old_stages > 0 {
+            consumer.retire(task.old_stages, &mut ring);
+        }
         match task.width {
             0 => run::<1>(consumer, &task, &mut ring, number),
             1 => run::<2>(consumer, &task, &mut ring, number),

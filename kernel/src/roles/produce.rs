@@ -72,6 +72,18 @@ impl Producer<'_> {
         self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= blocks);
     }
 
+    /// Passes over what is left of a round of the last task's stages, and waits until all of them are free: the next ones are cut otherwise.
+    #[inline(always)]
+    fn retire(&mut self, stages: u32) {
+        let cta = self.cta;
+        let wait = |Ring { slot, parity }| cta.stage_empty(slot).wait(parity ^ 1);
+        self.ring.finish_round(stages, |stage| {
+            wait(stage);
+            cta.stage_full(stage.slot).arrive();
+        });
+        { self.ring }.finish_round(stages, wait);
+    }
+
     /// Loads all k-blocks of a task: this CTA's weights, and its share of the tokens for all CTAs of the cluster. If the tokens are not there yet, the
     /// weights of the first stages are on their way before they are waited for. Says when the next task is wanted.
     #[inline(always)]
@@ -91,6 +103,9 @@ impl Producer<'_> {
         let everyone = (1 << cluster) - 1;
         let pipeline = cta.pipeline(task);
         let (k_blocks, claim_block) = (task.k_blocks(shape), task.claim_block(shape));
+        if task.old_stages > 0 {
+            self.retire(task.old_stages);
+        }
         let mut early = 0;
         mark!(launch, LoadWeights, task);
         if !tokens_ready() {

@@ -5,17 +5,16 @@
 
 use crate::cta::{CountedRows, Cta, Ring};
 use crate::device::atomic::red_add_release_gpu;
-use crate::device::barrier::{bar_sync, bar_warp_sync};
+use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
 use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64, st_weak_u64};
 use crate::device::special::ctas;
 use crate::device::warp::{ballot, redux_add, shfl_idx};
-use crate::launch::{COUNTS_BARRIER, Launch};
+use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
 use crate::roles::route::claim;
-use crate::roles::schedule::COUNTS_THREADS;
-use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows};
+use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows, shared_row};
 use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
 use crate::sources::{Sources, place_of, source_at};
 use crate::tile::tile_of_row;
@@ -23,46 +22,46 @@ use crate::tile::tile_of_row;
 /// Pieces are multiples of so many bytes, as rows are: whole lines.
 const PIECE_STEP: u32 = 128;
 
-/// Bytes of a piece when `rows` rows share a pull buffer.
+/// Bytes of a piece when `rows` rows share a pull buffer. As many as the next power of two could: a division takes its time.
 const fn piece_bytes(rows: u32) -> u32 {
-    // As for the stages: a division takes its time.
-    const STEPS: u64 = {
-        let (mut packed, mut rows) = (0, 1);
-        while rows <= MAX_PULL_ROWS {
-            packed |= ((PULL_BYTES / PIECE_STEP / rows) as u64) << (8 * (rows - 1));
-            rows += 1;
-        }
-        packed
-    };
-    ((STEPS >> (8 * (rows - 1))) as u32 & 0xff) * PIECE_STEP
+    PULL_BYTES >> rows.next_power_of_two().ilog2()
 }
 
-const _: () = assert!(MAX_PULL_ROWS <= 8 && PULL_BYTES / PIECE_STEP < 256 && piece_bytes(MAX_PULL_ROWS) > 0);
+const _: () = assert!(piece_bytes(MAX_PULL_ROWS).is_multiple_of(PIECE_STEP) && piece_bytes(MAX_PULL_ROWS) > 0);
 
-/// Pulls rows until none is left.
+/// Pulls rows until none is left: those of shared experts, which come first and need no counts, then those of routed ones.
 #[inline(always)]
 pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
-    let params = launch.params();
-    let next = launch.counter(params.workspace.counter.pull_ticket, 0);
-    // As the scheduler's first.
-    let claimed = claim(next, lane);
-    mark!(launch, WaitForCounts);
-    bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
-    // SAFETY: the scheduler warp is there too.
-    let rows = unsafe { CountedRows::new(cta, params.shape.local_experts()) };
-    let batch = pull_rows(count_rows(&rows, lane), ctas());
-    let mut cursor = RowCursor::new(&rows);
+    let shape = &launch.params().shape;
+    let next = launch.counter(launch.params().workspace.counter.pull_ticket, 0);
+    let claim = || shfl_idx(claim(next, lane), 0);
+    let shared_rows = shape.shared_experts * launch.tokens();
+    let batch = pull_rows(shared_rows, ctas());
+    let shared_tickets = (shared_rows + batch - 1) >> batch.ilog2();
+    // SAFETY: asked for nothing before the counts are there.
+    let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
     let mut puller = Puller { launch, cta, warp, lane, rows, batch, ring: Ring::new() };
-    let mut ticket = shfl_idx(claimed, 0);
+    let mut ticket = claim();
+    while ticket < shared_tickets {
+        mark!(launch, Pull, ticket * batch);
+        puller.copy_shared(ticket * batch + lane);
+        mark!(launch, ClaimRows);
+        ticket = claim();
+    }
+    mark!(launch, WaitForCounts);
+    cta.counted().wait(0);
+    puller.batch = pull_rows(count_rows(&puller.rows, lane) - shared_rows, ctas());
+    let mut cursor = RowCursor::START;
     loop {
-        let row = if lane < batch { cursor.seek(ticket * batch + lane, &puller.rows) } else { None };
+        let number = shared_rows + (ticket - shared_tickets) * puller.batch + lane;
+        let row = if lane < puller.batch { cursor.seek(number, &puller.rows) } else { None };
         if ballot(row.is_some()) == 0 {
             return;
         }
-        mark!(launch, Pull, ticket * batch);
+        mark!(launch, Pull, number - lane);
         puller.copy(row);
         mark!(launch, ClaimRows);
-        ticket = shfl_idx(claim(next, lane), 0);
+        ticket = claim();
     }
 }
 
@@ -114,18 +113,12 @@ fn entry(launch: &Launch, source: u32, expert: u32, slot: u32) -> (RowMeta, u32)
     (RowMeta { rank: source, ..entry }, entry.rank)
 }
 
-/// Where a pool row comes from: its meta, how many follow it, and the token's hidden state.
+/// Where a routed expert's pool row comes from: its meta, how many follow it, and the token's hidden state.
 #[inline(always)]
 fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
     let params = launch.params();
     let shape = &params.shape;
     let bytes = launch.row_bytes() as u64;
-    if row.expert < shape.shared_experts {
-        let slot = shape.top_k + row.expert;
-        let combine_row = row.row * shape.slots() + slot;
-        let meta = RowMeta { combine_row, rank: params.rank, weight: 1.0 };
-        return (meta, 0, launch.hidden_states() + row.row as u64 * bytes);
-    }
     let expert = row.expert - shape.shared_experts;
     let (source, slot) = if shape.ranks == 1 {
         // Its rows are in the order of its list: no counts to wait for.
@@ -154,13 +147,26 @@ struct Puller<'a> {
 }
 
 impl Puller<'_> {
+    /// Copies the rows of a ticket for shared experts, a lane each, its own of this number: they are all tokens of this rank. All lanes call this.
+    #[inline(always)]
+    fn copy_shared(&mut self, number: u32) {
+        let (launch, shape) = (self.launch, &self.launch.params().shape);
+        let row = if self.lane < self.batch { shared_row(shape.shared_experts, launch.tokens(), number) } else { None };
+        let token = row.map_or(0, |row| row.row);
+        let source = launch.hidden_states() + token as u64 * launch.row_bytes() as u64;
+        let destination = |_: &Self| {
+            let row = row?;
+            let combine_row = token * shape.slots() + shape.top_k + row.expert;
+            Some((RowMeta { combine_row, rank: launch.params().rank, weight: 1.0 }, row))
+        };
+        self.copy_pieces(ballot(row.is_some()), self.lane, source as *const u8, destination);
+    }
+
     /// Copies the rows of a ticket, one of each lane that has one, and those that follow them. All lanes call this.
     #[inline(always)]
     fn copy(&mut self, row: Option<Row>) {
-        let (mut meta, mut followers, mut source) = (RowMeta { combine_row: 0, rank: 0, weight: 0.0 }, FOLLOWER, 0);
-        if let Some(row) = row {
-            (meta, followers, source) = source_of(self.launch, row);
-        }
+        let nothing = (RowMeta { combine_row: 0, rank: 0, weight: 0.0 }, FOLLOWER, 0);
+        let (meta, followers, source) = row.map_or(nothing, |row| source_of(self.launch, row));
         let own = (meta, row.unwrap_or(Row { expert: 0, row: 0, pool_row: 0, tile: 0 }));
         let mut leads = followers != FOLLOWER;
         while ballot(leads) != 0 {
@@ -279,8 +285,12 @@ impl Puller<'_> {
         load(loading, 0);
         loading.advance(PULL_BUFFERS);
         // While the first pieces are on their way.
-        let destination = destination(self);
         let workspace = &launch.params().workspace;
+        let destination = destination(self).map(|(meta, row)| {
+            // SAFETY: the row lies in the pool, and this lane alone has it.
+            unsafe { st_weak_u64(launch.workspace(workspace.row_meta, row.pool_row as u64), meta.pack()) };
+            row
+        });
         let mut at = 0;
         while at < bytes {
             if at + piece < bytes {
@@ -289,7 +299,7 @@ impl Puller<'_> {
                 loading.advance(PULL_BUFFERS);
             }
             cta.pull_full(warp * PULL_BUFFERS + self.ring.slot).wait(self.ring.parity);
-            if let Some((_, Row { pool_row, .. })) = destination {
+            if let Some(Row { pool_row, .. }) = destination {
                 let row: *mut u8 = launch.workspace(workspace.tokens, pool_row as u64 * bytes as u64);
                 // SAFETY: the piece has landed, and the row in the pool is this lane's.
                 unsafe { bulk_store(row.wrapping_add(at as usize), part(self.ring), piece.min(bytes - at)) };
@@ -298,15 +308,12 @@ impl Puller<'_> {
             self.ring.advance(PULL_BUFFERS);
             at += piece;
         }
-        if let Some((meta, Row { pool_row, tile, .. })) = destination {
+        if let Some(Row { tile, .. }) = destination {
             bulk_wait_group::<0>();
             // The row was written, and will be read, by bulk copies; the release is an ordinary one.
             fence_proxy_async_global();
-            // SAFETY: the row and its tile lie in the pools, and this lane alone has the row.
-            unsafe {
-                st_weak_u64(launch.workspace(workspace.row_meta, pool_row as u64), meta.pack());
-                red_add_release_gpu(launch.counter(workspace.counter.rows_ready, tile), 1);
-            }
+            // SAFETY: a counter of this launch.
+            unsafe { red_add_release_gpu(launch.counter(workspace.counter.rows_ready, tile), 1) };
         }
     }
 }

@@ -1,19 +1,18 @@
-//! The scheduler warp: waits for all ranks' counts; then that of a cluster's first CTA claims tickets and hands tasks to the other roles.
+//! The scheduler warp: waits for all ranks' counts, and that of a cluster's first CTA claims tickets and hands tasks to the other roles. Before it waits, it hands
+//! out the first, if that does not depend on the counts.
 
 use crate::cta::{CountedRows, Cta, TaskWriter};
 use crate::device::atomic::atom_inc_relaxed_gpu;
-use crate::device::barrier::{bar_sync, bar_warp_sync};
+use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::global::{ld_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
 use crate::device::warp::{ballot, redux_max};
-use crate::launch::{COUNTS_BARRIER, Launch};
-use crate::schedule::{Phase, ScheduleShape, TaskCursor, combine_chunks};
-use crate::shared::{DISPATCH_WARPS, WARP};
+use crate::launch::Launch;
+use crate::schedule::{Phase, ScheduleShape, Task, TaskCursor, combine_chunks};
+use crate::shared::{WARP, pipeline_width, stages};
 use crate::status::{Stage, Timeout};
-
-/// Threads that meet when the counts are in shared memory: the scheduler and dispatch warps.
-pub const COUNTS_THREADS: u32 = (1 + DISPATCH_WARPS) * WARP;
+use crate::tile::tile_index;
 
 /// Counts that a lane loads at once.
 const COUNTS_AT_ONCE: usize = 8;
@@ -23,14 +22,40 @@ const COUNTS_AT_ONCE: usize = 8;
 pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
     check_tokens(launch, lane);
     let hands_out = lane == 0 && cluster_cta() == 0;
-    // Claimed before the counts are there: the wait for them hides the way there and back.
-    let first = if hands_out { claim_task(launch) } else { 0 };
+    let mut writer = TaskWriter::new(cta);
+    let (mut ticket, mut early) = (0, None);
+    if hands_out {
+        // Claimed before the counts are there: the wait for them hides the way there and back.
+        ticket = claim_task(launch);
+        early = shape_of(launch, 0).early_task(launch.params().shape.shared_experts, launch.tokens(), ticket);
+        if let Some(task) = early {
+            mark!(launch, HandOut, &task);
+            writer.put(task);
+        }
+    }
     mark!(launch, GatherCounts);
     gather_counts(launch, cta, lane);
     let most_rows = look_at_rows(launch, cta, lane);
-    bar_sync::<COUNTS_BARRIER, COUNTS_THREADS>();
+    bar_warp_sync();
+    if lane == 0 {
+        cta.counted().arrive();
+    }
     if hands_out {
-        hand_out_tasks(launch, cta, most_rows, first);
+        hand_out_tasks(launch, cta, writer, shape_of(launch, most_rows), ticket, early);
+    }
+}
+
+/// What the order of tasks depends on; `most_rows` are those of the expert that has the most.
+#[inline(always)]
+fn shape_of(launch: &Launch, most_rows: u32) -> ScheduleShape {
+    let params = launch.params();
+    ScheduleShape {
+        wave_tiles: params.wave_tiles,
+        linear1_rows: 2 * params.shape.intermediate,
+        linear2_rows: params.shape.hidden,
+        combine_chunks: combine_chunks(launch.tokens(), ctas()),
+        cluster: cluster_ctas(),
+        most_rows,
     }
 }
 
@@ -138,32 +163,36 @@ fn claim_task(launch: &Launch) -> u32 {
     unsafe { atom_inc_relaxed_gpu(launch.counter(launch.params().workspace.counter.task_ticket, 0)) }
 }
 
-/// Puts the task of `ticket` and those claimed after it into the slots of the cluster's CTAs, one after the other, until the tasks end.
+/// Puts the tasks behind `last`, the one that was handed out before the counts were there, into the slots of the cluster's CTAs, one after the other, until they end. If there
+/// was none, `ticket` is still to be handed out.
 #[inline(always)]
-fn hand_out_tasks(launch: &Launch, cta: Cta, most_rows: u32, mut ticket: u32) {
-    let params = launch.params();
-    let shape = &params.shape;
+fn hand_out_tasks(
+    launch: &Launch,
+    cta: Cta,
+    mut writer: TaskWriter,
+    shape: ScheduleShape,
+    mut ticket: u32,
+    mut last: Option<Task>,
+) {
     // SAFETY: this warp wrote them.
-    let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
-    let schedule = ScheduleShape {
-        wave_tiles: params.wave_tiles,
-        linear1_rows: 2 * shape.intermediate,
-        linear2_rows: shape.hidden,
-        combine_chunks: combine_chunks(launch.tokens(), ctas()),
-        cluster: cluster_ctas(),
-        most_rows,
-    };
-    let mut cursor = TaskCursor::new(schedule, &rows);
-    let mut writer = TaskWriter::new(cta);
+    let rows = unsafe { CountedRows::new(cta, launch.params().shape.local_experts()) };
+    let mut cursor = TaskCursor::new(shape, &rows);
     loop {
-        let task = cursor.seek(ticket, &rows);
+        let mut old_stages = 0;
+        if let Some(last) = last {
+            mark!(launch, ClaimTask);
+            writer.wait(&last);
+            ticket = claim_task(launch);
+            if pipeline_width(last.widest) != pipeline_width(tile_index(shape.most_rows)) {
+                old_stages = stages(last.widest);
+            }
+        }
+        let task = Task { old_stages, ..cursor.seek(ticket, &rows) };
         mark!(launch, HandOut, &task);
         writer.put(task);
         if task.phase == Phase::End as u32 {
             return;
         }
-        mark!(launch, ClaimTask);
-        writer.wait(&task);
-        ticket = claim_task(launch);
+        last = Some(task);
     }
 }

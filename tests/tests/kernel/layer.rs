@@ -58,6 +58,17 @@ fn many_tokens_on_eight_ranks() {
     case(config(64, 64, 64, 8), &[257; 8]).check();
 }
 
+/// Linear 1 of the shared expert begins on rank 0 before it is known that the tiles of another expert need stages of another cut. With 3, 6 and 9 k-blocks it ends within, at the end of, and behind a
+/// round of its six stages; on 4 SMs clusters do so too.
+#[test]
+fn tiles_wider_than_those_of_the_first_products() {
+    for (hidden, sms) in [(192, 1), (384, 2), (576, 4)] {
+        let config = MoeConfig { shared_experts: 1, ..config(hidden, 192, 4, 2) };
+        let sim = SimOptions { sms, ..SimOptions::default() };
+        Case { choices: Choices::AllTo(0), sim, ..case(config, &[9, 150]) }.check();
+    }
+}
+
 #[test]
 fn top_k_and_experts() {
     for (experts, top_k) in [(4, 1), (4, 4), (16, 6), (64, 8), (64, 32)] {
