@@ -36,7 +36,7 @@ pub const fn route_tokens(tokens: u32, top_k: u32) -> u32 {
 pub const WAVES_AHEAD: u32 = 2;
 
 /// The most tokens that one combine task stands for.
-pub const MAX_COMBINE_TOKENS: u32 = 8;
+pub const MAX_COMBINE_TOKENS: u32 = 16;
 
 /// Chunks that `tokens` tokens are routed in: at least one, for a rank without tokens publishes its counts too.
 pub const fn route_chunks(tokens: u32, top_k: u32) -> u32 {

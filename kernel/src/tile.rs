@@ -1,8 +1,8 @@
 //! The tile family of the two matrix products.
 //!
 //! Weights are the A operand of wgmma, tokens the B operand: a task multiplies 128 weight rows by up to [`MAX_TOKEN_TILE`] tokens.
-//! The rows of an expert are cut into tiles of the largest width; the last gets the smallest width that holds it, and if that were a narrow one, half of the rows of
-//! the tile before: a narrow tile takes nearly as long as one of half the width, for its weights take as long to come.
+//! The rows of an expert are cut into tiles of the largest width, but the last two share theirs evenly, each of the smallest width that holds them: a narrow tile takes
+//! longer than its share, for its weights take as long to come, and shared memory has more to move for each operation.
 
 /// Weight rows of one task: 64 for each of the two consumer warpgroups.
 pub const WEIGHT_TILE: u32 = 128;

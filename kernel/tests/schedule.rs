@@ -185,7 +185,7 @@ proptest! {
         let right = if tickets == 1 { per_ticket <= 2 * step } else { per_ticket == step };
         prop_assert!(right, "{per_ticket} tokens a ticket, {step} a step");
         let per_chunk = combine_tokens(tokens, ctas);
-        prop_assert!((1..=8).contains(&per_chunk));
+        prop_assert!((1..=16).contains(&per_chunk));
         let chunks = combine_chunks(tokens, ctas);
         prop_assert!(chunks * per_chunk >= tokens && tokens >= chunks.saturating_sub(1) * per_chunk);
     }
