@@ -164,14 +164,13 @@ impl Ring {
         self.wrap(slots);
     }
 
-    /// Calls `pass` at every slot from here to behind the last of `slots`, and goes on from the first.
+    /// Passes over what is left of a round of `slots` slots, and goes on from the first.
     #[inline(always)]
     pub fn finish_round(&mut self, slots: u32, pass: impl Fn(Ring)) {
-        while self.slot < slots {
+        while self.slot > 0 {
             pass(*self);
-            self.slot += 1;
+            self.advance(slots);
         }
-        self.wrap(slots);
     }
 
     /// From behind the last of `slots` slots to the first.

@@ -81,7 +81,9 @@ impl Producer<'_> {
             wait(stage);
             cta.stage_full(stage.slot).arrive();
         });
-        { self.ring }.finish_round(stages, wait);
+        for slot in 0..stages {
+            wait(Ring { slot, ..self.ring });
+        }
     }
 
     /// Loads all k-blocks of a task: this CTA's weights, and its share of the tokens for all CTAs of the cluster. If the tokens are not there yet, the

@@ -11,9 +11,10 @@ use ferromoe_kernel::trace::Activity;
 use super::{Load, Machine};
 use crate::trace::{CONSUMERS, CtaTrace, DISPATCH, ROLE_NAMES, Span};
 
-/// Until the first task is known, and then until the first rows are there: flash, 8 tokens (docs/measurements.md).
-pub(super) const COUNTS_NS: f64 = 13_000.0;
-pub(super) const FIRST_ROWS_NS: f64 = 11_000.0;
+/// Until linear 1 of a shared expert may begin, until all tasks are known, and from either until the first rows are there: flash, 8 tokens, by a trace on an H200.
+const EARLY_NS: f64 = 2_000.0;
+pub(super) const COUNTS_NS: f64 = 11_000.0;
+pub(super) const FIRST_ROWS_NS: f64 = 5_000.0;
 /// From a row's first byte asked for to its last stored (docs/measurements.md, several rows a pull ticket).
 const ROW_NS: f64 = 5_700.0;
 /// The epilogues of linear 1 and linear 2, a row: 2.5 and 2.3 us for 256 rows (docs/measurements.md).
@@ -58,10 +59,10 @@ impl RankModel {
         let mut memory = Pipe { free: 0.0, bytes_per_ns: machine.memory_gbs };
         let mut nvlink = Pipe { free: 0.0, bytes_per_ns: machine.nvlink_gbs };
         // When each cluster, whose CTAs work on neighbouring weight tiles of the same token tile, has stored its last product.
-        let mut free = vec![COUNTS_NS; (load.ctas / load.cluster) as usize];
+        let mut free = vec![EARLY_NS; (load.ctas / load.cluster) as usize];
         // Times as whole nanoseconds: they are ordered.
         let mut claims: BinaryHeap<Reverse<(u64, usize)>> =
-            (0..free.len()).map(|cluster| Reverse((COUNTS_NS as u64, cluster))).collect();
+            (0..free.len()).map(|cluster| Reverse((EARLY_NS as u64, cluster))).collect();
         let ops_per_ns = machine.tflops * 1e3 / f64::from(machine.sms);
         let first_tiles = load.first_tiles();
         let mut columns_there: HashMap<u32, f64> = HashMap::new();
@@ -69,13 +70,14 @@ impl RankModel {
         for task in load.tasks() {
             let Some(Reverse((claimed, index))) = claims.pop() else { break };
             let linear1 = task.phase == Phase::Linear1 as u32;
+            let claimed = (claimed as f64).max(known_at(load, task.expert));
             let operands = match linear1 {
                 true => rows_there.get(task.tile as usize).copied().unwrap_or(0.0),
                 false => columns_there.get(&task.tile).copied().unwrap_or(0.0) + HAND_OVER_NS,
             };
-            let begins = free[index].max(claimed as f64);
+            let begins = free[index].max(claimed);
             // The first stages of weights are on their way while the task before is stored.
-            let loaded = memory.pass(claimed as f64, load.weight_bytes(&task, &first_tiles)) + MEMORY_NS;
+            let loaded = memory.pass(claimed, load.weight_bytes(&task, &first_tiles)) + MEMORY_NS;
             let starts = begins.max(operands);
             let multiplied = (starts + load.operations(&task) / ops_per_ns).max(loaded);
             let stored = multiplied + EPILOGUE_NS[task.phase as usize] * f64::from(task.rows);
@@ -123,14 +125,19 @@ impl RankModel {
     }
 }
 
+/// When it is known which rows an expert has.
+fn known_at(load: &Load, expert: u32) -> f64 {
+    if expert < load.shape.shared_experts { EARLY_NS } else { COUNTS_NS }
+}
+
 /// When the rows of each tile are in the pool.
 fn pull(load: &Load, machine: &Machine, ctas: &mut [CtaTrace]) -> Vec<f64> {
     let all: u32 = load.rows.iter().sum();
     let in_flight = f64::from(load.ctas * pull_rows(all, load.ctas));
     let mut nvlink = Pipe { free: COUNTS_NS, bytes_per_ns: machine.nvlink_gbs };
-    let first = COUNTS_NS + FIRST_ROWS_NS;
     let (mut pulled, mut tiles) = (0.0, Vec::new());
-    for (&rows, &crossing) in load.rows.iter().zip(&load.crossing) {
+    for (expert, (&rows, &crossing)) in load.rows.iter().zip(&load.crossing).enumerate() {
+        let first = known_at(load, expert as u32) + FIRST_ROWS_NS;
         for tile in 0..token_tiles(rows) {
             let (first_row, end) = rows_of_tile(tile, rows);
             let rows = f64::from(end - first_row);
@@ -142,11 +149,8 @@ fn pull(load: &Load, machine: &Machine, ctas: &mut [CtaTrace]) -> Vec<f64> {
     let last = tiles.last().copied().unwrap_or(COUNTS_NS);
     for cta in ctas {
         push(&mut cta.roles[DISPATCH], (Activity::Route, 0.0, COUNTS_NS, None));
-        push(&mut cta.roles[DISPATCH], (Activity::Pull, COUNTS_NS, first, None));
-        push(&mut cta.roles[DISPATCH], (Activity::Pull, first, last, None));
-        CONSUMERS
-            .into_iter()
-            .for_each(|role| push(&mut cta.roles[role], (Activity::WaitForTask, 0.0, COUNTS_NS, None)));
+        push(&mut cta.roles[DISPATCH], (Activity::Pull, COUNTS_NS, last, None));
+        CONSUMERS.into_iter().for_each(|role| push(&mut cta.roles[role], (Activity::WaitForTask, 0.0, EARLY_NS, None)));
     }
     tiles
 }
