@@ -76,13 +76,12 @@ impl Producer<'_> {
     #[inline(always)]
     fn retire(&mut self, stages: u32) {
         let cta = self.cta;
-        let wait = |Ring { slot, parity }| cta.stage_empty(slot).wait(parity ^ 1);
-        self.ring.finish_round(stages, |stage| {
-            wait(stage);
-            cta.stage_full(stage.slot).arrive();
+        self.ring.finish_round(stages, |Ring { slot, parity }| {
+            cta.stage_empty(slot).wait(parity ^ 1);
+            cta.stage_full(slot).arrive();
         });
         for slot in 0..stages {
-            wait(Ring { slot, ..self.ring });
+            cta.stage_empty(slot).wait(self.ring.parity ^ 1);
         }
     }
 
