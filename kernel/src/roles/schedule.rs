@@ -177,17 +177,16 @@ fn hand_out_tasks(
     // SAFETY: this warp wrote them.
     let rows = unsafe { CountedRows::new(cta, launch.params().shape.local_experts()) };
     let mut cursor = TaskCursor::new(shape, &rows);
+    let is_cut_alike = |early: Task| pipeline_width(early.widest) == pipeline_width(tile_index(shape.most_rows));
+    let mut old_stages = last.map_or(0, |early| if is_cut_alike(early) { 0 } else { stages(early.widest) });
     loop {
-        let mut old_stages = 0;
         if let Some(last) = last {
             mark!(launch, ClaimTask);
             writer.wait(&last);
             ticket = claim_task(launch);
-            if pipeline_width(last.widest) != pipeline_width(tile_index(shape.most_rows)) {
-                old_stages = stages(last.widest);
-            }
         }
         let task = Task { old_stages, ..cursor.seek(ticket, &rows) };
+        old_stages = 0;
         mark!(launch, HandOut, &task);
         writer.put(task);
         if task.phase == Phase::End as u32 {
