@@ -291,8 +291,9 @@ where
         ring.wrap(pipeline.stages);
     }
     wgmma_wait_group::<0>();
-    if releases && let Some(stage) = previous {
-        stage.arrive();
+    let last = if ring.slot == 0 { pipeline.stages } else { ring.slot } - 1;
+    if releases {
+        stage_empty.offset(last).arrive();
     }
     mark!(consumer.launch, Epilogue);
     accumulators
