@@ -339,13 +339,10 @@ impl ScheduleShape {
         rows.div_ceil(WEIGHT_TILE * self.cluster)
     }
 
-    /// The task of this number, for the first CTA of a cluster, of an expert's in a GEMM phase; it has `rows` rows, from `position` on.
+    /// The task of this number, for the first CTA of a cluster, of an expert's in a GEMM phase with `blocks` of [`Self::blocks`]; it has `rows` rows, from `position` on.
     #[inline(always)]
-    fn product(&self, phase: Phase, position: PoolPosition, rows: u32, number: u32) -> Task {
-        let (blocks, columns) = (
-            self.blocks(phase),
-            if phase as u32 == Phase::Linear1 as u32 { self.linear2_rows } else { self.linear1_rows / 2 },
-        );
+    fn product(&self, phase: Phase, blocks: u32, position: PoolPosition, rows: u32, number: u32) -> Task {
+        let columns = if phase as u32 == Phase::Linear1 as u32 { self.linear2_rows } else { self.linear1_rows / 2 };
         // Group by group of tiles, and in each block by block of weights: neighbouring tickets share a block of weights, which so is read once for the group, and its
         // tokens stay in the L2 cache.
         let (group, tiles) = (group_tiles(columns), token_tiles(rows));
@@ -372,16 +369,20 @@ impl ScheduleShape {
     /// the widest tile, which is taken to be its own.
     #[inline(always)]
     pub fn early_task(&self, shared_experts: u32, tokens: u32, ticket: u32) -> Option<Task> {
-        if shared_experts == 0 || ticket >= token_tiles(tokens) * self.blocks(Phase::Linear1) {
+        let blocks = self.blocks(Phase::Linear1);
+        if shared_experts == 0 || ticket >= token_tiles(tokens) * blocks {
             return None;
         }
-        Some(Self { most_rows: tokens, ..*self }.product(Phase::Linear1, PoolPosition::FIRST, tokens, ticket))
+        let shape = Self { most_rows: tokens, ..*self };
+        Some(shape.product(Phase::Linear1, blocks, PoolPosition::FIRST, tokens, ticket))
     }
 }
 
 /// Walks the tasks in ticket order.
 pub struct TaskCursor {
     shape: ScheduleShape,
+    /// [`ScheduleShape::blocks`] of each GEMM phase: a division takes its time, and every step would take it.
+    blocks: [u32; 2],
     /// The next expert of each GEMM phase.
     next: [PoolPosition; 2],
     /// The expert whose tasks the cursor stands at.
@@ -396,7 +397,8 @@ impl TaskCursor {
     #[inline(always)]
     pub fn new(shape: ScheduleShape, rows: &(impl ExpertRows + ?Sized)) -> Self {
         let first = PoolPosition::first(rows);
-        Self { shape, next: [first; 2], current: first, phase: Phase::Linear1, first_ticket: 0, tickets: 0 }
+        let blocks = [shape.blocks(Phase::Linear1), shape.blocks(Phase::Linear2)];
+        Self { shape, blocks, next: [first; 2], current: first, phase: Phase::Linear1, first_ticket: 0, tickets: 0 }
     }
 
     /// The task of `ticket` for the first CTA of a cluster. Tickets must not decrease from call to call.
@@ -411,7 +413,8 @@ impl TaskCursor {
         if self.phase as u32 == Phase::Combine as u32 {
             return Task::plain(Phase::Combine, index * self.shape.cluster);
         }
-        self.shape.product(self.phase, self.current, rows.rows(self.current.expert), index)
+        let blocks = if self.phase as u32 == Phase::Linear1 as u32 { self.blocks[0] } else { self.blocks[1] };
+        self.shape.product(self.phase, blocks, self.current, rows.rows(self.current.expert), index)
     }
 
     /// Steps to the next expert with rows in the next phase; false behind the last task.
@@ -427,11 +430,11 @@ impl TaskCursor {
             if linear1.expert < rows.experts() && linear1.tile < ahead {
                 self.next[0] = linear1.next(rows);
                 (self.phase, self.current) = (Phase::Linear1, linear1);
-                self.tickets = token_tiles(rows.rows(linear1.expert)) * self.shape.blocks(Phase::Linear1);
+                self.tickets = token_tiles(rows.rows(linear1.expert)) * self.blocks[0];
             } else {
                 self.next[1] = linear2.next(rows);
                 (self.phase, self.current) = (Phase::Linear2, linear2);
-                self.tickets = tiles * self.shape.blocks(Phase::Linear2);
+                self.tickets = tiles * self.blocks[1];
             }
             return true;
         }
