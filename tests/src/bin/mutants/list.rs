@@ -366,8 +366,8 @@ fn early_work() -> Vec<Mutant> {
 fn stages_of_another_cut() -> Vec<Mutant> {
     let (producer, consumers, old) = ("produce::retire", "consume::retire", "schedule::hand_out_tasks");
     vec![
-        bug_at("no task says that stages were cut otherwise", "selp.b32", old, 1, Set(0)),
-        bug_at("a task says that there were two stages less", "selp.b32", old, 1, Add(2, -2 << 16)),
+        bug_at("no task says that stages were cut otherwise", "selp.b32", old, 2, Set(0)),
+        bug_at("a task says that there were two stages less", "selp.b32", old, 2, Add(2, -2 << 16)),
         bug_at("the producer does not pass over old stages", "setp.eq", "produce::load", 1, Branch),
         bug_at("consumers do not pass over old stages", "setp.eq", "consume::multiply_tasks", 1, Branch),
         bug("the producer waits for no old stage", WAIT, producer, Pass),
