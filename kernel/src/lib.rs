@@ -11,6 +11,7 @@ mod unroll;
 
 pub mod layout;
 pub mod params;
+pub mod quantise;
 pub mod schedule;
 pub mod shared;
 pub mod sources;
