@@ -6,7 +6,7 @@ use crate::device::global::st_relaxed_sys_u32;
 use crate::launch::Launch;
 use crate::layout::MAX_RANKS;
 use crate::roles::pull::sources_of;
-use crate::schedule::{Phase, Task};
+use crate::task::{Phase, Task};
 use crate::shared::UNANNOUNCED_TASKS;
 use crate::sources::{Sources, source_at};
 
