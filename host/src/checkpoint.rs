@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use ferromoe_kernel::quantise::ScaleKind;
 use rayon::prelude::*;
 
 use crate::config::MoeConfig;
@@ -63,6 +64,8 @@ impl HfLayer {
             max_tokens_per_rank,
             swiglu_limit: self.swiglu_limit,
             shared_experts: self.weights.shared.len(),
+            experts_format: self.weights.format(),
+            scales: ScaleKind::F32,
         }
     }
 }
@@ -190,9 +193,9 @@ impl Block<'_> {
         let hidden = self.config.hidden;
         let [gate, up, down] = self.config.family.tensor_names().expert.map(|part| format!("{name}.{part}.weight"));
         Ok(Expert {
-            gate: self.tensor(&gate)?.matrix(intermediate, hidden)?,
-            up: self.tensor(&up)?.matrix(intermediate, hidden)?,
-            down: self.tensor(&down)?.matrix(hidden, intermediate)?,
+            gate: self.tensor(&gate)?.matrix(intermediate, hidden)?.into(),
+            up: self.tensor(&up)?.matrix(intermediate, hidden)?.into(),
+            down: self.tensor(&down)?.matrix(hidden, intermediate)?.into(),
         })
     }
 
@@ -206,7 +209,7 @@ impl Block<'_> {
         if count == 0 {
             return Ok(Vec::new());
         }
-        Ok(self.expert("shared_experts", count * intermediate)?.cut(count, intermediate))
+        self.expert("shared_experts", count * intermediate)?.cut(count, intermediate)
     }
 
     fn router(&self, kind: LayerKind) -> Result<Router> {
@@ -255,6 +258,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{FIXTURES, fixture};
+    use crate::weight_matrix::WeightMatrix;
 
     /// A copy of a fixture's checkpoint, for a test to break.
     fn copy(name: &str) -> TempDir {
@@ -323,10 +327,17 @@ mod tests {
         assert_eq!(HfLayer::open(&fixture("deepseek-v4"), 0).unwrap().router.vocabulary(), Some(256));
     }
 
+    fn in_place(matrix: &WeightMatrix) -> bool {
+        match matrix {
+            WeightMatrix::Bf16(matrix) => matrix.is_in_place(),
+            WeightMatrix::Fp8(matrix) => matrix.values().is_in_place(),
+        }
+    }
+
     #[test]
     fn bf16_weights_stay_in_the_mapped_file() {
         let open = HfLayer::open(&fixture("mixtral"), 0).unwrap();
-        assert!(open.weights.experts.iter().all(|expert| expert.gate.is_in_place() && expert.down.is_in_place()));
+        assert!(open.weights.experts.iter().all(|expert| in_place(&expert.gate) && in_place(&expert.down)));
     }
 
     #[test]
