@@ -140,6 +140,18 @@ pub enum Error {
         /// Rows and columns of a block.
         block: usize,
     },
+    /// Shared experts that lie in one matrix whose blocks span two of them.
+    #[error(
+        "the {count} shared experts of width {intermediate} cannot be cut from their common matrices, which have a scale for each {block} rows or columns; their width must be a multiple of {block}"
+    )]
+    SharedBlocks {
+        /// Number of shared experts.
+        count: usize,
+        /// Width of one.
+        intermediate: usize,
+        /// Rows and columns of a block.
+        block: usize,
+    },
     /// A trace was asked of a group whose kernel records nothing.
     #[error("the group's kernel records no trace; DeviceGroup::open_traced opens one whose kernel does")]
     NotTraced,

@@ -195,15 +195,8 @@ pub(crate) fn bad_scale(scales: &Matrix<f32>) -> Option<String> {
 
 /// The largest magnitude; NaN where there is one.
 pub(crate) fn largest(values: impl Iterator<Item = f32>) -> f32 {
-    values.map(f32::abs).fold(0.0, |largest, value| {
-        if value <= largest {
-            largest
-        } else if largest.is_nan() {
-            largest
-        } else {
-            value
-        }
-    })
+    // As whole numbers, magnitudes keep their order, and NaN is above them all.
+    f32::from_bits(values.map(|value| value.abs().to_bits()).max().unwrap_or(0))
 }
 
 #[cfg(test)]

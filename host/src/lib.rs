@@ -23,6 +23,7 @@ mod matrix;
 mod memory;
 mod model;
 mod ptx;
+mod quantisation;
 pub mod reference;
 mod rendezvous;
 mod router;
