@@ -67,9 +67,8 @@ fn tokens_of_experts(config: &MoeConfig, routing: &Routing) -> Result<Vec<Vec<(u
 /// Adds one expert's part to the output. Weight rows are converted once for all tokens, and spread over threads.
 fn add_expert(config: &MoeConfig, expert: &Expert, hidden: &[f64], tokens: &[(usize, f64)], output: &mut [f64]) {
     let (width, intermediate) = (config.hidden, config.intermediate);
-    let wide = |row: &[bf16]| -> Vec<f64> { row.iter().map(|value| value.to_f64()).collect() };
     let column = |i: usize| -> Vec<f64> {
-        let (gate, up) = (wide(expert.gate.row(i)), wide(expert.up.row(i)));
+        let (gate, up) = (expert.gate.row_f64(i), expert.up.row_f64(i));
         let state = |token: usize| &hidden[token * width..(token + 1) * width];
         let swiglu =
             |&(token, _): &(usize, f64)| swiglu(dot(&gate, state(token)), dot(&up, state(token)), config.swiglu_limit);
@@ -79,7 +78,7 @@ fn add_expert(config: &MoeConfig, expert: &Expert, hidden: &[f64], tokens: &[(us
     let rows: Vec<Vec<f64>> =
         (0..tokens.len()).map(|token| columns.iter().map(|column| column[token]).collect()).collect();
     let result = |h: usize| -> Vec<f64> {
-        let down = wide(expert.down.row(h));
+        let down = expert.down.row_f64(h);
         rows.iter().map(|row| dot(&down, row)).collect()
     };
     let results: Vec<Vec<f64>> = (0..width).into_par_iter().map(result).collect();
@@ -118,6 +117,7 @@ mod tests {
     use crate::input::MoeInput;
     use crate::matrix::Matrix;
     use crate::testing::{FIXTURES, fixture, small_config};
+    use crate::weight_matrix::WeightMatrix;
 
     fn fixture_error(name: &str, limit: impl Fn(Option<f32>) -> Option<f32>) -> f64 {
         let input = MoeInput::open(&fixture(name).join("moe_io.safetensors")).unwrap();
@@ -147,7 +147,7 @@ mod tests {
 
     /// H = I = 1, padded with nothing: the numbers can be done by hand.
     fn one_by_one(gate: f32, up: f32, down: f32) -> Expert {
-        let matrix = |value| Matrix::new(vec![bf16::from_f32(value)], 1, 1).unwrap();
+        let matrix = |value| WeightMatrix::from(Matrix::new(vec![bf16::from_f32(value)], 1, 1).unwrap());
         Expert { gate: matrix(gate), up: matrix(up), down: matrix(down) }
     }
 
