@@ -1,5 +1,6 @@
 //! The kernel's entry: sets the CTA up, starts its roles, and ends the launch.
 
+use crate::cta::{CONSUMER_WARPS, Cta, FORMAT};
 use crate::device::atomic::atom_add_acq_rel_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{barrier_cluster, cluster_ctas};
@@ -7,7 +8,6 @@ use crate::device::fence::{fence_mbarrier_init, fence_proxy_async};
 use crate::device::global::st_weak_u32;
 use crate::device::special::{ctas, setmaxnreg_dec, setmaxnreg_inc, thread};
 use crate::device::warp::shfl_idx;
-use crate::cta::{CONSUMER_WARPS, Cta, FORMAT};
 use crate::format::TASK_SLOTS;
 use crate::launch::Launch;
 use crate::main_loop::{Loop, MainLoop};

@@ -174,7 +174,8 @@ const _: () = {
     while index < Format::ALL.len() {
         let format = Format::ALL[index];
         // The register file, and setmaxnreg takes multiples of 8 (PTX ISA 8.6, setmaxnreg).
-        let (helpers, consumers) = (CONSUMER_WARP * format.helper_registers, format.consumer_warps() * format.consumer_registers);
+        let (helpers, consumers) =
+            (CONSUMER_WARP * format.helper_registers, format.consumer_warps() * format.consumer_registers);
         assert!(WARP * (helpers + consumers) <= REGISTERS);
         assert!(format.helper_registers.is_multiple_of(8) && format.consumer_registers.is_multiple_of(8));
         assert!(format.stage_bytes(8).is_multiple_of(1024) && WEIGHT_STAGE_BYTES.is_multiple_of(1024));

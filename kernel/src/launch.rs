@@ -1,10 +1,10 @@
 //! One rank's launch as its warps see it: addresses, the epoch, and waits with a deadline.
 
+use crate::cta::FORMAT;
 use crate::device::atomic::atom_cas_relaxed_gpu_u64;
 use crate::device::fence::{fence_acq_rel_gpu, fence_acq_rel_sys};
 use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32};
 use crate::device::special::{globaltimer, nanosleep};
-use crate::cta::FORMAT;
 use crate::layout::BF16_BYTES;
 use crate::params::{Arguments, Params};
 use crate::status::{Status, Timeout};

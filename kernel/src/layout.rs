@@ -1,8 +1,8 @@
 //! Layouts of the buffers in device memory, computed once by the host and carried in the parameter block.
 
-use crate::status::Status;
 use crate::format::Format;
 use crate::quantise::groups;
+use crate::status::Status;
 
 /// The most ranks of one group.
 pub const MAX_RANKS: u32 = 8;

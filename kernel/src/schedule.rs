@@ -84,7 +84,8 @@ const GROUP_BYTES: u32 = 24;
 
 /// Token tiles of an expert that take turns at each block of weights, a power of two: as many as stay in the L2 cache meanwhile, when a product sums over rows of `row_bytes`.
 pub const fn group_tiles(tiles: Tiles, row_bytes: u32) -> u32 {
-    1 << (GROUP_BYTES - tiles.widest().next_power_of_two().ilog2()).saturating_sub(row_bytes.next_power_of_two().ilog2())
+    1 << (GROUP_BYTES - tiles.widest().next_power_of_two().ilog2())
+        .saturating_sub(row_bytes.next_power_of_two().ilog2())
 }
 
 /// Rows of the local experts.

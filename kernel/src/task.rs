@@ -110,7 +110,13 @@ impl Task {
         }
         let left = (2 * shape.intermediate).saturating_sub(self.weight_row).div_ceil(WEIGHT_TILE);
         // One behind the last weight row has nothing to store, but shares its tokens with the others of its cluster.
-        if left == 0 { 1 } else if left < format.linear1_tiles { left } else { format.linear1_tiles }
+        if left == 0 {
+            1
+        } else if left < format.linear1_tiles {
+            left
+        } else {
+            format.linear1_tiles
+        }
     }
 
     /// The task of CTA `cta` of the cluster, if this is the first one's. The last may lie behind the last weight row or token: then there

@@ -2,8 +2,8 @@
 //!
 //! Only a kernel that is compiled with the feature `trace` records (`record.rs`).
 
-use crate::layout::MAX_LOCAL_EXPERTS;
 use crate::format::Format;
+use crate::layout::MAX_LOCAL_EXPERTS;
 use crate::shared::{SHARED_LIMIT, SharedLayout};
 use crate::task::Task;
 use crate::tile::{MAX_TILES, WEIGHT_TILE};

@@ -13,7 +13,6 @@ use crate::{stamp, workspace};
 /// The GPU the kernel is written for.
 pub const ARCH: &str = "sm_90a";
 
-
 /// A PTX file that is committed: the kernel in one number format.
 #[derive(Clone, Copy)]
 pub struct Committed {

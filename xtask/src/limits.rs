@@ -139,11 +139,7 @@ pub fn entries(report: &Report, kernels: &[Kernel], format: &Format) -> Table {
             registers("helpers", "USETMAXREG.DEALLOC", format.helper_registers),
             registers("consumers", "USETMAXREG.TRY_ALLOC", format.consumer_registers),
             Figure::new("shared (B)", function.shared_bytes + dynamic, Limit::AtMost(SHARED)),
-            Figure::new(
-                "stages",
-                fused.then_some(stages as u32),
-                if_so(fused, Limit::AtLeast(LEAST_STAGES)),
-            ),
+            Figure::new("stages", fused.then_some(stages as u32), if_so(fused, Limit::AtLeast(LEAST_STAGES))),
             Figure::new("stack (B)", function.stack_bytes, Limit::Exactly(0)),
             Figure::new("spilled (B)", function.spilled_bytes(), Limit::Exactly(0)),
             Figure::new("LDL, STL", kernel.map(Kernel::local_accesses), if_so(entry, Limit::Exactly(0))),

@@ -65,7 +65,9 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
 pub fn max_nan_bf16x2(a: u32, b: u32) -> u32 {
     let greatest: u32;
     // SAFETY: arithmetic.
-    unsafe { asm!("max.NaN.bf16x2 {0}, {1}, {2};", out(reg32) greatest, in(reg32) a, in(reg32) b, options(pure, nomem)) };
+    unsafe {
+        asm!("max.NaN.bf16x2 {0}, {1}, {2};", out(reg32) greatest, in(reg32) a, in(reg32) b, options(pure, nomem))
+    };
     greatest
 }
 

@@ -10,7 +10,9 @@ use crate::device::convert::bf16x2;
 use crate::device::global::ld_weak_u64;
 use crate::device::matrix::{stmatrix_x1_trans, stmatrix_x2_trans, stmatrix_x4_trans};
 use crate::device::mbarrier::ClusterMbarrier;
-use crate::device::wgmma::{Accumulators, Bf16Product, MatrixDescriptor, wgmma_commit_group, wgmma_fence, wgmma_wait_group};
+use crate::device::wgmma::{
+    Accumulators, Bf16Product, MatrixDescriptor, wgmma_commit_group, wgmma_fence, wgmma_wait_group,
+};
 use crate::format::{FORMAT, WEIGHT_STAGE_BYTES};
 use crate::launch::Launch;
 use crate::task::{Block, Task};
@@ -180,7 +182,8 @@ fn finish_linear1<const QUADS: usize>(consumer: Consumer<'_>, task: &Task, accum
     }
     let row_bytes = params.shape.intermediate * 2;
     let (token, chunk) = (consumer.thread() / LANES_PER_ROW, consumer.lane % LANES_PER_ROW);
-    let first = consumer.launch.pool_row(params.workspace.intermediate, params.shape.intermediate, task.pool_row + token);
+    let first =
+        consumer.launch.pool_row(params.workspace.intermediate, params.shape.intermediate, task.pool_row + token);
     let mut row = first.wrapping_add((column * 2 + chunk * 16) as usize);
     let stores = QUADS >= PASS_QUADS || token < 8 * QUADS as u32;
     let place = |pass: usize| {
@@ -226,4 +229,3 @@ fn stage_activated<const QUADS: usize>(
         }
     }
 }
-

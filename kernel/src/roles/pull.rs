@@ -152,7 +152,11 @@ impl Puller<'_> {
     #[inline(always)]
     fn copy_shared(&mut self, number: u32) {
         let (launch, shape) = (self.launch, &self.launch.params().shape);
-        let row = if self.lane < self.batch { shared_row(FORMAT.tiles, shape.shared_experts, launch.tokens(), number) } else { None };
+        let row = if self.lane < self.batch {
+            shared_row(FORMAT.tiles, shape.shared_experts, launch.tokens(), number)
+        } else {
+            None
+        };
         let token = row.map_or(0, |row| row.row);
         let source = Loop::token(launch, launch.params().rank, token);
         let destination = |_: &Self| {

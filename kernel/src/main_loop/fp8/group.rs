@@ -24,7 +24,14 @@ pub fn staged(row: u32, chunk: u32) -> u32 {
 /// Quantises `rows` rows of `area`, from row `first` of the tile on, and stores them and their scales into the intermediate pool. `threads` threads call this, of which this
 /// is number `thread`; all rows were staged before a barrier. With one weight tile a row has 64 columns.
 #[inline(always)]
-pub fn store(consumer: Consumer<'_>, task: &Task, area: SharedAddress, first: u32, rows: u32, (thread, threads): (u32, u32)) {
+pub fn store(
+    consumer: Consumer<'_>,
+    task: &Task,
+    area: SharedAddress,
+    first: u32,
+    rows: u32,
+    (thread, threads): (u32, u32),
+) {
     let params = consumer.launch.params();
     let (workspace, intermediate) = (&params.workspace, params.shape.intermediate);
     let (chunk, column) = (thread % ROW_LANES, task.weight_row / 2);
@@ -66,10 +73,7 @@ pub fn store(consumer: Consumer<'_>, task: &Task, area: SharedAddress, first: u3
                 }
                 if chunk == 0 {
                     let index = (column / GROUP) as u64 * workspace.pool_rows + pool_row as u64;
-                    st_weak_u32(
-                        consumer.launch.workspace(workspace.intermediate_scales, index),
-                        scale.scale.to_bits(),
-                    );
+                    st_weak_u32(consumer.launch.workspace(workspace.intermediate_scales, index), scale.scale.to_bits());
                 }
             }
         }

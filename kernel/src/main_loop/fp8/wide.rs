@@ -74,11 +74,7 @@ pub fn run(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) {
 
 /// Stages the 64 intermediate columns of a tile, as bf16: quads hold gates and ups by turns.
 #[inline(always)]
-fn stage_activated(
-    consumer: Consumer<'_>,
-    sums: &Sums,
-    place: impl Fn(u32) -> crate::device::address::SharedAddress,
-) {
+fn stage_activated(consumer: Consumer<'_>, sums: &Sums, place: impl Fn(u32) -> crate::device::address::SharedAddress) {
     let limit = consumer.launch.params().swiglu_limit;
     let token = 16 * consumer.warp + consumer.lane / 4;
     let (weight0, weight1) = (consumer.row_weight(token), consumer.row_weight(token + 8));
