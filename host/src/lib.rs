@@ -31,6 +31,7 @@ mod simulated;
 mod tensors;
 #[cfg(test)]
 mod testing;
+mod tokens;
 pub mod trace;
 mod weight_matrix;
 mod weights;
@@ -50,5 +51,6 @@ pub use model::Family;
 pub use ptx::kernel_ptx;
 pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};
 pub use router::{ExpertGroups, Router, Routing, Scoring};
+pub use tokens::Fp8Tokens;
 pub use weight_matrix::WeightMatrix;
 pub use weights::{Expert, ExpertWeights, Fp8RankWeights, RankWeights};

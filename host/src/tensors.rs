@@ -1,7 +1,9 @@
 //! Safetensors files, mapped and checked: a tensor is asked for with the shape its place needs.
 
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,10 +29,22 @@ pub(crate) struct TensorFile {
 }
 
 impl TensorFile {
-    /// Maps a file. It must not be changed while it is in use.
+    /// Maps a file, which must not be changed while it is in use; a pipe, which cannot be mapped, is read to its end.
     pub fn open(path: &Path) -> Result<Self> {
         let io = |source| Error::Io { action: "read", path: path.to_owned(), source };
-        let file = File::open(path).map_err(io)?;
+        let mut file = File::open(path).map_err(io)?;
+        let kind = file.metadata().map_err(io)?.file_type();
+        if kind.is_dir() {
+            return Err(io(std::io::Error::other("it is a folder; it must be a safetensors file")));
+        }
+        if kind.is_char_device() || kind.is_block_device() {
+            return Err(io(std::io::Error::other("it is a device; it must be a safetensors file, or a pipe with one")));
+        }
+        if !kind.is_file() {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map_err(io)?;
+            return Self::new(path, Arc::new(bytes));
+        }
         // SAFETY: the map is private and read-only; that nobody changes the file meanwhile is asked of the caller,
         // as every reader of memory-mapped checkpoints does.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
