@@ -11,7 +11,8 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+type Contents = (Dtype, Vec<usize>, Vec<u8>);
+type Tensors = BTreeMap<String, Contents>;
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/qwen3-moe-fp8")
@@ -87,7 +88,7 @@ fn what_cannot_be_read_is_bad_input() {
     let scales = format!("{up}_scale_inv");
     let same = |_: &mut Tensors| {};
     let as_it_is = |_: &mut Value| {};
-    let with = |name: &str, change: &dyn Fn(&mut (Dtype, Vec<usize>, Vec<u8>)), tensors: &mut Tensors| {
+    let with = |name: &str, change: &dyn Fn(&mut Contents), tensors: &mut Tensors| {
         if let Some(tensor) = tensors.get_mut(name) {
             change(tensor);
         }
