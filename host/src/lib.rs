@@ -48,7 +48,7 @@ pub use input::MoeInput;
 pub use matrix::Matrix;
 pub use memory::{DeviceBuffer, Stream};
 pub use model::Family;
-pub use ptx::{PTX, TRACED_PTX};
+pub use ptx::kernel_ptx;
 pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};
 pub use router::{ExpertGroups, Router, Routing, Scoring};
 pub use tokens::Fp8Tokens;
