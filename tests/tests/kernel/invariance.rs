@@ -8,7 +8,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
 /// Tokens whose outputs are followed through all batches.
-const TOKENS: usize = 96;
+const TOKENS: usize = 64;
 /// Tokens that stand around one of them, all at its expert: more than a tile of tokens.
 const CROWD: usize = 272;
 
@@ -119,7 +119,7 @@ fn on_ranks(ranks: usize) {
             pool.check(&mut layer, &places, &nobody, &format!("{name}, {ranks} ranks, alone"));
         }
         let mut all: Vec<usize> = (0..TOKENS).collect();
-        for count in [2, 17, 40, TOKENS] {
+        for count in [2, 17, TOKENS] {
             all.shuffle(&mut random);
             let places = deal(&mut random, &all[..count], ranks);
             pool.check(&mut layer, &places, &nobody, &format!("{name}, {ranks} ranks, {count} of the pool"));
@@ -129,7 +129,7 @@ fn on_ranks(ranks: usize) {
             let counts: Vec<_> = (0..ranks).map(|rank| if rank < crowded { CROWD / crowded } else { 0 }).collect();
             let expert = pool.choices(token).0[0] as usize;
             let crowd = Tokens::random(&config, &counts, Choices::AllTo(expert), 3);
-            let places = deal(&mut random, &[token, 90, 2], ranks);
+            let places = deal(&mut random, &[token, 60, 2], ranks);
             pool.check(&mut layer, &places, &crowd, &format!("{name}, {ranks} ranks, in a crowd of {counts:?}"));
         }
     }
