@@ -18,10 +18,7 @@ const MAX_BYTES: u64 = 40 << 20;
 const SCRIPTS: [(&str, &str); 2] =
     [("check", include_str!("../bundle/check.sh")), ("bench", include_str!("../bundle/bench.sh"))];
 
-/// What a bundle holds beside the scripts.
-const CONTENTS: [&str; 5] = ["ferromoe", "tests", "ferromoe.ptx", "fixtures", "torch_baseline.py"];
-
-/// Makes `target/bundle/` anew, but for files of others, such as results that `bench` left there: `ferromoe`, `tests/` with the correctness tests, `ferromoe.ptx`, `fixtures/`,
+/// Makes `target/bundle/` anew: `ferromoe`, `tests/` with the correctness tests, `ferromoe.ptx`, `fixtures/`,
 /// `torch_baseline.py`, and the scripts `check` and `bench`.
 ///
 /// # Errors
@@ -65,7 +62,10 @@ pub fn bundle() -> Result<()> {
     Ok(())
 }
 
-/// Removes what an earlier bundle put there, and nothing else.
+/// What a bundle holds, or has held, beside the scripts.
+const CONTENTS: [&str; 5] = ["ferromoe", "tests", "ferromoe.ptx", "fixtures", "torch_baseline.py"];
+
+/// Removes what an earlier bundle put there, and nothing else, such as results that `bench` left.
 fn clear(shell: &Shell, bundle: &Path) -> Result<()> {
     for name in CONTENTS.into_iter().chain(SCRIPTS.map(|(name, _)| name)) {
         shell.remove_path(bundle.join(name))?;
