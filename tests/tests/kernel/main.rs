@@ -2,6 +2,7 @@
 
 mod errors;
 mod fp8;
+mod invariance;
 mod launches;
 mod layer;
 mod trace;
