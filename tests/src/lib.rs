@@ -8,8 +8,8 @@ pub mod small;
 use std::sync::Arc;
 
 use ferromoe::{
-    Device, DeviceGroup, ExpertFormat, ExpertWeights, Fp8Tokens, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing,
-    ScaleKind, SimOptions, reference,
+    Device, DeviceGroup, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, ScaleKind,
+    SimOptions, reference,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -222,13 +222,7 @@ impl Case {
 impl Layer {
     /// What the kernel is held against: the reference that quantises as the layer's format does.
     pub fn reference(&self, states: &[bf16], routing: &Routing) -> ferromoe::Result<Vec<f64>> {
-        match self.config.experts_format {
-            ExpertFormat::Fp8 => {
-                let tokens = Fp8Tokens::quantise(states, self.config.hidden, self.config.scales)?;
-                reference::forward_a8(&self.config, &self.weights, &tokens, routing)
-            }
-            _ => reference::forward(&self.config, &self.weights, states, routing),
-        }
+        reference::of_format(&self.config, &self.weights, states, routing)
     }
 
     /// Runs `tokens`, holds every rank's output against the reference, and returns them.
