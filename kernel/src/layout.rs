@@ -83,7 +83,7 @@ impl Shape {
     }
 }
 
-/// Where a pool row comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
+/// Where a row of an expert comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
 ///
 /// Bits 0..26 are the combine row (`token * slots + k`), bits 26..32 the rank, bits 32..64 the routing weight as f32. Entries of the
 /// dispatch lists have the same form, but the list says the rank: in its place they have the number of followers, or [`FOLLOWER`].
@@ -183,8 +183,10 @@ pub struct WorkspaceLayout {
     pub counters: u64,
     /// Offsets in one set.
     pub counter: CounterLayout,
-    /// u64 `[pool_rows]`: [`RowMeta`].
-    pub row_meta: u64,
+    /// u64 `[pool_rows]`: address of a row's result, in the combine buffer of its token's rank.
+    pub row_result: u64,
+    /// f32 `[pool_rows]`: its routing weight.
+    pub row_weight: u64,
     /// `[pool_rows][hidden]`: tokens in expert order.
     pub tokens: u64,
     /// f32 `[groups of hidden][pool_rows]`: the tokens' scales, if the format has any.
@@ -301,7 +303,8 @@ impl WorkspaceLayout {
             epoch: parts.take(8, PART_ALIGNMENT),
             counters: parts.take(2 * counter.bytes, PART_ALIGNMENT),
             counter,
-            row_meta: parts.take(rows * 8, PART_ALIGNMENT),
+            row_result: parts.take(rows * 8, PART_ALIGNMENT),
+            row_weight: parts.take(rows * 4, PART_ALIGNMENT),
             tokens: parts.take(rows * format.row_bytes(shape.hidden) as u64, PART_ALIGNMENT),
             token_scales: parts.take(Self::scale_bytes(rows, shape.hidden, format), PART_ALIGNMENT),
             intermediate: parts.take(rows * format.row_bytes(shape.intermediate) as u64, PART_ALIGNMENT),

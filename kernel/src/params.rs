@@ -62,7 +62,7 @@ pub struct Params {
     /// Where a traced kernel records.
     pub trace: TraceBuffer,
     /// Zero: up to the alignment.
-    pub reserved: [u64; 7],
+    pub reserved: [u64; 6],
 }
 
 /// The kernel's other arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.

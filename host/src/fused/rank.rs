@@ -86,7 +86,7 @@ impl Rank {
             cluster: 1,
             scale_kind: config.scales as u32,
             trace: TraceBuffer::NONE,
-            reserved: [0; 7],
+            reserved: [0; 6],
         };
         // A task of several weight tiles keeps a CTA to itself: with scales, clusters were slower (docs/performance.md).
         let most = if format.linear1_tiles > 1 { 1 } else { MAX_CLUSTER };
