@@ -6,10 +6,12 @@ use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::cluster_ctas;
 use crate::device::copy::{cp_async, cp_async_wait_all};
 use crate::device::global::st_weak_v4;
+use crate::device::special;
+use crate::device::warp::shfl_idx;
 use crate::launch::Launch;
 use crate::shared::{PASS_BYTES, UNANNOUNCED_TASKS};
 use crate::task::Task;
-use crate::warps::{WARP, WARPGROUP};
+use crate::warps::{CONSUMER_WARP, WARP, WARPGROUP};
 
 /// Named barrier of all consumer warps.
 pub const CONSUMERS_BARRIER: u32 = 1;
@@ -42,7 +44,23 @@ pub struct Consumer<'a> {
     pub lane: u32,
 }
 
-impl Consumer<'_> {
+impl<'a> Consumer<'a> {
+    /// This thread's warp. What depends on the thread alone is computed anew behind each call: kept from task to task, or beside a product's sums, it would need registers that
+    /// there are not.
+    #[inline(always)]
+    pub fn read(launch: &'a Launch) -> Self {
+        let thread = special::thread();
+        let warp = shfl_idx(thread / WARP, 0) - CONSUMER_WARP;
+        let warps = WARPGROUP / WARP;
+        Self { launch, cta: Cta::new(), warpgroup: warp / warps, warp: warp % warps, lane: thread % WARP }
+    }
+
+    /// The same, read anew.
+    #[inline(always)]
+    pub fn read_again(&self) -> Self {
+        Self::read(self.launch)
+    }
+
     /// Waits for the other warps of the warpgroup.
     #[inline(always)]
     pub fn sync(&self) {
@@ -100,8 +118,19 @@ impl Consumer<'_> {
     #[inline(always)]
     pub fn pass_stage(&self, Ring { slot, parity }: Ring) {
         self.cta.stage_full(slot).wait(parity);
-        if self.lane < cluster_ctas() {
-            self.cta.stage_empty(slot).of(self.lane).arrive();
+        self.give_back(slot);
+    }
+
+    /// Gives a stage back to every producer that writes to it: a lane for each.
+    #[inline(always)]
+    pub fn give_back(&self, stage: u32) {
+        let empty = self.cta.stage_empty(stage);
+        if FORMAT.max_cluster > 1 {
+            if self.lane < cluster_ctas() {
+                empty.of(self.lane).arrive();
+            }
+        } else if self.lane == 0 {
+            empty.arrive();
         }
     }
 

@@ -4,7 +4,7 @@
 
 use crate::quantise::groups;
 use crate::task::TASK_BYTES;
-use crate::tile::{K_BLOCK_BYTES, Tiles, WEIGHT_TILE};
+use crate::tile::{K_BLOCK_BYTES, MAX_CLUSTER, Tiles, WEIGHT_TILE};
 use crate::warps::{CONSUMER_WARP, WARP, WARPGROUP};
 
 /// The sizes of a number format.
@@ -24,7 +24,9 @@ pub struct Format {
     pub consumer_warpgroups: u32,
     /// The most tokens of a tile whose results one warpgroup has.
     pub warpgroup_tokens: u32,
-    /// Weight tiles of a linear 1 task, one after the other.
+    /// The most CTAs of a cluster.
+    pub max_cluster: u32,
+    /// Weight tiles of a linear 1 task, one after the other; several only without clusters, whose CTAs have stages in step.
     pub linear1_tiles: u32,
     /// The most stages of the pipeline. More would only queue at the memory, and flags and fences behind them.
     pub max_stages: u32,
@@ -62,6 +64,7 @@ impl Format {
         tiles: Tiles { step: 32, count: 10 },
         consumer_warpgroups: 2,
         warpgroup_tokens: 256,
+        max_cluster: 2,
         linear1_tiles: 1,
         max_stages: 6,
         claim_stages: 2,
@@ -80,6 +83,7 @@ impl Format {
         tiles: Tiles { step: 64, count: 6 },
         consumer_warpgroups: 3,
         warpgroup_tokens: 64,
+        max_cluster: 1,
         linear1_tiles: 2,
         max_stages: 6,
         claim_stages: 3,
@@ -184,7 +188,8 @@ const _: () = {
         assert!(format.helper_registers.is_multiple_of(8) && format.consumer_registers.is_multiple_of(8));
         assert!(format.stage_bytes(8).is_multiple_of(1024) && WEIGHT_STAGE_BYTES.is_multiple_of(1024));
         assert!(format.scale_stage_bytes().is_multiple_of(16) && TASK_BYTES.is_multiple_of(16));
-        assert!(format.tiles.count <= 16);
+        assert!(format.tiles.count <= 16 && format.max_cluster <= MAX_CLUSTER);
+        assert!(format.linear1_tiles == 1 || format.max_cluster == 1);
         index += 1;
     }
 };

@@ -3,7 +3,7 @@
 use ferromoe_kernel::layout::Shape;
 use ferromoe_kernel::schedule::{pull_rows, weight_tasks};
 use ferromoe_kernel::shared::COMBINE_BYTES;
-use ferromoe_kernel::tile::{MAX_CLUSTER, WEIGHT_TILE};
+use ferromoe_kernel::tile::WEIGHT_TILE;
 
 use crate::bench::gpu::{INPUT_SETS, LAUNCHES, WARM_UP};
 use crate::bench::inputs::{InputSet, States};
@@ -102,8 +102,8 @@ fn capacity(shape: &Shape, config: &MoeConfig, routings: &[Routing], group: &Dev
     }
     let tokens = routings.iter().map(|routing| routing.tokens() as u32).max().unwrap_or(0);
     let format = config.experts_format.kernel();
-    let blocks = weight_tasks(2 * shape.intermediate, WEIGHT_TILE, MAX_CLUSTER)
-        + weight_tasks(shape.hidden, WEIGHT_TILE, MAX_CLUSTER);
+    let blocks = weight_tasks(2 * shape.intermediate, WEIGHT_TILE, format.max_cluster)
+        + weight_tasks(shape.hidden, WEIGHT_TILE, format.max_cluster);
     let per_rank = |(rank, rows): (usize, &[u32])| {
         let shared = (0..shape.shared_experts).map(|_| tokens);
         let rows: Vec<u32> = rows.iter().copied().chain(shared).collect();

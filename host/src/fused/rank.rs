@@ -7,7 +7,6 @@ use ferromoe_kernel::layout::{BF16_BYTES, MAX_RANKS, Shape, SymmetricLayout, Wor
 use ferromoe_kernel::params::Params;
 use ferromoe_kernel::schedule::weight_tasks;
 use ferromoe_kernel::status::Status;
-use ferromoe_kernel::tile::MAX_CLUSTER;
 use ferromoe_kernel::trace::TraceBuffer;
 
 use super::{DEFAULT_DEADLINE, RankBatch, RankInputs};
@@ -88,9 +87,7 @@ impl Rank {
             trace: TraceBuffer::NONE,
             reserved: [0; 6],
         };
-        // A task of several weight tiles keeps a CTA to itself: with scales, clusters were slower (docs/performance.md).
-        let most = if format.linear1_tiles > 1 { 1 } else { MAX_CLUSTER };
-        let cluster = most.min(backend.resident_ctas(rank));
+        let cluster = format.max_cluster.min(backend.resident_ctas(rank));
         Ok(Self {
             params: [single, Params { maps: maps(cluster)?, cluster, ..single }],
             workspace,

@@ -39,12 +39,12 @@ macro_rules! store {
 pub struct SharedAddress(pub u32);
 
 impl SharedAddress {
-    /// The start of the CTA's dynamic shared memory.
+    /// The start of the CTA's dynamic shared memory: a constant to ptxas. What depends on it is computed anew behind each call, and so has no register in between.
     #[inline(always)]
     pub fn dynamic() -> Self {
         let address: u32;
         // SAFETY: reads the address of a symbol.
-        unsafe { asm!("mov.u32 {0}, ferromoe_shared;", out(reg32) address, options(pure, nomem)) };
+        unsafe { asm!("mov.u32 {0}, ferromoe_shared;", out(reg32) address) };
         Self(address)
     }
 

@@ -4,13 +4,12 @@ use crate::consumer::{CONSUMERS_BARRIER, Consumer};
 use crate::cta::{CONSUMER_WARPS, Cta, Ring, SHARED, TaskReader};
 use crate::device::barrier::bar_sync;
 use crate::device::fence::fence_proxy_async_shared;
-use crate::device::special;
 use crate::launch::Launch;
 use crate::main_loop::{Loop, MainLoop};
 use crate::roles::combine::Combiner;
 use crate::shared::{COMBINE_BUFFERS, COMBINE_BYTES};
 use crate::task::{Phase, Task};
-use crate::warps::{WARP, WARPGROUP};
+use crate::warps::WARP;
 
 /// End of the combine buffers.
 const COMBINE_END: u32 = CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES;
@@ -19,7 +18,7 @@ const COMBINE_END: u32 = CONSUMER_WARPS * COMBINE_BUFFERS * COMBINE_BYTES;
 #[inline(always)]
 pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let mut tasks = TaskReader::new(cta);
-    let mut task = multiply_tasks(launch, cta, warp, &mut tasks);
+    let mut task = multiply_tasks(launch, cta, &mut tasks);
     mark!(launch, WaitForWarpgroup);
     // The combine buffers are the memory of stages and staging buffers: every warp must be done with its last product. Bulk copies will write what was staged by ordinary stores.
     if COMBINE_END > SHARED.staging {
@@ -36,21 +35,18 @@ pub fn consume(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
 
 /// Works on tasks until one comes that is no product, and returns it; its slot is not given back.
 #[inline(always)]
-fn multiply_tasks(launch: &Launch, cta: Cta, warp: u32, tasks: &mut TaskReader) -> Task {
-    let warps = WARPGROUP / WARP;
+fn multiply_tasks(launch: &Launch, cta: Cta, tasks: &mut TaskReader) -> Task {
     let mut ring = Ring::new();
     loop {
         mark!(launch, WaitForTask);
-        // Read anew: what depends on the lane alone would be kept from task to task, and there are no registers for it.
-        let lane = special::lane();
         let task = tasks.look_warp();
         if !task.is_product() {
             return task;
         }
         let number = tasks.number;
-        tasks.release_warp(lane);
+        let consumer = Consumer::read(launch);
+        tasks.release_warp(consumer.lane);
         mark!(launch, WaitForStage, &task);
-        let consumer = Consumer { launch, cta, warpgroup: warp / warps, warp: warp % warps, lane };
         if task.old_stages > 0 {
             // What is left of a round of the last task's stages, as the producer does.
             ring.finish_round(task.old_stages, |ring| consumer.pass_stage(ring));

@@ -7,7 +7,6 @@ use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{BF16_BYTES, Shape};
 use ferromoe_kernel::schedule::{ScheduleShape, TaskCursor, group_tiles};
 use ferromoe_kernel::task::{Phase, Task};
-use ferromoe_kernel::tile::MAX_CLUSTER;
 use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
@@ -222,8 +221,7 @@ impl Load {
             rows.iter().zip(parts).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect::<Vec<_>>()
         };
         let (remote, crossing) = (part_of_rows(&from_others), part_of_rows(&leading));
-        let clusters = format.linear1_tiles == 1 && clusters_pay(shape, shape.max_tokens);
-        let cluster = if clusters { MAX_CLUSTER } else { 1 };
+        let cluster = if clusters_pay(shape, shape.max_tokens) { format.max_cluster } else { 1 };
         let kept = [2, 1].map(|times| {
             times * u64::from(shape.intermediate) * u64::from(format.row_bytes(shape.hidden)) <= machine.l2_bytes
         });

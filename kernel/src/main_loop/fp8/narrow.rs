@@ -6,7 +6,6 @@ use super::{group, pass, weight_scales};
 use crate::consumer::{Consumer, PAIR_BARRIER};
 use crate::cta::Ring;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
-use crate::device::cluster::cluster_ctas;
 use crate::device::convert::{bf16x2, fma};
 use crate::device::matrix::{stmatrix_x1_trans, stmatrix_x2_trans, stmatrix_x4_trans};
 use crate::device::wgmma::{Accumulators, E4m3Product, MatrixDescriptor, wgmma_commit_group, wgmma_fence};
@@ -39,14 +38,15 @@ where
     consumer.load_rows::<QUADS>(task, 0);
     if !task.is_linear1() {
         let sums = multiply::<QUADS>(consumer, task, ring);
+        let consumer = consumer.read_again();
         consumer.await_rows();
         consumer.sync();
         linear2::finish(consumer, task, &sums);
         return;
     }
-    let area = consumer.cta.staging(consumer.warpgroup);
     for tile in 0..task.weight_tiles(&FORMAT, shape) {
         let sums = multiply::<QUADS>(consumer, task, ring);
+        let consumer = consumer.read_again();
         if tile == 0 {
             consumer.await_rows();
             consumer.sync();
@@ -57,6 +57,7 @@ where
             let [gate0, gate1, up0, up1] = sums[quad];
             bf16x2(swiglu(gate0, up0, limit) * weight0, swiglu(gate1, up1, limit) * weight1)
         };
+        let area = consumer.cta.staging(consumer.warpgroup);
         let chunk = tile * TILE_CHUNKS + consumer.warp;
         unroll!(PASS < QUADS.div_ceil(4), {
             // A chunk of each token is this warp's; lanes behind the last token give no address.
@@ -75,6 +76,7 @@ where
             }
         });
     }
+    let consumer = consumer.read_again();
     bar_sync::<PAIR_BARRIER, { WARPGROUPS * WARPGROUP }>();
     let thread = consumer.warpgroup * WARPGROUP + consumer.thread();
     // A tile's chunks, by turns: the first warpgroup's, then the second's.
@@ -129,9 +131,7 @@ where
         products.wait();
         // All lanes have read the scales.
         bar_warp_sync();
-        if lane < cluster_ctas() {
-            cta.stage_empty(stage).of(lane).arrive();
-        }
+        consumer.give_back(stage);
         unroll!(QUAD < QUADS, {
             let [first, second] = scales[QUAD];
             sums[QUAD][0] = fma(products[QUAD][0], first * gate, sums[QUAD][0]);

@@ -157,17 +157,20 @@ fn quantise(launch: &Launch, token: u32, first: u32, lane: u32) {
             values[ACCESS] = unsafe { ld_weak_v4(source.wrapping_add(2 * column as usize)) };
         }
     });
+    // SAFETY: as above. All accesses go through each step together: none waits for the one before.
+    let mut largest: [u32; ACCESSES] = unsafe { core::mem::zeroed() };
     unroll!(ACCESS < ACCESSES, {
-        let [a, b, c, d] = values[ACCESS];
-        let [ab, cd] = [(a, b), (c, d)].map(|(x, y)| max_nan_bf16x2(abs_bf16x2(x), abs_bf16x2(y)));
-        let mut largest = max_nan_bf16x2(ab, cd);
-        let mut step = 1;
-        while step < GROUP_LANES {
-            largest = max_nan_bf16x2(largest, shfl_idx(largest, lane ^ step));
-            step *= 2;
-        }
-        let scale = GroupScale::new(larger_half(largest), scale_kind(launch), rcp);
+        unroll!(PAIR < 4, { largest[ACCESS] = max_nan_bf16x2(largest[ACCESS], abs_bf16x2(values[ACCESS][PAIR])) });
+    });
+    unroll!(STEP < GROUP_LANES.ilog2() as usize, {
+        unroll!(ACCESS < ACCESSES, {
+            largest[ACCESS] = max_nan_bf16x2(largest[ACCESS], shfl_idx(largest[ACCESS], lane ^ (1 << STEP)));
+        });
+    });
+    unroll!(ACCESS < ACCESSES, {
         if let Some(column) = column(launch, first, ACCESS, lane) {
+            let scale = GroupScale::new(larger_half(largest[ACCESS]), scale_kind(launch), rcp);
+            let [a, b, c, d] = values[ACCESS];
             let word = e4m3_of([a, b], scale.inverse) as u64 | (e4m3_of([c, d], scale.inverse) as u64) << 32;
             store(launch, token, column, word, scale.scale.to_bits(), lane);
         }

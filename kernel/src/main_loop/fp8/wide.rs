@@ -5,7 +5,6 @@ use super::{group, pass, weight_scales};
 use crate::consumer::Consumer;
 use crate::cta::Ring;
 use crate::device::barrier::bar_warp_sync;
-use crate::device::cluster::cluster_ctas;
 use crate::device::convert::{bf16x2, fma};
 use crate::device::global::st_weak_v4;
 use crate::device::matrix::stmatrix_x4;
@@ -39,19 +38,18 @@ pub fn run(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) {
         return;
     }
     let shape = &consumer.launch.params().shape;
-    let area = consumer.cta.staging(consumer.warpgroup);
-    let rows = TOKENS.min(task.rows.saturating_sub(first));
     // A full stage means that the tile's rows are there.
     consumer.cta.stage_full(ring.slot).wait(ring.parity);
     consumer.load_rows::<{ TOKENS as usize / 8 }>(task, first);
     for tile in 0..task.weight_tiles(&FORMAT, shape) {
         let sums = multiply(consumer, task, ring);
+        let consumer = consumer.read_again();
         if tile == 0 {
             consumer.await_rows();
             consumer.sync();
         }
         // Matrices: eight tokens by columns 0..8, the next eight by the same, then both by the next eight columns.
-        let row = 16 * consumer.warp + consumer.lane % 16;
+        let (area, row) = (consumer.cta.staging(consumer.warpgroup), 16 * consumer.warp + consumer.lane % 16);
         let place = |chunk: u32| area.offset(group::staged(CHUNKS, row, chunk + consumer.lane / 16));
         if task.is_linear1() {
             stage_activated(consumer, &sums, |chunk| place(8 * tile + chunk));
@@ -63,6 +61,9 @@ pub fn run(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) {
             });
         }
     }
+    let consumer = consumer.read_again();
+    let (area, first) = (consumer.cta.staging(consumer.warpgroup), consumer.warpgroup * TOKENS);
+    let rows = TOKENS.min(task.rows.saturating_sub(first));
     consumer.sync();
     if task.is_linear1() {
         if rows > 0 {
@@ -164,9 +165,7 @@ fn multiply(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) -> Sums {
         products.wait();
         // All lanes have read the scales.
         bar_warp_sync();
-        if lane < cluster_ctas() {
-            cta.stage_empty(stage).of(lane).arrive();
-        }
+        consumer.give_back(stage);
         unroll!(QUAD < QUADS, {
             let [first, second] = scales[QUAD % 2];
             sums[QUAD][0] = fma(products[QUAD][0], first, sums[QUAD][0]);
