@@ -3,8 +3,8 @@
 //!
 //! [`HfLayer::open`] reads the MoE block of a Hugging Face checkpoint, its [`Router`] chooses experts,
 //! [`ExpertWeights::prepare`] lays the weights out for a rank, and [`reference::forward`] is the plain definition that
-//! results are held against. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, and [`FusedMoe`] runs the layer on
-//! them.
+//! results are held against. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, [`Workspace`] holds what the layers of a
+//! model share on them, and [`FusedMoe`] runs a layer.
 
 mod backend;
 pub mod bench;
@@ -30,11 +30,12 @@ mod tensors;
 mod testing;
 pub mod trace;
 mod weights;
+mod workspace;
 
 pub use checkpoint::{Checkpoint, HfLayer};
 pub use config::{MAX_LOCAL_EXPERTS, MAX_RANKS, MAX_TOP_K, MoeConfig, SIZE_STEP, split_tokens};
 pub use cuda::CudaError;
-pub use error::{Error, Result};
+pub use error::{Error, Excess, Result};
 pub use fused::{DEFAULT_DEADLINE, FusedMoe, RankBatch, RankInputs, RankOutput};
 pub use group::{Device, DeviceGroup, SimOptions};
 pub use input::MoeInput;
@@ -45,3 +46,4 @@ pub use ptx::{PTX, TRACED_PTX};
 pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};
 pub use router::{ExpertGroups, Router, Routing, Scoring};
 pub use weights::{Expert, ExpertWeights, RankWeights};
+pub use workspace::{Workspace, WorkspaceSizes};

@@ -8,12 +8,14 @@ use rand::seq::index;
 use rand::{Rng, SeedableRng};
 
 use crate::config::MoeConfig;
-use crate::fused::{RankBatch, RankInputs};
+use crate::error::Result;
+use crate::fused::{FusedMoe, RankBatch, RankInputs};
 use crate::group::DeviceGroup;
 use crate::memory::{DeviceBuffer, Stream};
 use crate::reference;
 use crate::router::Routing;
 use crate::weights::ExpertWeights;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// The four recorded checkpoints.
 pub const FIXTURES: [&str; 4] = ["mixtral", "qwen3-moe", "deepseek-v3", "deepseek-v4"];
@@ -34,6 +36,11 @@ pub fn small_config() -> MoeConfig {
         swiglu_limit: None,
         shared_experts: 1,
     }
+}
+
+/// A layer with a workspace of its own.
+pub fn layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<FusedMoe> {
+    FusedMoe::new(&Workspace::new(group, &WorkspaceSizes::of([config]))?, config, weights)
 }
 
 /// Random tokens of one rank.

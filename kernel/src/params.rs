@@ -42,11 +42,11 @@ pub struct Params {
     pub workspace_base: u64,
     /// How long one wait may last, in nanoseconds.
     pub deadline_ns: u64,
-    /// Offsets in the symmetric buffers.
+    /// Offsets in the symmetric buffers, for the sizes of the layer's workspace.
     pub symmetric: SymmetricLayout,
-    /// Offsets in the workspace.
+    /// Offsets in the workspace, for its sizes.
     pub workspace: WorkspaceLayout,
-    /// Sizes.
+    /// Sizes of the layer.
     pub shape: Shape,
     /// This rank.
     pub rank: u32,
@@ -56,10 +56,12 @@ pub struct Params {
     pub wave_tiles: u32,
     /// CTAs of a cluster, for which the maps of the pools are made.
     pub cluster: u32,
-    /// Zero: aligns what follows.
-    pub reserved: u32,
+    /// Number of the layer among those of its workspace.
+    pub layer: u32,
     /// Where a traced kernel records.
     pub trace: TraceBuffer,
+    /// Zeros: the size is a multiple of the alignment.
+    pub reserved: [u64; 4],
 }
 
 /// The kernel's other arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.

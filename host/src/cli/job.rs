@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use ferromoe::{Checkpoint, Error, HfLayer, MoeConfig, MoeInput, Result, Routing, example, reference, split_tokens};
+use ferromoe::{
+    Checkpoint, Error, HfLayer, MoeConfig, MoeInput, Result, Routing, WorkspaceSizes, example, reference, split_tokens,
+};
 use half::bf16;
 
 use super::args::{RouteArg, RunArgs};
@@ -60,6 +62,11 @@ impl Job {
         let (routing, route, same_experts) = route_tokens(args.route, &layer, &input)?;
         let shares = split_tokens(input.tokens, args.ranks);
         Ok(Self { checkpoint: name, layer, config, input, routing, route, same_experts, shares })
+    }
+
+    /// What a workspace for the layer has to hold.
+    pub fn workspace_sizes(&self) -> WorkspaceSizes {
+        WorkspaceSizes::of([&self.config])
     }
 
     /// What the output should be. The file's `output_f32` counts where it belongs to the layer and experts that ran.

@@ -3,5 +3,6 @@
 mod errors;
 mod launches;
 mod layer;
+mod model;
 mod trace;
 mod traffic;
