@@ -19,8 +19,8 @@ use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use ferromoe::cuda::CapturedGraph;
 use ferromoe::{
-    Device, DeviceBuffer, DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, RankInputs, RendezvousAddress,
-    SimOptions, Stream, Workspace, WorkspaceSizes,
+    Device, DeviceBuffer, DeviceGroup, Error, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankInputs,
+    RendezvousAddress, ScaleKind, SimOptions, Stream, Workspace, WorkspaceSizes,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -98,6 +98,7 @@ impl EngineRank {
     fn inputs(&self) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states,
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
@@ -160,6 +161,8 @@ fn main() -> anyhow::Result<()> {
         max_tokens_per_rank: 16,
         swiglu_limit: None,
         shared_experts: 1,
+        experts_format: ExpertFormat::Bf16,
+        scales: ScaleKind::F32,
     };
     let group = open(&arguments)?;
     println!("{}", group.description());

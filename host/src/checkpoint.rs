@@ -3,14 +3,17 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use ferromoe_kernel::quantise::ScaleKind;
 use rayon::prelude::*;
 
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
 use crate::matrix::Bytes;
 use crate::model::{Family, Fields, LayerKind, ModelConfig};
+use crate::quantisation::Quantisation;
 use crate::router::Router;
 use crate::tensors::{Tensor, TensorFile};
+use crate::weight_matrix::WeightMatrix;
 use crate::weights::{Expert, ExpertWeights};
 
 const CONFIG: &str = "config.json";
@@ -20,13 +23,14 @@ const INDEX: &str = "model.safetensors.index.json";
 /// A checkpoint folder as `save_pretrained` of `transformers` 5.23 writes it: `config.json`, and
 /// `model.safetensors` or several files with `model.safetensors.index.json`.
 ///
-/// Supported families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4.
+/// Supported families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4. Their weights may be FP8: e4m3 with block scales, as published.
 pub struct Checkpoint {
     config: ModelConfig,
+    quantisation: Option<Quantisation>,
     files: Files,
 }
 
-/// The MoE block of one layer. Its weights stay in the mapped files where those are bf16: the files must not be
+/// The MoE block of one layer. Its weights stay in the mapped files where those are bf16 or e4m3: the files must not be
 /// changed while the layer is in use.
 #[derive(Debug)]
 pub struct HfLayer {
@@ -41,6 +45,7 @@ pub struct HfLayer {
     hidden: usize,
     intermediate: usize,
     swiglu_limit: Option<f32>,
+    scales: ScaleKind,
 }
 
 impl HfLayer {
@@ -63,6 +68,8 @@ impl HfLayer {
             max_tokens_per_rank,
             swiglu_limit: self.swiglu_limit,
             shared_experts: self.weights.shared.len(),
+            experts_format: self.weights.format(),
+            scales: self.scales,
         }
     }
 }
@@ -71,15 +78,17 @@ impl Checkpoint {
     /// Reads a folder's configuration; tensors are read with the layer.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        let config = ModelConfig::parse(&path, &read(&path)?)?;
-        Ok(Self { config, files: Files::open(dir)? })
+        let text = read(&path)?;
+        let (config, quantisation) = (ModelConfig::parse(&path, &text)?, Quantisation::parse(&path, &text)?);
+        Ok(Self { config, quantisation, files: Files::open(dir)? })
     }
 
     /// A checkpoint of one file that is in memory; `name` stands for its folder in errors.
     pub(crate) fn embedded(name: &str, config: &[u8], model: Bytes) -> Result<Self> {
         let dir = Path::new(name);
-        let config = ModelConfig::parse(&dir.join(CONFIG), config)?;
-        Ok(Self { config, files: Files::Single(TensorFile::new(&dir.join(SINGLE), model)?) })
+        let path = dir.join(CONFIG);
+        let (config, quantisation) = (ModelConfig::parse(&path, config)?, Quantisation::parse(&path, config)?);
+        Ok(Self { config, quantisation, files: Files::Single(TensorFile::new(&dir.join(SINGLE), model)?) })
     }
 
     /// The model family.
@@ -101,7 +110,7 @@ impl Checkpoint {
             return Err(Error::DenseLayer { layer, first_moe: config.first_moe() });
         }
         let prefix = format!("model.layers.{layer}.{}.", config.family.tensor_names().block);
-        let block = Block { config, tensors: self.files.of_block(&prefix)?, prefix };
+        let block = Block { config, quantisation: self.quantisation, tensors: self.files.of_block(&prefix)?, prefix };
         Ok(HfLayer {
             family: config.family,
             layer,
@@ -110,6 +119,7 @@ impl Checkpoint {
             hidden: config.hidden,
             intermediate: config.intermediate,
             swiglu_limit: config.swiglu_limit,
+            scales: self.quantisation.map_or(ScaleKind::F32, |quantisation| quantisation.scales),
         })
     }
 }
@@ -162,6 +172,13 @@ enum BlockTensors<'a> {
 }
 
 impl BlockTensors<'_> {
+    fn has(&self, name: &str) -> bool {
+        match self {
+            BlockTensors::Single(file) => file.find(name).is_some(),
+            BlockTensors::Sharded { file_of, .. } => file_of.contains_key(name),
+        }
+    }
+
     fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         match self {
             BlockTensors::Single(file) => file.tensor(name),
@@ -177,6 +194,7 @@ impl BlockTensors<'_> {
 /// The MoE block of one layer, in its files.
 struct Block<'a> {
     config: &'a ModelConfig,
+    quantisation: Option<Quantisation>,
     prefix: String,
     tensors: BlockTensors<'a>,
 }
@@ -188,12 +206,31 @@ impl Block<'_> {
 
     fn expert(&self, name: &str, intermediate: usize) -> Result<Expert> {
         let hidden = self.config.hidden;
-        let [gate, up, down] = self.config.family.tensor_names().expert.map(|part| format!("{name}.{part}.weight"));
+        let [gate, up, down] = self.config.family.tensor_names().expert.map(|part| format!("{name}.{part}"));
         Ok(Expert {
-            gate: self.tensor(&gate)?.matrix(intermediate, hidden)?,
-            up: self.tensor(&up)?.matrix(intermediate, hidden)?,
-            down: self.tensor(&down)?.matrix(hidden, intermediate)?,
+            gate: self.matrix(&gate, intermediate, hidden)?,
+            up: self.matrix(&up, intermediate, hidden)?,
+            down: self.matrix(&down, hidden, intermediate)?,
         })
+    }
+
+    /// A weight matrix [rows, cols]: `name.weight`, and its block scales where it is e4m3 of a quantised checkpoint.
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix> {
+        let weight = self.tensor(&format!("{name}.weight"))?;
+        match self.quantisation {
+            Some(quantisation) if weight.is_e4m3() => {
+                // DeepSeek-V4's own release calls them `scale`.
+                let short = format!("{name}.scale");
+                let is_short = self.tensors.has(&format!("{}{short}", self.prefix));
+                let scales = self.tensor(&if is_short { short } else { format!("{name}.weight_scale_inv") })?;
+                Ok(quantisation.matrix(weight, scales, rows, cols)?.into())
+            }
+            Some(_) if !weight.is_float() => Err(weight.dtype_error("F8_E4M3, BF16, F16 or F32")),
+            None if weight.is_e4m3() => {
+                Err(weight.dtype_error("BF16, F16 or F32 where config.json has no `quantization_config`"))
+            }
+            _ => Ok(weight.matrix(rows, cols)?.into()),
+        }
     }
 
     fn experts(&self) -> Result<Vec<Expert>> {
@@ -206,7 +243,11 @@ impl Block<'_> {
         if count == 0 {
             return Ok(Vec::new());
         }
-        Ok(self.expert("shared_experts", count * intermediate)?.cut(count, intermediate))
+        let cut = self.expert("shared_experts", count * intermediate)?.cut(count, intermediate);
+        cut.map_err(|error| match error {
+            Error::BlockCut { block, .. } => Error::SharedBlocks { count, intermediate, block },
+            other => other,
+        })
     }
 
     fn router(&self, kind: LayerKind) -> Result<Router> {
@@ -323,10 +364,17 @@ mod tests {
         assert_eq!(HfLayer::open(&fixture("deepseek-v4"), 0).unwrap().router.vocabulary(), Some(256));
     }
 
+    fn in_place(matrix: &WeightMatrix) -> bool {
+        match matrix {
+            WeightMatrix::Bf16(matrix) => matrix.is_in_place(),
+            WeightMatrix::Fp8(matrix) => matrix.values().is_in_place(),
+        }
+    }
+
     #[test]
     fn bf16_weights_stay_in_the_mapped_file() {
         let open = HfLayer::open(&fixture("mixtral"), 0).unwrap();
-        assert!(open.weights.experts.iter().all(|expert| expert.gate.is_in_place() && expert.down.is_in_place()));
+        assert!(open.weights.experts.iter().all(|expert| in_place(&expert.gate) && in_place(&expert.down)));
     }
 
     #[test]

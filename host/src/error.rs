@@ -113,6 +113,12 @@ pub enum Error {
         /// What is wrong with it, and what would be right.
         problem: String,
     },
+    /// A kernel that no layer has asked for.
+    #[error("the kernel {entry} was not prepared before its launch")]
+    NotPrepared {
+        /// Its entry.
+        entry: &'static str,
+    },
     /// A slice or a matrix given by the caller has another size than the configuration needs.
     #[error("{what} has {found}; it must have {expected}")]
     Size {
@@ -122,6 +128,36 @@ pub enum Error {
         found: String,
         /// The size that would be right.
         expected: String,
+    },
+    /// A block scale that is no scale.
+    #[error("{problem}")]
+    BlockScale {
+        /// Which scale, its value, and what would be right.
+        problem: String,
+    },
+    /// A cut of a matrix of e4m3 numbers that would part a block.
+    #[error(
+        "a matrix with a scale for each block of {block} x {block} cannot be cut at {what} {cut}; cuts must be at multiples of {block}"
+    )]
+    BlockCut {
+        /// "row" or "column".
+        what: &'static str,
+        /// Where it was to be cut.
+        cut: usize,
+        /// Rows and columns of a block.
+        block: usize,
+    },
+    /// Shared experts that lie in one matrix whose blocks span two of them.
+    #[error(
+        "the {count} shared experts of width {intermediate} cannot be cut from their common matrices, which have a scale for each {block} rows or columns; their width must be a multiple of {block}"
+    )]
+    SharedBlocks {
+        /// Number of shared experts.
+        count: usize,
+        /// Width of one.
+        intermediate: usize,
+        /// Rows and columns of a block.
+        block: usize,
     },
     /// A trace was asked of a group whose kernel records nothing.
     #[error("the group's kernel records no trace; DeviceGroup::open_traced opens one whose kernel does")]
@@ -236,6 +272,14 @@ pub enum Error {
         /// The sizes that do not fit.
         excesses: Vec<Excess>,
     },
+    /// A layer in a number format that its workspace was not made for.
+    #[error("the layer's experts run in {format}, and its workspace was made for {formats}")]
+    NotThatFormat {
+        /// The layer's.
+        format: &'static str,
+        /// The workspace's.
+        formats: String,
+    },
     /// More layers than a workspace can tell apart.
     #[error("a workspace has at most {most} layers")]
     TooManyLayers {
@@ -340,6 +384,7 @@ fn waited_for(stage: ferromoe_kernel::status::Stage, subject: u32) -> String {
     use ferromoe_kernel::status::Stage;
     match stage {
         Stage::Layer => format!("it launched layer {subject}"),
+        Stage::Records => "dispatch had not all of its quantised tokens".into(),
         Stage::Counts => format!("dispatch had no token counts for expert {subject}"),
         Stage::Rows => format!("linear 1 had not all rows of tile {subject}"),
         Stage::Columns => format!("linear 2 had not all columns of tile {subject}"),

@@ -10,16 +10,18 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::time::Duration;
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::Shape;
-use ferromoe_kernel::params::{Arguments, ENTRY};
-use ferromoe_kernel::shared::THREADS;
+use ferromoe_kernel::params::Arguments;
+use ferromoe_kernel::shared::{SHARED_LIMIT, SharedLayout};
 use half::bf16;
 
 use crate::backend::{RankLaunch, RankReport};
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
+use crate::group::DeviceGroup;
 use crate::memory::DeviceBuffer;
-use crate::weights::ExpertWeights;
+use crate::weights::{ExpertWeights, LaidOutWeights};
 use crate::workspace::Workspace;
 
 use rank::Rank;
@@ -57,8 +59,10 @@ pub struct RankOutput {
 /// the rank's GPU, with several they are in [`Workspace::hidden_states`], which is mapped into all processes.
 #[derive(Clone, Copy, Debug)]
 pub struct RankInputs {
-    /// bf16 [T, H], 16-byte aligned.
+    /// bf16 [T, H], 16-byte aligned; e4m3 if there are scales of them.
     pub hidden_states: u64,
+    /// 0, or f32 [T, ceil(H / 128)]: the hidden states are e4m3, and what they are is multiplied with these. Only for a layer whose experts run in FP8.
+    pub hidden_scales: u64,
     /// i32 [T, K]; -1 is "no expert".
     pub topk_idx: u64,
     /// f32 [T, K].
@@ -95,9 +99,10 @@ impl FusedMoe {
     pub fn new(workspace: &Workspace, config: &MoeConfig, weights: &ExpertWeights) -> Result<Self> {
         let group = workspace.group();
         let make = |number, shape| -> Result<_> {
-            group.backend.prepare(ENTRY, group.shared_bytes())?;
+            let format = config.experts_format.kernel();
+            group.backend.prepare(format.entry, group.ptx(config.experts_format), shared_bytes(group, format))?;
             let rank = |rank| {
-                let weights = weights.prepare(config, rank, group.ranks())?;
+                let weights = LaidOutWeights::new(weights, config, rank, group.ranks())?;
                 Rank::new(workspace, config, number, shape, rank, &weights)
             };
             Ok((shape, workspace.local_ranks().map(rank).collect::<Result<_>>()?))
@@ -255,7 +260,9 @@ impl FusedMoe {
     fn arguments(&self, rank: usize, inputs: RankInputs) -> Result<Arguments> {
         let own = self.workspace.hidden_states(rank)?.address();
         self.workspace.check_usable()?;
-        if self.workspace.spans_processes() && inputs.hidden_states != own {
+        // Records are made where all ranks read them.
+        let read_by_others = !self.config.experts_format.kernel().scaled;
+        if read_by_others && self.workspace.spans_processes() && inputs.hidden_states != own {
             return Err(Error::Address {
                 what: "hidden states",
                 rank,
@@ -273,6 +280,7 @@ impl FusedMoe {
         }
         Ok(Arguments {
             hidden_states: inputs.hidden_states,
+            hidden_scales: inputs.hidden_scales,
             topk_ids: inputs.topk_idx,
             topk_weights: inputs.topk_weights,
             tokens: inputs.tokens,
@@ -283,14 +291,15 @@ impl FusedMoe {
     fn rank_launch<'a>(&'a self, rank: usize, most_tokens: u32, arguments: &'a Arguments) -> Result<RankLaunch<'a>> {
         let params = self.rank(rank)?.params(most_tokens);
         let sms = self.workspace.group().backend.sms(rank);
+        let format = self.config.experts_format.kernel();
         Ok(RankLaunch {
             rank,
-            entry: ENTRY,
+            entry: format.entry,
             // Whole clusters.
             grid: [sms / params.cluster * params.cluster, 1, 1],
             cluster: params.cluster,
-            block: [THREADS, 1, 1],
-            shared_bytes: self.workspace.group().shared_bytes(),
+            block: [format.threads(), 1, 1],
+            shared_bytes: shared_bytes(self.workspace.group(), format),
             params: bytemuck::bytes_of(params),
             args: bytemuck::cast_slice(std::slice::from_ref(arguments)),
         })
@@ -300,4 +309,9 @@ impl FusedMoe {
     pub fn shape(&self) -> &Shape {
         &self.shape
     }
+}
+
+/// Dynamic shared memory of a CTA.
+fn shared_bytes(group: &DeviceGroup, format: &Format) -> u32 {
+    if group.is_traced() { SHARED_LIMIT } else { SharedLayout::new(format).bytes }
 }

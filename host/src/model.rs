@@ -300,7 +300,7 @@ impl Fields {
         Ok(self.find_size(field)?.unwrap_or(default))
     }
 
-    fn sizes_or_empty(&self, field: &str) -> Result<Vec<usize>> {
+    pub fn sizes_or_empty(&self, field: &str) -> Result<Vec<usize>> {
         let sizes = |value: &Value| value.as_array()?.iter().map(as_size).collect();
         Ok(self.get(field, "a list of whole numbers", sizes)?.unwrap_or_default())
     }
@@ -313,16 +313,23 @@ impl Fields {
         Ok(self.get(field, "true or false", Value::as_bool)?.unwrap_or(default))
     }
 
-    fn text(&self, field: &str) -> Result<&str> {
+    pub fn text(&self, field: &str) -> Result<&str> {
         self.required(field, self.get(field, "a string", Value::as_str)?)
     }
 
-    fn text_or<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str> {
+    pub fn text_or<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str> {
         Ok(self.get(field, "a string", Value::as_str)?.unwrap_or(default))
     }
 
     fn texts(&self, field: &str) -> Result<Option<Vec<&str>>> {
         self.get(field, "a list of strings", |value| value.as_array()?.iter().map(Value::as_str).collect())
+    }
+
+    /// The fields of an object, each under its full name, "field.name"; none where the object is absent.
+    pub fn nested(&self, field: &str) -> Result<Option<Self>> {
+        let object = self.get(field, "an object", Value::as_object)?;
+        let named = |(name, value): (&String, &Value)| (format!("{field}.{name}"), value.clone());
+        Ok(object.map(|object| Self { path: self.path.clone(), fields: object.iter().map(named).collect() }))
     }
 
     /// An object field.

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use ferromoe_kernel::quantise::ScaleKind;
 use half::bf16;
 use rand::rngs::StdRng;
 use rand::seq::index;
 use rand::{Rng, SeedableRng};
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::Result;
 use crate::fused::{FusedMoe, RankBatch, RankInputs};
 use crate::group::DeviceGroup;
@@ -35,6 +36,8 @@ pub fn small_config() -> MoeConfig {
         max_tokens_per_rank: 16,
         swiglu_limit: None,
         shared_experts: 1,
+        experts_format: ExpertFormat::Bf16,
+        scales: ScaleKind::F32,
     }
 }
 
@@ -108,6 +111,7 @@ impl EngineRank {
     pub fn inputs(&self) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states.address(),
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),

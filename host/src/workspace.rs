@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{MAX_LAYERS, MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::status::{BadChoice, Fault, Stage, Status, Timeout};
 
@@ -39,6 +40,8 @@ struct Shared {
     sizes: WorkspaceSizes,
     /// The sizes as the kernel's layouts take them.
     shape: Shape,
+    /// The formats as they take them.
+    formats: Vec<Format>,
     symmetric: SymmetricLayout,
     layout: WorkspaceLayout,
     /// Base address of every rank's symmetric buffer, as this process sees it.
@@ -89,26 +92,29 @@ impl Workspace {
     /// # Errors
     /// Sizes that the kernel cannot run or that are not those of every process, memory that runs out, or another process that did not come.
     pub fn new(group: &DeviceGroup, sizes: &WorkspaceSizes) -> Result<Self> {
-        let shape = sizes.shape(group.ranks())?;
+        let (shape, formats) = (sizes.shape(group.ranks())?, sizes.kernel_formats());
         let backend = &group.backend;
-        agree(&**backend, &sizes.named().map(|(what, size)| (what, size.to_string())))?;
+        let mut parts: Vec<_> = sizes.named().into_iter().map(|(what, size)| (what, size.to_string())).collect();
+        parts.push(("the formats", sizes.format_names()));
+        agree(&**backend, &parts)?;
         let local = backend.local_ranks();
         let symmetric: Vec<_> =
-            local.clone().map(|rank| symmetric_buffer(backend, rank, &shape)).collect::<Result<_>>()?;
+            local.clone().map(|rank| symmetric_buffer(backend, rank, &shape, &formats)).collect::<Result<_>>()?;
         let addresses: Vec<_> = symmetric.iter().map(DeviceBuffer::address).collect();
         let mut bases = [0; MAX_RANKS as usize];
         let shared = backend.share(&addresses, "symmetric buffer")?;
         bases[..shared.len()].copy_from_slice(&shared);
-        let make = |(rank, symmetric)| WorkspaceRank::new(backend, rank, &shape, symmetric);
+        let make = |(rank, symmetric)| WorkspaceRank::new(backend, rank, &shape, &formats, symmetric);
         let ranks: Result<Vec<_>> = local.zip(&symmetric).map(make).collect();
         // The symmetric buffers of a workspace that cannot be are released by all processes together.
         let ranks = all_ready(&**backend, ranks, "workspace")?;
         let shared = Shared {
             group: group.clone(),
-            sizes: *sizes,
+            sizes: sizes.clone(),
             shape,
-            symmetric: SymmetricLayout::new(&shape),
-            layout: WorkspaceLayout::new(&shape),
+            symmetric: SymmetricLayout::new(&shape, &formats),
+            layout: WorkspaceLayout::new(&shape, &formats),
+            formats,
             bases,
             ranks,
             broken: AtomicBool::new(false),
@@ -178,6 +184,11 @@ impl Workspace {
     /// The sizes as the kernel's layouts take them.
     pub(crate) fn shape(&self) -> &Shape {
         &self.shared.shape
+    }
+
+    /// The formats as they take them.
+    pub(crate) fn formats(&self) -> &[Format] {
+        &self.shared.formats
     }
 
     pub(crate) fn symmetric(&self) -> &SymmetricLayout {
@@ -319,21 +330,33 @@ impl fmt::Debug for Workspace {
 }
 
 impl WorkspaceRank {
-    fn new(backend: &Arc<dyn Backend>, rank: usize, sizes: &Shape, symmetric: &DeviceBuffer) -> Result<Self> {
-        let layout = WorkspaceLayout::new(sizes);
+    fn new(
+        backend: &Arc<dyn Backend>,
+        rank: usize,
+        sizes: &Shape,
+        formats: &[Format],
+        symmetric: &DeviceBuffer,
+    ) -> Result<Self> {
+        let layout = WorkspaceLayout::new(sizes, formats);
         // Zeroed: counters start at 0, and the padding rows of the pools hold numbers from the first launch on.
         let own = DeviceBuffer::new(backend, rank, layout.bytes, "workspace")?;
         backend.fill(rank, own.address(), layout.bytes, 0)?;
         backend.write(rank, own.address() + layout.status, bytemuck::bytes_of(&Status::CLEAR))?;
-        Ok(Self { own, inputs: InputBuffers::new(backend, rank, sizes, symmetric)? })
+        Ok(Self { own, inputs: InputBuffers::new(backend, rank, sizes, formats, symmetric)? })
     }
 }
 
 impl InputBuffers {
-    fn new(backend: &Arc<dyn Backend>, rank: usize, sizes: &Shape, symmetric: &DeviceBuffer) -> Result<Self> {
+    fn new(
+        backend: &Arc<dyn Backend>,
+        rank: usize,
+        sizes: &Shape,
+        formats: &[Format],
+        symmetric: &DeviceBuffer,
+    ) -> Result<Self> {
         let choices = choices_bytes(sizes);
         Ok(Self {
-            hidden_states: symmetric.tail(SymmetricLayout::new(sizes).bytes(sizes), "hidden states"),
+            hidden_states: symmetric.tail(SymmetricLayout::new(sizes, formats).bytes(sizes, formats), "hidden states"),
             topk_idx: DeviceBuffer::new(backend, rank, choices, "expert ids")?,
             topk_weights: DeviceBuffer::new(backend, rank, choices, "routing weights")?,
             tokens: DeviceBuffer::new(backend, rank, COUNT_BYTES, "token count")?,
@@ -344,6 +367,7 @@ impl InputBuffers {
     pub(crate) fn arguments(&self, most_tokens: u32) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states.address(),
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
@@ -371,9 +395,14 @@ impl InputBuffers {
 }
 
 /// A rank's symmetric buffer, with its hidden states behind what the kernel lays out. Zeroed but for those.
-fn symmetric_buffer(backend: &Arc<dyn Backend>, rank: usize, sizes: &Shape) -> Result<DeviceBuffer> {
-    let buffer = DeviceBuffer::new(backend, rank, symmetric_bytes(sizes), "symmetric buffer")?;
-    backend.fill(rank, buffer.address(), SymmetricLayout::new(sizes).bytes(sizes), 0)?;
+fn symmetric_buffer(
+    backend: &Arc<dyn Backend>,
+    rank: usize,
+    sizes: &Shape,
+    formats: &[Format],
+) -> Result<DeviceBuffer> {
+    let buffer = DeviceBuffer::new(backend, rank, symmetric_bytes(sizes, formats), "symmetric buffer")?;
+    backend.fill(rank, buffer.address(), SymmetricLayout::new(sizes, formats).bytes(sizes, formats), 0)?;
     Ok(buffer)
 }
 
@@ -400,6 +429,8 @@ fn agree_on_layer(backend: &dyn Backend, number: u32, config: &MoeConfig) -> Res
             ("a top-k of", config.top_k.to_string()),
             ("a maximum of tokens per rank of", config.max_tokens_per_rank.to_string()),
             ("a SwiGLU limit of", limit),
+            ("experts in", config.experts_format.name().into()),
+            ("scales of", format!("{:?}", config.scales)),
             ("a layer number of", number.to_string()),
         ],
     )

@@ -31,12 +31,14 @@ pub enum Stage {
     Layer = 1,
     /// Dispatch: the token counts of another rank.
     Counts = 2,
+    /// Dispatch: the quantised tokens of another rank.
+    Records = 3,
     /// Linear 1: the pulled rows of a tile.
-    Rows = 3,
+    Rows = 4,
     /// Linear 2: the intermediate columns of a tile.
-    Columns = 4,
+    Columns = 5,
     /// Combine: the results of an expert.
-    Results = 5,
+    Results = 6,
 }
 
 /// A wait that ran past the deadline, or that nothing will ever end.
@@ -46,8 +48,8 @@ pub struct Timeout {
     pub stage: Stage,
     /// The rank that should have delivered it.
     pub rank: u32,
-    /// The expert (global id) or, for [`Stage::Rows`] and [`Stage::Columns`], the tile that was missing; for [`Stage::Layer`] the layer that there was
-    /// instead.
+    /// The expert (global id) or, for [`Stage::Rows`] and [`Stage::Columns`], the tile that was missing; 0 for [`Stage::Records`]; for [`Stage::Layer`] the layer
+    /// that there was instead.
     pub subject: u32,
 }
 
@@ -62,9 +64,10 @@ impl Timeout {
         let stage = match word >> 56 {
             1 => Stage::Layer,
             2 => Stage::Counts,
-            3 => Stage::Rows,
-            4 => Stage::Columns,
-            5 => Stage::Results,
+            3 => Stage::Records,
+            4 => Stage::Rows,
+            5 => Stage::Columns,
+            6 => Stage::Results,
             _ => return None,
         };
         let timeout = Self { stage, rank: (word >> 32) as u32 & 0xff, subject: word as u32 };

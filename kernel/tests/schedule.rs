@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
     MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens,
@@ -220,10 +221,13 @@ proptest! {
             max_tokens: a.max_tokens.max(b.max_tokens),
             ranks: a.ranks,
         };
-        let layout = SymmetricLayout::new(&sizes);
+        let layout = SymmetricLayout::new(&sizes, &Format::ALL);
         let (ranks, top_k, tokens) = (sizes.ranks as u64, sizes.top_k as u64, sizes.max_tokens as u64);
         for shape in [a, b] {
-            prop_assert!(shape.pool_rows() <= sizes.pool_rows() && shape.pool_tiles() <= sizes.pool_tiles());
+            for format in &Format::ALL {
+                prop_assert!(shape.pool_rows(format) <= sizes.pool_rows(format));
+                prop_assert!(shape.pool_tiles(format) <= sizes.pool_tiles(format));
+            }
             let (last_expert, last_rank) = (shape.routed_experts() - 1, shape.ranks - 1);
             for parity in 0..2 {
                 let places = [layout.count_index(&shape, parity, 0, 0), layout.count_index(&shape, parity, last_rank, last_expert)];

@@ -8,8 +8,8 @@ pub mod small;
 use std::sync::Arc;
 
 use ferromoe::{
-    Device, DeviceGroup, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, SimOptions, Workspace,
-    WorkspaceSizes, reference,
+    Device, DeviceGroup, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, ScaleKind,
+    SimOptions, Workspace, WorkspaceSizes, reference,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -60,6 +60,8 @@ impl Default for Case {
                 max_tokens_per_rank: 0,
                 swiglu_limit: None,
                 shared_experts: 0,
+                experts_format: ExpertFormat::Bf16,
+                scales: ScaleKind::F32,
             },
             tokens: vec![7],
             choices: Choices::Random,
@@ -148,7 +150,7 @@ pub fn traced_group(ranks: usize, sim: SimOptions) -> DeviceGroup {
     let group = match on_gpus() {
         true => DeviceGroup::open_traced(Device::Cuda, ranks)
             .or_else(|_| DeviceGroup::open_traced(Device::SharedGpu, ranks)),
-        false => simulated(ferromoe::TRACED_PTX, ranks, sim, true).map(DeviceGroup::traced),
+        false => simulated(ranks, sim, true).map(DeviceGroup::traced),
     };
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
@@ -157,7 +159,7 @@ fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
     repeat::name_failing_tests();
     let group = match on_gpus() {
         true => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
-        false => simulated(ferromoe::PTX, ranks, sim, checks),
+        false => simulated(ranks, sim, checks),
     };
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
@@ -166,10 +168,9 @@ fn on_gpus() -> bool {
     std::env::var("FERROMOE_TEST_DEVICE").as_deref() == Ok("cuda")
 }
 
-fn simulated(ptx: &str, ranks: usize, sim: SimOptions, checks: bool) -> ferromoe::Result<DeviceGroup> {
-    let module = ptx_sim::Module::parse(ptx).unwrap_or_else(|error| panic!("{error}"));
+fn simulated(ranks: usize, sim: SimOptions, checks: bool) -> ferromoe::Result<DeviceGroup> {
     let run = ptx_sim::RunOptions { checks, ..ptx_sim::RunOptions::default() };
-    DeviceGroup::simulated(Arc::new(module), ranks, sim, run)
+    DeviceGroup::simulated(None, ranks, sim, run)
 }
 
 /// A layer with its weights, ready to run.

@@ -138,7 +138,7 @@ impl SmallCase {
         // After a deadline waits fall through, and nothing orders what is thrown away.
         let drains = self.launches.iter().any(|launch| matches!(launch, Expectation::LostRank(_)));
         let run = RunOptions { checks: run.checks && !drains, ..run.clone() };
-        let group = DeviceGroup::simulated(module.clone(), self.case.ranks(), sim, run)?;
+        let group = DeviceGroup::simulated(Some(module.clone()), self.case.ranks(), sim, run)?;
         let workspace = Workspace::new(&group, &WorkspaceSizes::of([&self.case.config]))?;
         let mut moe = FusedMoe::new(&workspace, &self.case.config, &self.weights)?;
         moe.set_deadline(DEADLINE);

@@ -1,6 +1,7 @@
 //! What one `ferromoe run` has to do: a layer, its input and routing, cut over the ranks.
 
 use std::ops::Range;
+use std::path::PathBuf;
 
 use ferromoe::{
     Checkpoint, Error, HfLayer, MoeConfig, MoeInput, Result, Routing, WorkspaceSizes, example, reference, split_tokens,
@@ -8,6 +9,7 @@ use ferromoe::{
 use half::bf16;
 
 use super::args::{RouteArg, RunArgs};
+use super::verdict::{FiniteTokens, Place};
 
 /// Random tokens where no input is given.
 const RANDOM_TOKENS: usize = 64;
@@ -19,6 +21,10 @@ pub struct Job {
     pub layer: HfLayer,
     pub config: MoeConfig,
     pub input: MoeInput,
+    /// The input's file, or what stands for it.
+    pub input_name: PathBuf,
+    /// The tokens whose result can be compared.
+    pub finite: FiniteTokens,
     pub routing: Routing,
     pub route: RouteArg,
     /// Tokens with the experts that the file records, where the routing is computed though the file has one.
@@ -44,6 +50,10 @@ impl Job {
             Some(dir) => (Checkpoint::open(dir)?, dir.display().to_string()),
             None => (example::checkpoint()?, example::NAME.to_owned()),
         };
+        let input_name = args.input.clone().unwrap_or_else(|| match &args.checkpoint {
+            Some(_) => "random tokens".into(),
+            None => example::NAME.into(),
+        });
         let input = match &args.input {
             Some(path) => Some(MoeInput::open(path)?),
             None if args.checkpoint.is_none() => Some(example::input()?),
@@ -53,7 +63,12 @@ impl Job {
         let number = args.layer.or(recorded_at).or_else(|| checkpoint.first_moe_layer()).unwrap_or(0);
         let layer = checkpoint.layer(number)?;
         let input = input.unwrap_or_else(|| {
-            MoeInput::random(RANDOM_TOKENS, layer.config(1).hidden, layer.router.vocabulary(), args.seed)
+            MoeInput::random(
+                RANDOM_TOKENS,
+                layer.config(1).hidden,
+                layer.router.vocabulary(),
+                args.seed.unwrap_or_default(),
+            )
         });
 
         let config = layer.config(input.tokens.div_ceil(args.ranks.max(1)).max(1));
@@ -61,7 +76,11 @@ impl Job {
         check_fit(&config, &input)?;
         let (routing, route, same_experts) = route_tokens(args.route, &layer, &input)?;
         let shares = split_tokens(input.tokens, args.ranks);
-        Ok(Self { checkpoint: name, layer, config, input, routing, route, same_experts, shares })
+        let finite = FiniteTokens::find(&input.hidden_states, config.hidden, &routing);
+        let job =
+            Self { checkpoint: name, layer, config, input, input_name, finite, routing, route, same_experts, shares };
+        job.check_values()?;
+        Ok(job)
     }
 
     /// What a workspace for the layer has to hold.
@@ -69,15 +88,43 @@ impl Job {
         WorkspaceSizes::of([&self.config])
     }
 
-    /// What the output should be. The file's `output_f32` counts where it belongs to the layer and experts that ran.
-    pub fn expected(&self) -> Result<(Vec<f64>, Compared)> {
+    /// Checks that there is something to compare if there are tokens, and something to compare it with.
+    fn check_values(&self) -> Result<()> {
+        let problem =
+            |name: &str, problem| Err(Error::TensorValue { path: self.input_name.clone(), name: name.into(), problem });
+        if let (Some(others), 0) = (&self.finite.others, self.finite.count()) {
+            let Place { token, column, value } = &others.first;
+            return problem(
+                others.tensor,
+                format!(
+                    "no token is finite, so there is nothing to compare; token {token}, column {column} is {value}"
+                ),
+            );
+        }
+        let recorded = self.recorded_output().unwrap_or_default().iter().copied().map(f64::from);
+        match self.finite.first_not_finite(recorded) {
+            Some(Place { token, column, value }) => problem(
+                "output_f32",
+                format!(
+                    "token {token}, column {column} is {value}, though the token's input is finite; it must be finite"
+                ),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// The file's `output_f32`, if it belongs to the layer and experts that run.
+    fn recorded_output(&self) -> Option<&[f32]> {
         let same_layer = self.input.layer.is_none_or(|layer| layer == self.layer.layer);
         let same_routing = self.same_experts.is_none_or(|same| same == self.input.tokens);
-        match &self.input.output_f32 {
-            Some(output) if same_layer && same_routing => {
-                Ok((output.iter().map(|&value| f64::from(value)).collect(), Compared::OutputF32))
-            }
-            _ => {
+        self.input.output_f32.as_deref().filter(|_| same_layer && same_routing)
+    }
+
+    /// What the output should be: what the file records, or else the reference's.
+    pub fn expected(&self) -> Result<(Vec<f64>, Compared)> {
+        match self.recorded_output() {
+            Some(output) => Ok((output.iter().map(|&value| f64::from(value)).collect(), Compared::OutputF32)),
+            None => {
                 let output =
                     reference::forward(&self.config, &self.layer.weights, &self.input.hidden_states, &self.routing)?;
                 Ok((output, Compared::Reference))

@@ -1,8 +1,10 @@
 //! One rank's part of a layer.
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::Shape;
 use ferromoe_kernel::params::Params;
-use ferromoe_kernel::tile::{K_BLOCK, MAX_CLUSTER};
+use ferromoe_kernel::schedule::weight_tasks;
+use ferromoe_kernel::tile::MAX_CLUSTER;
 use ferromoe_kernel::trace::TraceBuffer;
 
 use super::DEFAULT_DEADLINE;
@@ -10,7 +12,7 @@ use crate::config::MoeConfig;
 use crate::error::Result;
 use crate::maps::tensor_maps;
 use crate::memory::DeviceBuffer;
-use crate::weights::RankWeights;
+use crate::weights::LaidOutWeights;
 use crate::workspace::Workspace;
 
 /// What a layer has on one rank.
@@ -19,6 +21,8 @@ pub(super) struct Rank {
     pub(super) params: [Params; 2],
     pub(super) linear1: DeviceBuffer,
     pub(super) linear2: DeviceBuffer,
+    /// The scales of both, in a format with scales.
+    _scales: Option<[DeviceBuffer; 2]>,
 }
 
 impl Rank {
@@ -29,32 +33,49 @@ impl Rank {
         number: u32,
         shape: Shape,
         rank: usize,
-        weights: &RankWeights,
+        weights: &LaidOutWeights,
     ) -> Result<Self> {
         let backend = &workspace.group().backend;
-        let linear1 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear1), "linear 1 weights")?;
-        let linear2 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear2), "linear 2 weights")?;
+        let format = config.experts_format.kernel();
+        let [first, second] = weights.matrices();
+        let linear1 = DeviceBuffer::with(backend, rank, first, "linear 1 weights")?;
+        let linear2 = DeviceBuffer::with(backend, rank, second, "linear 2 weights")?;
+        let scales = match weights.scales() {
+            Some([first, second]) => Some([
+                DeviceBuffer::with(backend, rank, bytemuck::cast_slice(first), "linear 1 scales")?,
+                DeviceBuffer::with(backend, rank, bytemuck::cast_slice(second), "linear 2 scales")?,
+            ]),
+            None => None,
+        };
+        let scales_at = |index: usize| scales.as_ref().map_or(0, |scales| scales[index].address());
         let layout = workspace.layout();
         let (own, first, second) = (workspace.rank(rank)?.own.address(), linear1.address(), linear2.address());
-        let maps = |cluster| tensor_maps(&**backend, &shape, layout, cluster, own, first, second);
+        let maps = |cluster| tensor_maps(&**backend, &shape, format, layout, cluster, own, first, second);
         let single = Params {
             maps: maps(1)?,
             symmetric_bases: workspace.bases(),
             workspace_base: own,
+            linear1_scales: scales_at(0),
+            linear2_scales: scales_at(1),
             deadline_ns: DEFAULT_DEADLINE.as_nanos() as u64,
             symmetric: *workspace.symmetric(),
             workspace: *layout,
             shape,
             rank: rank as u32,
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
-            wave_tiles: wave_tiles(&shape, backend.sms(rank)),
+            wave_tiles: wave_tiles(&shape, format, backend.sms(rank)),
             cluster: 1,
+            scale_kind: config.scales as u32,
             layer: number,
+            padding: 0,
             trace: TraceBuffer::NONE,
-            reserved: [0; 4],
+            reserved: [0; 2],
         };
-        let cluster = MAX_CLUSTER.min(backend.resident_ctas(rank));
-        Ok(Self { params: [single, Params { maps: maps(cluster)?, cluster, ..single }], linear1, linear2 })
+        // A task of several weight tiles keeps a CTA to itself: with scales, clusters were slower (docs/performance.md).
+        let most = if format.linear1_tiles > 1 { 1 } else { MAX_CLUSTER };
+        let cluster = most.min(backend.resident_ctas(rank));
+        let params = [single, Params { maps: maps(cluster)?, cluster, ..single }];
+        Ok(Self { params, linear1, linear2, _scales: scales })
     }
 
     /// The parameter block for a launch in which no rank has more tokens than this.
@@ -65,8 +86,8 @@ impl Rank {
 }
 
 /// Token tiles of one wave: enough that their linear 1 gives every SM two tasks.
-pub(crate) fn wave_tiles(shape: &Shape, sms: u32) -> u32 {
-    (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
+pub(crate) fn wave_tiles(shape: &Shape, format: &Format, sms: u32) -> u32 {
+    (2 * sms).div_ceil(weight_tasks(2 * shape.intermediate, format.linear1_rows(), 1)).max(1)
 }
 
 /// Mean rows of an expert from which on a cluster pays: with fewer, weights are most of the bytes, and CTAs that wait for each other cost

@@ -71,7 +71,12 @@ impl FusedMoe {
             (shared(symmetric.counts, symmetric.flags), Dispatch, Dispatch),
             (shared(symmetric.flags, symmetric.lists), Combine, Linear2),
             (shared(symmetric.lists, symmetric.combine), Dispatch, Dispatch),
-            (shared(symmetric.combine, symmetric.bytes(self.workspace.shape())), Combine, Linear2),
+            (shared(symmetric.combine, symmetric.quantised), Combine, Linear2),
+            (
+                shared(symmetric.quantised, symmetric.bytes(self.workspace.shape(), self.workspace.formats())),
+                Dispatch,
+                Dispatch,
+            ),
             (own(workspace.row_meta, workspace.tokens), Linear1, Dispatch),
             (own(workspace.tokens, workspace.intermediate), Linear1, Dispatch),
             (own(workspace.intermediate, workspace.bytes), Linear2, Linear1),

@@ -1,12 +1,14 @@
 //! The sizes of a workspace, and what it takes.
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{BF16_BYTES, MAX_COMBINE_ROWS, Shape, SymmetricLayout, WorkspaceLayout};
+use ferromoe_kernel::quantise::ScaleKind;
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::{Error, Excess, Result};
 
 /// The sizes that a workspace is made for: of each, the largest that one of its layers has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkspaceSizes {
     /// Width of a token's hidden state, H.
     pub hidden: usize,
@@ -20,18 +22,28 @@ pub struct WorkspaceSizes {
     pub shared_experts: usize,
     /// Tokens of one rank in one forward pass.
     pub tokens: usize,
+    /// The number formats that experts run in.
+    pub formats: Vec<ExpertFormat>,
 }
 
 impl WorkspaceSizes {
     /// The least sizes in which all these layers fit.
     pub fn of<'a>(layers: impl IntoIterator<Item = &'a MoeConfig>) -> Self {
-        layers.into_iter().map(Self::of_layer).fold(Self::default(), |all, one| Self {
-            hidden: all.hidden.max(one.hidden),
-            intermediate: all.intermediate.max(one.intermediate),
-            experts: all.experts.max(one.experts),
-            top_k: all.top_k.max(one.top_k),
-            shared_experts: all.shared_experts.max(one.shared_experts),
-            tokens: all.tokens.max(one.tokens),
+        layers.into_iter().map(Self::of_layer).fold(Self::default(), |mut all, one| {
+            for format in one.formats {
+                if !all.formats.contains(&format) {
+                    all.formats.push(format);
+                }
+            }
+            Self {
+                hidden: all.hidden.max(one.hidden),
+                intermediate: all.intermediate.max(one.intermediate),
+                experts: all.experts.max(one.experts),
+                top_k: all.top_k.max(one.top_k),
+                shared_experts: all.shared_experts.max(one.shared_experts),
+                tokens: all.tokens.max(one.tokens),
+                formats: all.formats,
+            }
         })
     }
 
@@ -43,6 +55,7 @@ impl WorkspaceSizes {
             top_k: config.top_k,
             shared_experts: config.shared_experts,
             tokens: config.max_tokens_per_rank,
+            formats: vec![config.experts_format],
         }
     }
 
@@ -51,18 +64,35 @@ impl WorkspaceSizes {
     /// # Errors
     /// Sizes that the kernel cannot run on so many ranks.
     pub fn bytes(&self, ranks: usize) -> Result<u64> {
-        let shape = self.shape(ranks)?;
+        let (shape, formats) = (self.shape(ranks)?, self.kernel_formats());
         let inputs = 2 * choices_bytes(&shape) + COUNT_BYTES + states_bytes(&shape);
-        Ok(symmetric_bytes(&shape) + WorkspaceLayout::new(&shape).bytes + inputs)
+        Ok(symmetric_bytes(&shape, &formats) + WorkspaceLayout::new(&shape, &formats).bytes + inputs)
     }
 
     /// The sizes as the kernel's layouts take them, checked.
     pub(crate) fn shape(&self, ranks: usize) -> Result<Shape> {
-        let Self { hidden, intermediate, experts, top_k, shared_experts, tokens } = *self;
-        let max_tokens_per_rank = tokens;
-        let largest =
-            MoeConfig { hidden, intermediate, experts, top_k, max_tokens_per_rank, swiglu_limit: None, shared_experts };
-        layer_shape(&largest, ranks)
+        let largest = |format: ExpertFormat| MoeConfig {
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            experts: self.experts,
+            top_k: self.top_k,
+            max_tokens_per_rank: self.tokens,
+            swiglu_limit: None,
+            shared_experts: self.shared_experts,
+            experts_format: format,
+            scales: ScaleKind::F32,
+        };
+        // The layout is that of the sizes whatever the formats, but each has limits of its own.
+        let shape = layer_shape(&largest(ExpertFormat::default()), ranks)?;
+        for &format in &self.formats {
+            layer_shape(&largest(format), ranks)?;
+        }
+        Ok(shape)
+    }
+
+    /// The formats as the kernel's layouts take them.
+    pub(crate) fn kernel_formats(&self) -> Vec<Format> {
+        self.formats.iter().map(|format| *format.kernel()).collect()
     }
 
     /// Checks that a layer fits.
@@ -75,7 +105,18 @@ impl WorkspaceSizes {
             .map(|((what, layer), (_, workspace))| Excess { what, layer, workspace })
             .filter(|excess| excess.layer > excess.workspace)
             .collect();
-        if excesses.is_empty() { Ok(()) } else { Err(Error::NotInWorkspace { excesses }) }
+        if !excesses.is_empty() {
+            return Err(Error::NotInWorkspace { excesses });
+        }
+        if !self.formats.contains(&config.experts_format) {
+            return Err(Error::NotThatFormat { format: config.experts_format.name(), formats: self.format_names() });
+        }
+        Ok(())
+    }
+
+    /// The names of the formats.
+    pub(crate) fn format_names(&self) -> String {
+        self.formats.iter().map(|format| format.name()).collect::<Vec<_>>().join(" and ")
     }
 
     /// Each size with what it is.
@@ -128,6 +169,6 @@ pub(super) fn choices_bytes(sizes: &Shape) -> u64 {
 }
 
 /// Bytes of a symmetric buffer with the hidden states behind what the kernel lays out.
-pub(super) fn symmetric_bytes(sizes: &Shape) -> u64 {
-    SymmetricLayout::new(sizes).bytes(sizes) + states_bytes(sizes)
+pub(super) fn symmetric_bytes(sizes: &Shape, formats: &[Format]) -> u64 {
+    SymmetricLayout::new(sizes, formats).bytes(sizes, formats) + states_bytes(sizes)
 }

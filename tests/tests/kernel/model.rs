@@ -82,6 +82,7 @@ impl RankBuffers {
     fn inputs(&self, most_tokens: usize) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states.address(),
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
