@@ -2,9 +2,9 @@
 //! expert-parallel layer.
 //!
 //! [`HfLayer::open`] reads the MoE block of a Hugging Face checkpoint, its [`Router`] chooses experts,
-//! [`ExpertWeights::prepare`] lays the weights out for a rank, and [`reference::forward`] is the plain definition that
-//! results are held against. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, [`Workspace`] holds what the layers of a
-//! model share on them, and [`FusedMoe`] runs a layer.
+//! [`ExpertWeights::prepare`] and [`ExpertWeights::prepare_fp8`] lay the weights out for a rank, and [`reference::forward`] is the plain
+//! definition that results are held against, [`reference::forward_a8`] the one for experts in FP8. [`DeviceGroup`] opens the ranks, GPUs or simulated ones,
+//! [`Workspace`] holds what the layers of a model share on them, and [`FusedMoe`] runs a layer.
 
 mod backend;
 pub mod bench;

@@ -75,7 +75,7 @@ impl Tokens {
 
     /// Holds an output against the reference; bf16 operands, intermediate and combine rows allow an error of 6e-3.
     pub fn check(&self, config: &MoeConfig, weights: &ExpertWeights, output: &[bf16], what: &str) {
-        let expected = reference::forward(config, weights, &self.hidden_states, &self.routing).unwrap();
+        let expected = reference::of_format(config, weights, &self.hidden_states, &self.routing).unwrap();
         let error = reference::relative_l2(output, &expected);
         assert!(error <= 6e-3, "{what}: a relative L2 error of {error:.2e}");
     }

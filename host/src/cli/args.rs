@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ferromoe::Result;
 use ferromoe::bench::{BenchShape, Choice, MACHINES, Machine, Plan, SHAPES};
 use ferromoe::cuda::{Gpu, find_gpus};
+use ferromoe::{ExpertFormat, Result};
 
 /// Fused Mixture-of-Experts layers on NVIDIA Hopper GPUs, or on a simulator of them.
 #[derive(Debug, Parser)]
@@ -52,17 +52,23 @@ Exit codes:
 pub struct RunArgs {
     /// Checkpoint folder: config.json with model.safetensors, or several files and their index [default: the bundled example]
     ///
-    /// Families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4.
+    /// Families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4; in bf16, or in FP8 with block scales.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<PathBuf>,
+
+    /// Number format that the experts run in [default: the checkpoint's]
+    ///
+    /// Weights in bf16 are quantised for `fp8`, and FP8 ones multiplied out for `bf16`.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub experts: Option<ExpertsArg>,
 
     /// Layer number [default: the one the input was recorded at, or the first layer with experts]
     #[arg(long, value_name = "N")]
     pub layer: Option<usize>,
 
-    /// Safetensors file with the tokens [default: 64 random tokens, made from the seed]
+    /// Safetensors file, or pipe, with the tokens [default: 64 random tokens, made from the seed]
     ///
-    /// It holds `hidden_states` BF16 [T, H] and, each if you have it, `topk_idx` I64 [T, K] with `topk_weights` F32 [T, K] (the
+    /// It holds `hidden_states` BF16 [T, H], or F8_E4M3 with `hidden_scales` F32 [T, H / 128 rounded up], and, each if you have it, `topk_idx` I64 [T, K] with `topk_weights` F32 [T, K] (the
     /// routing; -1 is no expert), `input_ids` I64 [T] (for hash-routed layers) and `output_f32` F32 [T, H] (what to compare with).
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
@@ -88,6 +94,9 @@ pub struct RunArgs {
     pub route: Option<RouteArg>,
 
     /// Write the result here: a safetensors file with `output` BF16 [T, H]
+    ///
+    /// A file that is there is replaced as a whole and keeps its mode; links are followed, devices and pipes written to. What the
+    /// run reads is refused.
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
@@ -122,6 +131,23 @@ impl MeasureOn {
             Self::Sim | Self::Model => Ok(None),
             Self::Cuda => Ok(Some(find_gpus(ranks)?)),
             Self::Auto => Ok(find_gpus(ranks).ok()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExpertsArg {
+    /// Weights, tokens and intermediate in bf16
+    Bf16,
+    /// In e4m3, with scales; the result is held to a reference that quantises as the kernel does
+    Fp8,
+}
+
+impl From<ExpertsArg> for ExpertFormat {
+    fn from(experts: ExpertsArg) -> Self {
+        match experts {
+            ExpertsArg::Bf16 => Self::Bf16,
+            ExpertsArg::Fp8 => Self::Fp8,
         }
     }
 }
@@ -244,6 +270,10 @@ pub struct MeasureArgs {
     #[arg(long, value_name = "N")]
     pub experts_per_rank: Option<usize>,
 
+    /// Number format that the experts run in [default: bf16]
+    #[arg(long, value_enum)]
+    pub experts: Option<ExpertsArg>,
+
     /// How tokens choose experts
     #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
     pub routing: RoutingArg,
@@ -274,7 +304,8 @@ impl MeasureArgs {
         let experts = self
             .experts_per_rank
             .map_or_else(|| shape.experts_on(self.ranks), |experts| experts.saturating_mul(self.ranks));
-        Plan { shape, experts, choice: self.routing.into(), tokens: tokens.to_vec() }
+        let format = self.experts.map_or(ExpertFormat::Bf16, ExpertFormat::from);
+        Plan { shape, experts, format, choice: self.routing.into(), tokens: tokens.to_vec() }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Several layers of one workspace.
 
 use super::*;
+use crate::config::ExpertFormat;
 use crate::fused::FusedMoe;
 use crate::group::{Device, SimOptions};
 use crate::testing::{EngineRank, Tokens, small_config};
@@ -15,7 +16,7 @@ fn configs() -> [MoeConfig; 2] {
     let config = small_config();
     [
         MoeConfig { experts: 12, intermediate: 128, shared_experts: 0, ..config.clone() },
-        MoeConfig { experts: 6, top_k: 3, max_tokens_per_rank: 20, ..config },
+        MoeConfig { experts: 6, top_k: 3, max_tokens_per_rank: 20, experts_format: ExpertFormat::Fp8, ..config },
     ]
 }
 
@@ -134,6 +135,9 @@ fn a_layer_that_does_not_fit_is_refused_with_what_is_too_large() {
         "the layer does not fit its workspace: it has an intermediate size of 192, 128 more than the 64 it was made for, \
          and a maximum of tokens per rank of 17, 1 more than the 16 it was made for"
     );
+    let scaled = MoeConfig { experts_format: ExpertFormat::Fp8, ..config.clone() };
+    let error = FusedMoe::new(&workspace, &scaled, &ExpertWeights::random(&scaled, 1)).err().unwrap();
+    assert_eq!(error.to_string(), "the layer's experts run in fp8, and its workspace was made for bf16");
     let layer = FusedMoe::new(&workspace, &config, &ExpertWeights::random(&config, 1)).unwrap();
     assert_eq!(layer.number(), 0, "what was refused has no number");
 }

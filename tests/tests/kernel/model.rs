@@ -1,8 +1,8 @@
 //! A model: many layers of different sizes in one workspace, queued behind each other without a wait.
 
 use ferromoe::{
-    DeviceBuffer, DeviceGroup, ExpertWeights, FusedMoe, MoeConfig, RankInputs, SimOptions, Workspace, WorkspaceSizes,
-    reference,
+    DeviceBuffer, DeviceGroup, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankInputs, SimOptions, Workspace,
+    WorkspaceSizes, reference,
 };
 use ferromoe_tests::{Case, Choices, TOLERANCE, Tokens, group};
 use half::bf16;
@@ -10,7 +10,7 @@ use half::bf16;
 const LAYERS: usize = 60;
 const RANKS: usize = 2;
 
-/// Layers of every size up to these, and every tenth with more tokens.
+/// Layers of several sizes and of both formats, and every tenth with more tokens.
 fn config(layer: usize) -> MoeConfig {
     MoeConfig {
         hidden: 64,
@@ -18,6 +18,7 @@ fn config(layer: usize) -> MoeConfig {
         experts: RANKS * (1 + layer * 5 % 7),
         top_k: 1 + layer % 2,
         shared_experts: layer % 4 % 3,
+        experts_format: if layer % 5 < 3 { ExpertFormat::Fp8 } else { ExpertFormat::Bf16 },
         max_tokens_per_rank: if layer % 10 == 9 { 24 } else { 6 },
         ..Case::default().config
     }
@@ -55,7 +56,7 @@ impl Layer {
             let (states, routing) = (&self.tokens.hidden_states[rank], &self.tokens.routing[rank]);
             let mut output = vec![bf16::NAN; states.len()];
             buffers.output.read(bytemuck::cast_slice_mut(&mut output)).unwrap();
-            let expected = reference::forward(self.moe.config(), &self.weights, states, routing).unwrap();
+            let expected = reference::of_format(self.moe.config(), &self.weights, states, routing).unwrap();
             let error = reference::relative_l2(&output, &expected);
             assert!(error <= TOLERANCE, "layer {number}: rank {rank} has a relative L2 error of {error:.2e}");
         }
