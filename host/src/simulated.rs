@@ -207,7 +207,7 @@ impl Node {
     /// An entry that was not prepared.
     fn queue(&self, state: &mut State, launch: &RankLaunch<'_>, reported: bool) -> Result<u64> {
         let module =
-            lock(&self.modules).get(launch.entry).cloned().ok_or_else(|| Error::NotPrepared { entry: launch.entry })?;
+            lock(&self.modules).get(launch.entry).cloned().ok_or(Error::NotPrepared { entry: launch.entry })?;
         state.last_ticket += 1;
         state.queues[launch.rank].push_back(Queued {
             ticket: state.last_ticket,

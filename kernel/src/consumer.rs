@@ -1,13 +1,12 @@
-//! A consumer warp, and what all main loops need of it: barriers, the metas of a tile's rows, and stores of results.
+//! A consumer warp, and what all main loops need of it: barriers, what a tile's rows have, and stores of results.
 
 use crate::cta::{Cta, FORMAT, Ring};
 use crate::device::address::SharedAddress;
 use crate::device::barrier::{bar_sync, bar_warp_sync};
 use crate::device::cluster::cluster_ctas;
-use crate::device::copy::{cp_async_u64, cp_async_wait_all};
+use crate::device::copy::{cp_async, cp_async_wait_all};
 use crate::device::global::st_weak_v4;
 use crate::launch::Launch;
-use crate::layout::RowMeta;
 use crate::shared::{PASS_BYTES, UNANNOUNCED_TASKS};
 use crate::task::Task;
 use crate::warps::{WARP, WARPGROUP};
@@ -115,61 +114,55 @@ impl Consumer<'_> {
         }
     }
 
-    /// Starts to load the metas of `rows` rows of the tile from `first` on to where the whole warpgroup finds them: zeros for those behind its last token. All
-    /// warps are done with the last tile's.
+    /// Starts to load what `8 * QUADS` rows of the tile from `first` on have, to where the whole warpgroup finds it: weights in linear 1, addresses of results in linear 2; zeros for rows
+    /// behind the last token. All warps are done with that of the last tile. It is there behind [`Self::await_rows`] and the next `sync`.
     #[inline(always)]
-    pub fn load_row_metas(&self, task: &Task, first: u32, rows: u32) {
-        let metas = self.launch.params().workspace.row_meta;
-        let mut row = self.thread();
-        while row < rows {
-            let exists = first + row < task.rows;
-            let source = self.launch.workspace(metas, (task.pool_row + if exists { first + row } else { 0 }) as u64);
-            // SAFETY: the row lies in the pool; its meta was written before it was counted into the tile, which the producer has seen.
-            unsafe { cp_async_u64(self.cta.row_meta(self.warpgroup, row), source, if exists { 8 } else { 0 }) };
-            row += WARPGROUP;
-        }
+    pub fn load_rows<const QUADS: usize>(&self, task: &Task, first: u32) {
+        let workspace = &self.launch.params().workspace;
+        let rows = self.cta.rows(self.warpgroup);
+        unroll!(INDEX < (8 * QUADS).div_ceil(WARPGROUP as usize), {
+            let row = INDEX as u32 * WARPGROUP + self.thread();
+            if row < 8 * QUADS as u32 {
+                let exists = first + row < task.rows;
+                let source = (task.pool_row + if exists { first + row } else { 0 }) as u64;
+                // SAFETY: the row lies in the pool; what it has was written before it was counted into the tile, which the producer has seen.
+                unsafe {
+                    if task.is_linear1() {
+                        let weight: *const u32 = self.launch.workspace(workspace.row_weight, source);
+                        cp_async::<4>(rows.offset(row * 4), weight.cast(), if exists { 4 } else { 0 });
+                    } else {
+                        let result: *const u64 = self.launch.workspace(workspace.row_result, source);
+                        cp_async::<8>(rows.offset(row * 8), result.cast(), if exists { 8 } else { 0 });
+                    }
+                }
+            }
+        });
     }
 
-    /// Waits for the metas; in linear 2 makes them the addresses of the result rows. They are there for the whole warpgroup behind the next `sync`.
+    /// Waits for what this thread loads of the rows.
     #[inline(always)]
-    pub fn keep_row_metas(&self, task: &Task, rows: u32) {
+    pub fn await_rows(&self) {
         cp_async_wait_all();
-        if task.is_linear1() {
-            return;
-        }
-        let (row_bytes, results) = (self.launch.row_bytes() as u64, self.launch.params().symmetric.combine);
-        let mut row = self.thread();
-        while row < rows {
-            let place = self.cta.row_meta(self.warpgroup, row);
-            // SAFETY: this thread has loaded the meta.
-            let RowMeta { combine_row, rank, .. } = RowMeta::unpack(unsafe { place.load_u64() });
-            let result = self.launch.symmetric_base(rank) + results + combine_row as u64 * row_bytes;
-            // SAFETY: as above.
-            unsafe { place.store_u64(result) };
-            row += WARPGROUP;
-        }
     }
 
     /// Where the result of a row of the current tile goes: in linear 2.
     #[inline(always)]
     pub fn result_row(&self, row: u32) -> u64 {
-        // SAFETY: `keep_row_metas` wrote it, before the last `sync`.
-        unsafe { self.cta.row_meta(self.warpgroup, row).load_u64() }
+        // SAFETY: loaded, and waited for before the last `sync`.
+        unsafe { self.cta.rows(self.warpgroup).offset(row * 8).load_u64() }
     }
 
     /// The routing weight of a row of the current tile: in linear 1.
     #[inline(always)]
     pub fn row_weight(&self, row: u32) -> f32 {
         // SAFETY: as above.
-        RowMeta::unpack(unsafe { self.cta.row_meta(self.warpgroup, row).load_u64() }).weight
+        f32::from_bits(unsafe { self.cta.rows(self.warpgroup).offset(row * 4).load_u32() })
     }
 
     /// The routing weights of a row of the current tile, an even one, and of the next: in linear 1.
     #[inline(always)]
     pub fn row_weights(&self, row: u32) -> [f32; 2] {
         // SAFETY: as above.
-        let [first, weight0, second, weight1] = unsafe { self.cta.row_meta(self.warpgroup, row).load_v4() };
-        [(first, weight0), (second, weight1)]
-            .map(|(lower, upper)| RowMeta::unpack((upper as u64) << 32 | lower as u64).weight)
+        unsafe { self.cta.rows(self.warpgroup).offset(row * 4).load_v2() }.map(f32::from_bits)
     }
 }

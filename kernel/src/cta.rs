@@ -101,10 +101,10 @@ impl Cta {
         self.0.offset(SHARED.scales + stage * FORMAT.scale_stage_bytes())
     }
 
-    /// The meta of a row of those that a consumer warpgroup works on.
+    /// What the rows have that a consumer warpgroup works on: 8 bytes for each.
     #[inline(always)]
-    pub fn row_meta(self, warpgroup: u32, row: u32) -> SharedAddress {
-        self.0.offset(SHARED.row_meta + (warpgroup * FORMAT.warpgroup_tokens + row) * 8)
+    pub fn rows(self, warpgroup: u32) -> SharedAddress {
+        self.0.offset(SHARED.rows + warpgroup * FORMAT.warpgroup_tokens * 8)
     }
 
     /// The count of rows of a local expert.

@@ -28,6 +28,8 @@ pub struct Format {
     pub linear1_tiles: u32,
     /// The most stages of the pipeline. More would only queue at the memory, and flags and fences behind them.
     pub max_stages: u32,
+    /// Rounds of stages before a task's last at which the next one is claimed.
+    pub claim_stages: u32,
     /// Bytes in which one consumer warpgroup transposes its results.
     pub staging_bytes: u32,
     /// Bytes of one buffer for pulling rows, piece by piece: an equal share of it for each row that is on its way.
@@ -62,6 +64,7 @@ impl Format {
         warpgroup_tokens: 256,
         linear1_tiles: 1,
         max_stages: 6,
+        claim_stages: 2,
         staging_bytes: 8192,
         pull_bytes: 6144,
         helper_registers: 88,
@@ -79,6 +82,7 @@ impl Format {
         warpgroup_tokens: 64,
         linear1_tiles: 2,
         max_stages: 6,
+        claim_stages: 3,
         staging_bytes: 16384,
         pull_bytes: 4096,
         helper_registers: 56,

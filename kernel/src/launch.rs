@@ -1,13 +1,14 @@
 //! One rank's launch as its warps see it: addresses, the epoch, and waits with a deadline.
 
 use crate::cta::FORMAT;
-use crate::device::atomic::atom_cas_relaxed_gpu_u64;
+use crate::device::atomic::{atom_cas_relaxed_gpu_u64, atom_inc_relaxed_gpu};
 use crate::device::fence::{fence_acq_rel_gpu, fence_acq_rel_sys};
-use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32};
+use crate::device::global::{ld_acquire_gpu_u32, ld_relaxed_gpu_u64, ld_weak_u32, st_weak_u32, st_weak_u64};
 use crate::device::special::{globaltimer, nanosleep};
-use crate::layout::BF16_BYTES;
+use crate::layout::{BF16_BYTES, RowMeta};
 use crate::params::{Arguments, Params};
 use crate::status::{Status, Timeout};
+use crate::task::Task;
 
 /// Longest pause between two looks at a condition, in nanoseconds.
 const MAX_PAUSE_NS: u32 = 256;
@@ -137,6 +138,34 @@ impl Launch {
     pub fn counter(&self, offset: u64, index: u32) -> *mut u32 {
         let layout = &self.params().workspace;
         self.workspace(layout.counters + self.parity() as u64 * layout.counter.bytes + offset, index as u64)
+    }
+
+    /// Claims the next ticket of a counter of this launch: lane 0 has it.
+    #[inline(always)]
+    pub fn claim(&self, offset: u64, lane: u32) -> u32 {
+        // SAFETY: a counter of this launch.
+        if lane == 0 { unsafe { atom_inc_relaxed_gpu(self.counter(offset, 0)) } } else { 0 }
+    }
+
+    /// Writes down where the result of a pool's row goes, and what it is weighted with. One thread calls this for a row.
+    #[inline(always)]
+    pub fn write_row(&self, pool_row: u32, meta: RowMeta) {
+        let (workspace, results) = (&self.params().workspace, self.params().symmetric.combine);
+        let at = meta.combine_row as u64 * self.row_bytes() as u64;
+        let result: *mut u8 = self.symmetric(meta.rank, results, at);
+        // SAFETY: the row lies in the pool, and this thread alone has it.
+        unsafe {
+            st_weak_u64(self.workspace(workspace.row_result, pool_row as u64), result as u64);
+            st_weak_u32(self.workspace(workspace.row_weight, pool_row as u64), meta.weight.to_bits());
+        }
+    }
+
+    /// Whether all rows of a task's tile were pulled.
+    #[inline(always)]
+    pub fn are_pulled(&self, task: &Task) -> bool {
+        let pulled = self.counter(self.params().workspace.counter.rows_ready, task.tile);
+        // SAFETY: a counter of this launch.
+        unsafe { ld_acquire_gpu_u32(pulled) >= task.rows }
     }
 
     /// Element `index` of the whole set that the next launch uses.

@@ -86,7 +86,7 @@ impl Shape {
     }
 }
 
-/// Where a pool row comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
+/// Where a row of an expert comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
 ///
 /// Bits 0..26 are the combine row (`token * slots + k`), bits 26..32 the rank, bits 32..64 the routing weight as f32. Entries of the
 /// dispatch lists have the same form, but the list says the rank: in its place they have the number of followers, or [`FOLLOWER`].
@@ -198,8 +198,10 @@ pub struct WorkspaceLayout {
     pub counters: u64,
     /// Offsets in one set.
     pub counter: CounterLayout,
-    /// u64 `[pool_rows]`: [`RowMeta`].
-    pub row_meta: u64,
+    /// u64 `[pool_rows]`: address of a row's result, in the combine buffer of its token's rank.
+    pub row_result: u64,
+    /// f32 `[pool_rows]`: its routing weight.
+    pub row_weight: u64,
     /// `[pool_rows][hidden]`: tokens in expert order.
     pub tokens: u64,
     /// f32 `[groups of hidden][pool_rows]`: the tokens' scales, if the format has any.
@@ -390,7 +392,8 @@ impl WorkspaceLayout {
             epoch: parts.take(8, PART_ALIGNMENT),
             counters: parts.take(2 * counter.bytes, PART_ALIGNMENT),
             counter,
-            row_meta: parts.take(rows * 8, PART_ALIGNMENT),
+            row_result: parts.take(rows * 8, PART_ALIGNMENT),
+            row_weight: parts.take(rows * 4, PART_ALIGNMENT),
             tokens: parts.take(rows * pools.token_bytes, PART_ALIGNMENT),
             token_scales: parts.take(rows * pools.token_scales, PART_ALIGNMENT),
             intermediate: parts.take(rows * pools.intermediate_bytes, PART_ALIGNMENT),

@@ -66,7 +66,7 @@ pub struct Params {
     /// Where a traced kernel records.
     pub trace: TraceBuffer,
     /// Zero: up to the alignment.
-    pub reserved: [u64; 2],
+    pub reserved: u64,
 }
 
 /// The kernel's other arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.

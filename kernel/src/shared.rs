@@ -33,8 +33,8 @@ pub struct SharedLayout {
     pub pull: u32,
     /// The stages' scales.
     pub scales: u32,
-    /// Row metas of the current tile (u64), one array a consumer warpgroup.
-    pub row_meta: u32,
+    /// What the rows of the current tile have: weights (f32) in linear 1, addresses of results (u64) in linear 2; one array a consumer warpgroup.
+    pub rows: u32,
     /// Row counts (u32) of the local experts.
     pub expert_rows: u32,
     /// Bits of the local experts that have rows, in words of [`WARP`].
@@ -71,8 +71,8 @@ impl SharedLayout {
         let staging = stages + format.pipeline_bytes();
         let pull = staging + format.consumer_warpgroups * format.staging_bytes;
         let scales = pull + DISPATCH_WARPS * PULL_BUFFERS * format.pull_bytes;
-        let row_meta = scales + format.max_stages * format.scale_stage_bytes();
-        let expert_rows = row_meta + format.consumer_warpgroups * format.warpgroup_tokens * 8;
+        let rows = scales + format.max_stages * format.scale_stage_bytes();
+        let expert_rows = rows + format.consumer_warpgroups * format.warpgroup_tokens * 8;
         let hit_experts = expert_rows + MAX_LOCAL_EXPERTS * 4;
         let tasks = hit_experts + MAX_LOCAL_EXPERTS / WARP * 4;
         let stage_full = tasks + TASK_SLOTS * TASK_BYTES;
@@ -86,7 +86,7 @@ impl SharedLayout {
         let combine_full = pull_full + DISPATCH_WARPS * PULL_BUFFERS * MBARRIER_BYTES;
         let bytes = combine_full + consumers * COMBINE_BUFFERS * MBARRIER_BYTES;
         assert!(staging.is_multiple_of(1024) && format.staging_bytes.is_multiple_of(1024));
-        assert!(scales.is_multiple_of(16) && pull.is_multiple_of(128) && row_meta.is_multiple_of(16));
+        assert!(scales.is_multiple_of(16) && pull.is_multiple_of(128) && rows.is_multiple_of(16));
         assert!(tasks.is_multiple_of(16) && stage_full.is_multiple_of(MBARRIER_BYTES));
         assert!(consumers * COMBINE_BUFFERS * COMBINE_BYTES <= pull);
         assert!(bytes <= SHARED_LIMIT);
@@ -95,7 +95,7 @@ impl SharedLayout {
             staging,
             pull,
             scales,
-            row_meta,
+            rows,
             expert_rows,
             hit_experts,
             tasks,

@@ -49,8 +49,9 @@ impl Rank {
         };
         let scales_at = |index: usize| scales.as_ref().map_or(0, |scales| scales[index].address());
         let layout = workspace.layout();
-        let (own, first, second) = (workspace.rank(rank)?.own.address(), linear1.address(), linear2.address());
-        let maps = |cluster| tensor_maps(&**backend, &shape, format, layout, cluster, own, first, second);
+        let own = workspace.rank(rank)?.own.address();
+        let addresses = [own, linear1.address(), linear2.address()];
+        let maps = |cluster| tensor_maps(&**backend, &shape, format, layout, cluster, addresses);
         let single = Params {
             maps: maps(1)?,
             symmetric_bases: workspace.bases(),
@@ -69,7 +70,7 @@ impl Rank {
             layer: number,
             padding: 0,
             trace: TraceBuffer::NONE,
-            reserved: [0; 2],
+            reserved: 0,
         };
         // A task of several weight tiles keeps a CTA to itself: with scales, clusters were slower (docs/performance.md).
         let most = if format.linear1_tiles > 1 { 1 } else { MAX_CLUSTER };

@@ -4,16 +4,16 @@ use core::arch::asm;
 
 use super::address::SharedAddress;
 
-/// `cp.async.ca.shared.global` of 8 bytes: `bytes` of them (0 or 8) from the source, zeros behind.
+/// `cp.async.ca.shared.global` of `BYTES` bytes (4 or 8): `bytes` of them (all or none) from the source, zeros behind.
 ///
 /// # Safety
-/// Both addresses are 8-byte aligned and in bounds, and no other thread touches the destination until this one has waited, and synchronised with it.
+/// Both addresses are aligned to their size and in bounds, and no other thread touches the destination until this one has waited, and synchronised with it.
 #[inline(always)]
-pub unsafe fn cp_async_u64(destination: SharedAddress, source: *const u64, bytes: u32) {
+pub unsafe fn cp_async<const BYTES: u32>(destination: SharedAddress, source: *const u8, bytes: u32) {
     // SAFETY: the caller's.
     unsafe {
-        asm!("cp.async.ca.shared.global [{0}], [{1}], 8, {2};",
-            in(reg32) destination.0, in(reg64) source, in(reg32) bytes)
+        asm!("cp.async.ca.shared.global [{0}], [{1}], {3}, {2};",
+            in(reg32) destination.0, in(reg64) source, in(reg32) bytes, const BYTES)
     };
 }
 

@@ -29,6 +29,11 @@ impl MainLoop for Bf16 {
     fn quantise(_: &Launch, _: u32) {}
 
     #[inline(always)]
+    fn rows_there(launch: &Launch, task: &Task) -> bool {
+        launch.are_pulled(task)
+    }
+
+    #[inline(always)]
     fn wait_for_records(_: &Launch, _: bool, _: u32) {}
 
     /// Other ranks read the hidden states themselves.
@@ -85,12 +90,12 @@ where
     Accumulators<QUADS>: Bf16Product,
 {
     let shape = &consumer.launch.params().shape;
-    // A full stage means that the tile's rows, and so their metas, are there.
+    // A full stage means that the tile's rows are there.
     consumer.cta.stage_full(ring.slot).wait(ring.parity);
-    consumer.load_row_metas(task, 0, 8 * QUADS as u32);
+    consumer.load_rows::<QUADS>(task, 0);
     let k_blocks = FORMAT.k_blocks(task.columns(shape));
     let accumulators = multiply::<QUADS>(consumer, consumer.cta.pipeline(task), k_blocks, ring);
-    consumer.keep_row_metas(task, 8 * QUADS as u32);
+    consumer.await_rows();
     consumer.sync();
     if task.is_linear1() {
         finish_linear1(consumer, task, &accumulators);

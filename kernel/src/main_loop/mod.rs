@@ -26,8 +26,12 @@ pub trait MainLoop {
     /// Where a task's scales are.
     type Scales;
 
-    /// Consumers, at the start: makes records of this rank's tokens where other ranks read records, together with the warps of all CTAs.
+    /// Consumers, at the start, together with those of all CTAs: in a format with scales makes records of this rank's tokens where all ranks read them, and writes the
+    /// shared experts' rows.
     fn quantise(launch: &Launch, lane: u32);
+
+    /// Producer: whether all rows of a linear 1 task's tile are in the pool.
+    fn rows_there(launch: &Launch, task: &Task) -> bool;
 
     /// Dispatch: waits until the records of rank `source` are there, if this lane `waits`. All lanes call this.
     fn wait_for_records(launch: &Launch, waits: bool, source: u32);

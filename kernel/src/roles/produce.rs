@@ -55,11 +55,10 @@ impl Producer<'_> {
     #[inline(always)]
     fn load_linear1(&mut self, task: &Task) {
         let params = self.launch.params();
-        let pulled = self.launch.counter(params.workspace.counter.rows_ready, task.tile);
         let operands = [&raw const params.maps.linear1, map_of(&params.maps.tokens, task)];
         let missing = || Timeout { stage: Stage::Rows, rank: params.rank, subject: task.tile };
-        // SAFETY: a counter of this launch.
-        self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(pulled) } >= task.rows);
+        let launch = self.launch;
+        self.load(task, operands, missing, || Loop::rows_there(launch, task));
     }
 
     /// Linear 2 multiplies intermediate rows: waits until all of the tile's columns are in the pool.
@@ -109,7 +108,7 @@ impl Producer<'_> {
         let k_blocks = FORMAT.k_blocks(task.columns(shape));
         let blocks = task.weight_tiles(&FORMAT, shape) * k_blocks;
         // As late as the way there and back lets it, so that tickets are taken up in their order, by CTAs that have the time.
-        let claim_block = blocks.saturating_sub(2 * stages(task.widest));
+        let claim_block = blocks.saturating_sub(FORMAT.claim_stages * stages(task.widest));
         if task.old_stages > 0 {
             self.retire(task.old_stages);
         }

@@ -8,13 +8,12 @@ use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
 use crate::device::fence::fence_proxy_async_global;
-use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64, st_weak_u64};
+use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64};
 use crate::device::special::ctas;
 use crate::device::warp::{ballot, redux_add, shfl_idx};
 use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
 use crate::main_loop::{Loop, MainLoop};
-use crate::roles::route::claim;
 use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows, shared_row};
 use crate::shared::PULL_BUFFERS;
 use crate::sources::{Sources, place_of, source_at};
@@ -34,18 +33,16 @@ const _: () = assert!(piece_bytes(MAX_PULL_ROWS).is_multiple_of(PIECE_STEP) && p
 #[inline(always)]
 pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let shape = &launch.params().shape;
-    let next = launch.counter(launch.params().workspace.counter.pull_ticket, 0);
-    let claim = || shfl_idx(claim(next, lane), 0);
+    let claim = || shfl_idx(launch.claim(launch.params().workspace.counter.pull_ticket, lane), 0);
     let shared_rows = shape.shared_experts * launch.tokens();
-    let batch = pull_rows(shared_rows, ctas());
-    let shared_tickets = (shared_rows + batch - 1) >> batch.ilog2();
+    // In a format with scales, who quantises a token writes it to the shared experts' rows.
+    let to_pull = if FORMAT.scaled { 0 } else { shared_rows };
+    let batch = pull_rows(to_pull, ctas());
+    let shared_tickets = (to_pull + batch - 1) >> batch.ilog2();
     // SAFETY: asked for nothing before the counts are there.
     let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
     let mut puller = Puller { launch, cta, warp, lane, rows, batch, ring: Ring::new() };
     let mut ticket = claim();
-    if shared_rows > 0 {
-        Loop::wait_for_records(launch, lane == 0, launch.params().rank);
-    }
     while ticket < shared_tickets {
         mark!(launch, Pull, ticket * batch);
         puller.copy_shared(ticket * batch + lane);
@@ -292,8 +289,7 @@ impl Puller<'_> {
         // While the first pieces are on their way.
         let workspace = &launch.params().workspace;
         let destination = destination(self).map(|(meta, row)| {
-            // SAFETY: the row lies in the pool, and this lane alone has it.
-            unsafe { st_weak_u64(launch.workspace(workspace.row_meta, row.pool_row as u64), meta.pack()) };
+            launch.write_row(row.pool_row, meta);
             row
         });
         let mut at = 0;

@@ -3,9 +3,7 @@
 //! Dispatch warps claim chunks of tokens; while tokens are few, one chunk is all of them. The warp that finishes a rank's last chunk publishes
 //! the rank's counts to every rank.
 
-use crate::device::atomic::{
-    atom_add_acq_rel_gpu, atom_add_relaxed_gpu, atom_inc_relaxed_gpu, red_min_relaxed_gpu_u64,
-};
+use crate::device::atomic::{atom_add_acq_rel_gpu, atom_add_relaxed_gpu, red_min_relaxed_gpu_u64};
 use crate::device::barrier::bar_warp_sync;
 use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::warp::{ballot, shfl_idx};
@@ -26,8 +24,7 @@ pub fn route(launch: &Launch, lane: u32) {
     let counters = &launch.params().workspace.counter;
     let (tokens, top_k) = (launch.tokens(), launch.params().shape.top_k);
     let (per_chunk, chunks) = (route_tokens(tokens, top_k), route_chunks(tokens, top_k));
-    let ticket = launch.counter(counters.route_ticket, 0);
-    let mut claimed = claim(ticket, lane);
+    let mut claimed = launch.claim(counters.route_ticket, lane);
     // Under way together with the claim: while tokens are few, nothing else is there to do.
     let mut chosen = Chosen::load(launch, 0, per_chunk.min(tokens), lane);
     loop {
@@ -58,15 +55,8 @@ pub fn route(launch: &Launch, lane: u32) {
             mark!(launch, PublishCounts);
             publish(launch, lane);
         }
-        claimed = claim(ticket, lane);
+        claimed = launch.claim(counters.route_ticket, lane);
     }
-}
-
-/// Claims the next ticket: lane 0 has it.
-#[inline(always)]
-pub fn claim(ticket: *mut u32, lane: u32) -> u32 {
-    // SAFETY: a counter of this launch.
-    if lane == 0 { unsafe { atom_inc_relaxed_gpu(ticket) } } else { 0 }
 }
 
 /// The token and the choice that a lane looks at in a pass over the tokens from `first` on.

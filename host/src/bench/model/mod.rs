@@ -269,7 +269,7 @@ impl Load {
     fn claimed_after(&self, task: &Task) -> f64 {
         let blocks = task.weight_tiles(&self.format, &self.shape) * self.format.k_blocks(task.columns(&self.shape));
         let stages = (self.format.packed_stages() >> (4 * task.widest)) as u32 & 0xf;
-        f64::from(blocks.saturating_sub(2 * stages)) / f64::from(blocks)
+        f64::from(blocks.saturating_sub(self.format.claim_stages * stages)) / f64::from(blocks)
     }
 
     /// The number of each expert's first tile.

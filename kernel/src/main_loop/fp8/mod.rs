@@ -46,6 +46,15 @@ impl MainLoop for Fp8 {
     }
 
     #[inline(always)]
+    fn rows_there(launch: &Launch, task: &Task) -> bool {
+        if task.expert < launch.params().shape.shared_experts {
+            record::all_written(launch)
+        } else {
+            launch.are_pulled(task)
+        }
+    }
+
+    #[inline(always)]
     fn wait_for_records(launch: &Launch, waits: bool, source: u32) {
         record::wait(launch, waits, source);
     }

@@ -34,13 +34,12 @@ where
         return;
     }
     let shape = &consumer.launch.params().shape;
-    let rows = 8 * QUADS as u32;
-    // A full stage means that the tile's rows, and so their metas, are there.
+    // A full stage means that the tile's rows are there.
     consumer.cta.stage_full(ring.slot).wait(ring.parity);
-    consumer.load_row_metas(task, 0, rows);
+    consumer.load_rows::<QUADS>(task, 0);
     if !task.is_linear1() {
         let sums = multiply::<QUADS>(consumer, task, ring);
-        consumer.keep_row_metas(task, rows);
+        consumer.await_rows();
         consumer.sync();
         linear2::finish(consumer, task, &sums);
         return;
@@ -49,7 +48,7 @@ where
     for tile in 0..task.weight_tiles(&FORMAT, shape) {
         let sums = multiply::<QUADS>(consumer, task, ring);
         if tile == 0 {
-            consumer.keep_row_metas(task, rows);
+            consumer.await_rows();
             consumer.sync();
         }
         let limit = consumer.launch.params().swiglu_limit;
@@ -79,7 +78,7 @@ where
     bar_sync::<PAIR_BARRIER, { WARPGROUPS * WARPGROUP }>();
     let thread = consumer.warpgroup * WARPGROUP + consumer.thread();
     // A tile's chunks, by turns: the first warpgroup's, then the second's.
-    group::store(consumer, task, (0, task.rows), (thread, WARPGROUPS * WARPGROUP), |row, chunk| {
+    group::store::<QUADS>(consumer, task, (0, task.rows), (thread, WARPGROUPS * WARPGROUP), |row, chunk| {
         let (tile, of_tile) = (chunk / (WARPGROUPS * TILE_CHUNKS), chunk % (WARPGROUPS * TILE_CHUNKS));
         let area = consumer.cta.staging(of_tile / TILE_CHUNKS);
         area.offset(group::staged(CHUNKS, row, tile * TILE_CHUNKS + of_tile % TILE_CHUNKS))

@@ -6,13 +6,14 @@ use crate::device::barrier::bar_warp_sync;
 use crate::device::convert::{abs_bf16x2, e4m3x4, max_nan_bf16x2, rcp, unpack_bf16x2};
 use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::{
-    ld_acquire_sys_u32, ld_weak_u32, ld_weak_u64, ld_weak_v4, st_relaxed_sys_u32, st_weak_u32, st_weak_u64,
+    ld_acquire_gpu_u32, ld_acquire_sys_u32, ld_weak_u32, ld_weak_u64, ld_weak_v4, st_relaxed_sys_u32, st_weak_u32,
+    st_weak_u64,
 };
 use crate::device::warp::shfl_idx;
 use crate::format::FORMAT;
 use crate::launch::Launch;
+use crate::layout::RowMeta;
 use crate::quantise::{GROUP, GroupScale, ScaleKind, groups};
-use crate::roles::route::claim;
 use crate::status::{Stage, Timeout};
 use crate::warps::WARP;
 
@@ -21,7 +22,7 @@ const LANE_COLUMNS: u32 = 8;
 /// Columns of a warp's access.
 const WARP_COLUMNS: u32 = WARP * LANE_COLUMNS;
 /// Accesses of a warp that are under way together: a unit.
-const ACCESSES: usize = 4;
+const ACCESSES: usize = 8;
 /// Columns of a unit.
 const UNIT_COLUMNS: u32 = WARP_COLUMNS * ACCESSES as u32;
 /// Lanes that share a group.
@@ -46,11 +47,8 @@ pub fn address(launch: &Launch, source: u32, token: u32) -> *mut u8 {
 pub fn write(launch: &Launch, lane: u32) {
     let params = launch.params();
     let (shape, counters) = (&params.shape, &params.workspace.counter);
-    let per_token = shape.hidden.div_ceil(UNIT_COLUMNS);
-    // A rank without tokens has a unit too, for others wait for it.
-    let units = (launch.tokens() * per_token).max(1);
-    let ticket = launch.counter(counters.quantise_ticket, 0);
-    let mut claimed = claim(ticket, lane);
+    let (per_token, units) = (units_of_token(launch), units(launch));
+    let mut claimed = launch.claim(counters.quantise_ticket, lane);
     let mut done = 0;
     loop {
         let unit = shfl_idx(claimed, 0);
@@ -58,9 +56,16 @@ pub fn write(launch: &Launch, lane: u32) {
             break;
         }
         // Under way while this one is written.
-        claimed = claim(ticket, lane);
+        claimed = launch.claim(counters.quantise_ticket, lane);
         let (token, columns) = (unit / per_token, unit % per_token * UNIT_COLUMNS);
         if token < launch.tokens() {
+            if columns == 0 && lane < shape.shared_experts {
+                let combine_row = token * shape.slots() + shape.top_k + lane;
+                launch.write_row(
+                    shared_row(launch, lane, token),
+                    RowMeta { combine_row, rank: params.rank, weight: 1.0 },
+                );
+            }
             if launch.hidden_scales() == 0 {
                 quantise(launch, token, columns, lane);
             } else {
@@ -84,6 +89,55 @@ pub fn write(launch: &Launch, lane: u32) {
     }
 }
 
+/// Units of a token.
+#[inline(always)]
+fn units_of_token(launch: &Launch) -> u32 {
+    launch.params().shape.hidden.div_ceil(UNIT_COLUMNS)
+}
+
+/// Units of a rank: one that has no tokens has one too, for others wait for it.
+#[inline(always)]
+fn units(launch: &Launch) -> u32 {
+    (launch.tokens() * units_of_token(launch)).max(1)
+}
+
+/// Whether all units of this rank are written.
+#[inline(always)]
+pub fn all_written(launch: &Launch) -> bool {
+    let done = launch.counter(launch.params().workspace.counter.quantised, 0);
+    // SAFETY: a counter of this launch.
+    unsafe { ld_acquire_gpu_u32(done) >= units(launch) }
+}
+
+/// The pool's row of a token for a shared expert: they come first, each with all tokens.
+#[inline(always)]
+fn shared_row(launch: &Launch, expert: u32, token: u32) -> u32 {
+    expert * FORMAT.tiles.padded_rows(launch.tokens()) + token
+}
+
+/// Stores eight columns of a token, and in the group's first lane its scale, to the token's record and to its rows of the shared experts.
+#[inline(always)]
+fn store(launch: &Launch, token: u32, column: u32, values: u64, scale: u32, lane: u32) {
+    let params = launch.params();
+    let (workspace, hidden, group) = (&params.workspace, params.shape.hidden, column / GROUP);
+    let record = address(launch, params.rank, token);
+    // SAFETY: the record is this rank's, the rows are this token's, and both have a place for every column and every group.
+    unsafe {
+        st_weak_u64(record.wrapping_add(column as usize).cast(), values);
+        if lane % GROUP_LANES == 0 {
+            st_weak_u32(record.wrapping_add((hidden + group * 4) as usize).cast(), scale);
+        }
+        for expert in 0..params.shape.shared_experts {
+            let row = shared_row(launch, expert, token);
+            st_weak_u64(launch.pool_row(workspace.tokens, hidden, row).wrapping_add(column as usize).cast(), values);
+            if lane % GROUP_LANES == 0 {
+                let place = launch.workspace(workspace.token_scales, group as u64 * workspace.pool_rows + row as u64);
+                st_weak_u32(place, scale);
+            }
+        }
+    }
+}
+
 /// First column of a lane's access of this number, if it exists.
 #[inline(always)]
 fn column(launch: &Launch, first: u32, access: usize, lane: u32) -> Option<u32> {
@@ -94,9 +148,7 @@ fn column(launch: &Launch, first: u32, access: usize, lane: u32) -> Option<u32> 
 /// A unit of bf16.
 #[inline(always)]
 fn quantise(launch: &Launch, token: u32, first: u32, lane: u32) {
-    let hidden = launch.params().shape.hidden;
     let source = (launch.hidden_states() + token as u64 * launch.row_bytes() as u64) as *const u8;
-    let record = address(launch, launch.params().rank, token);
     // SAFETY: zeros are valid u32.
     let mut values: [[u32; 4]; ACCESSES] = unsafe { core::mem::zeroed() };
     unroll!(ACCESS < ACCESSES, {
@@ -117,14 +169,7 @@ fn quantise(launch: &Launch, token: u32, first: u32, lane: u32) {
         let scale = GroupScale::new(larger_half(largest), scale_kind(launch), rcp);
         if let Some(column) = column(launch, first, ACCESS, lane) {
             let word = e4m3_of([a, b], scale.inverse) as u64 | (e4m3_of([c, d], scale.inverse) as u64) << 32;
-            // SAFETY: the record is this rank's, and has a place for every column and every group.
-            unsafe {
-                st_weak_u64(record.wrapping_add(column as usize).cast(), word);
-                if lane % GROUP_LANES == 0 {
-                    let place = record.wrapping_add((hidden + column / GROUP * 4) as usize);
-                    st_weak_u32(place.cast(), scale.scale.to_bits());
-                }
-            }
+            store(launch, token, column, word, scale.scale.to_bits(), lane);
         }
     });
 }
@@ -135,18 +180,14 @@ fn copy(launch: &Launch, token: u32, first: u32, lane: u32) {
     let hidden = launch.params().shape.hidden;
     let source = (launch.hidden_states() + token as u64 * hidden as u64) as *const u8;
     let scales = (launch.hidden_scales() as *const u32).wrapping_add((token * groups(hidden)) as usize);
-    let record = address(launch, launch.params().rank, token);
     unroll!(ACCESS < ACCESSES, {
         if let Some(column) = column(launch, first, ACCESS, lane) {
-            // SAFETY: the hidden states have this row, and a scale for each of its groups; as above.
-            unsafe {
-                let word = ld_weak_u64(source.wrapping_add(column as usize).cast());
-                st_weak_u64(record.wrapping_add(column as usize).cast(), word);
-                if lane % GROUP_LANES == 0 {
-                    let scale = ld_weak_u32(scales.wrapping_add((column / GROUP) as usize));
-                    st_weak_u32(record.wrapping_add((hidden + column / GROUP * 4) as usize).cast(), scale);
-                }
-            }
+            // SAFETY: the hidden states have this row, and a scale for each of its groups.
+            let (values, scale) = unsafe {
+                let values = ld_weak_u64(source.wrapping_add(column as usize).cast());
+                (values, ld_weak_u32(scales.wrapping_add((column / GROUP) as usize)))
+            };
+            store(launch, token, column, values, scale, lane);
         }
     });
 }

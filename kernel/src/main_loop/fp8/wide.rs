@@ -26,6 +26,9 @@ type Sums = Accumulators<QUADS>;
 
 /// 16-byte chunks of a staged row; in linear 2 a lane stores each.
 const CHUNKS: u32 = WEIGHT_TILE * 2 / 16;
+/// Rows that a warpgroup stores at once, and how often.
+const PASS_ROWS: u32 = WARPGROUP / CHUNKS;
+const PASSES: usize = (TOKENS / PASS_ROWS) as usize;
 
 /// A task whose tile is wide.
 #[inline(always)]
@@ -38,13 +41,13 @@ pub fn run(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) {
     let shape = &consumer.launch.params().shape;
     let area = consumer.cta.staging(consumer.warpgroup);
     let rows = TOKENS.min(task.rows.saturating_sub(first));
-    // A full stage means that the tile's rows, and so their metas, are there.
+    // A full stage means that the tile's rows are there.
     consumer.cta.stage_full(ring.slot).wait(ring.parity);
-    consumer.load_row_metas(task, first, TOKENS);
+    consumer.load_rows::<{ TOKENS as usize / 8 }>(task, first);
     for tile in 0..task.weight_tiles(&FORMAT, shape) {
         let sums = multiply(consumer, task, ring);
         if tile == 0 {
-            consumer.keep_row_metas(task, TOKENS);
+            consumer.await_rows();
             consumer.sync();
         }
         // Matrices: eight tokens by columns 0..8, the next eight by the same, then both by the next eight columns.
@@ -64,11 +67,17 @@ pub fn run(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) {
     if task.is_linear1() {
         if rows > 0 {
             let place = |row: u32, chunk: u32| area.offset(group::staged(CHUNKS, row, chunk));
-            group::store(consumer, task, (first, rows), (consumer.thread(), WARPGROUP), place);
+            group::store::<{ TOKENS as usize / 8 }>(
+                consumer,
+                task,
+                (first, rows),
+                (consumer.thread(), WARPGROUP),
+                place,
+            );
         }
     } else {
         store_results(consumer, task, rows);
-        // The metas are written again behind this.
+        // The addresses are written again behind this.
         consumer.sync();
     }
 }
@@ -97,19 +106,24 @@ fn stage_activated(consumer: Consumer<'_>, sums: &Sums, place: impl Fn(u32) -> c
 #[inline(always)]
 fn store_results(consumer: Consumer<'_>, task: &Task, rows: u32) {
     let area = consumer.cta.staging(consumer.warpgroup);
-    let (chunk, mut row) = (consumer.thread() % CHUNKS, consumer.thread() / CHUNKS);
+    let (chunk, first) = (consumer.thread() % CHUNKS, consumer.thread() / CHUNKS);
     let column = task.weight_row + chunk * 8;
-    if column >= consumer.launch.params().shape.hidden {
-        return;
-    }
-    while row < rows {
-        // SAFETY: the row is staged, and its result has no other writer.
-        unsafe {
-            let results = area.offset(group::staged(CHUNKS, row, chunk)).load_v4();
-            st_weak_v4((consumer.result_row(row) + column as u64 * 2) as *mut u8, results);
+    let exists = column < consumer.launch.params().shape.hidden;
+    // All are loaded before the first is stored.
+    // SAFETY: zeros are valid.
+    let (mut results, mut places): ([[u32; 4]; PASSES], [u64; PASSES]) = unsafe { core::mem::zeroed() };
+    unroll!(PASS < PASSES, {
+        let row = first + PASS as u32 * PASS_ROWS;
+        // SAFETY: the row is staged, or holds what no token has.
+        results[PASS] = unsafe { area.offset(group::staged(CHUNKS, row, chunk)).load_v4() };
+        places[PASS] = consumer.result_row(row) + column as u64 * 2;
+    });
+    unroll!(PASS < PASSES, {
+        if exists && first + PASS as u32 * PASS_ROWS < rows {
+            // SAFETY: the token's rank has a place for this row, and it has no other writer.
+            unsafe { st_weak_v4(places[PASS] as *mut u8, results[PASS]) };
         }
-        row += WARPGROUP / CHUNKS;
-    }
+    });
 }
 
 /// The product of this warpgroup's 64 tokens with a weight tile, over all k-blocks.
