@@ -1,5 +1,6 @@
 //! Everything that can go wrong, as one enum: what was wrong, the value, and what would be right.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -265,6 +266,41 @@ pub enum Error {
         /// The expert id, where it is known: not after a queued launch.
         expert: Option<i32>,
     },
+    /// A layer that is larger than what its workspace was made for.
+    #[error("the layer does not fit its workspace: it has {}", excesses.iter().map(Excess::to_string).collect::<Vec<_>>().join(", and "))]
+    NotInWorkspace {
+        /// The sizes that do not fit.
+        excesses: Vec<Excess>,
+    },
+    /// A layer in a number format that its workspace was not made for.
+    #[error("the layer's experts run in {format}, and its workspace was made for {formats}")]
+    NotThatFormat {
+        /// The layer's.
+        format: &'static str,
+        /// The workspace's.
+        formats: String,
+    },
+    /// More layers than a workspace can tell apart.
+    #[error("a workspace has at most {most} layers")]
+    TooManyLayers {
+        /// The most layers.
+        most: u32,
+    },
+    /// Two ranks have launched different layers of a workspace at the same time.
+    #[error(
+        "rank {rank} launched layer {layer} of the workspace when rank {other} launched layer {other_layer}; all ranks must launch its layers in \
+         the same order"
+    )]
+    LayerOrder {
+        /// The rank that noticed.
+        rank: usize,
+        /// The number of its layer.
+        layer: usize,
+        /// The other rank.
+        other: usize,
+        /// The number of its layer.
+        other_layer: usize,
+    },
     /// A wait of the kernel ran past its deadline.
     #[error("rank {rank} waited in vain for rank {missing}: {}; did every rank launch?", waited_for(*stage, *subject))]
     Deadline {
@@ -297,10 +333,8 @@ pub enum Error {
         /// What would be right.
         expected: String,
     },
-    /// A launch after one that ended with [`Error::Deadline`], in a group of several processes.
-    #[error(
-        "the ranks are out of step after a launch that ran past its deadline; every process must call `FusedMoe::recover` first"
-    )]
+    /// A launch after one that ended with [`Error::Deadline`] or [`Error::LayerOrder`], in a group of several processes.
+    #[error("the ranks are out of step after a launch that failed; every process must call `Workspace::recover` first")]
     NotRecovered,
     /// GPUs are missing, or the CUDA driver failed.
     #[error(transparent)]
@@ -328,9 +362,28 @@ pub enum Error {
     },
 }
 
+/// A size of a layer that its workspace has no room for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Excess {
+    /// "a hidden size of", ...
+    pub what: &'static str,
+    /// The layer's.
+    pub layer: usize,
+    /// What the workspace was made for.
+    pub workspace: usize,
+}
+
+impl fmt::Display for Excess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, layer, workspace } = self;
+        write!(f, "{what} {layer}, {} more than the {workspace} it was made for", layer.saturating_sub(*workspace))
+    }
+}
+
 fn waited_for(stage: ferromoe_kernel::status::Stage, subject: u32) -> String {
     use ferromoe_kernel::status::Stage;
     match stage {
+        Stage::Layer => format!("it launched layer {subject}"),
         Stage::Records => "dispatch had not all of its quantised tokens".into(),
         Stage::Counts => format!("dispatch had no token counts for expert {subject}"),
         Stage::Rows => format!("linear 1 had not all rows of tile {subject}"),

@@ -97,8 +97,8 @@ impl DeviceGroup {
     }
 
     /// Opens rank `rank` of `ranks`, whose other ranks are other processes. All meet at `address`: rank 0 listens there, and all
-    /// wait for each other for at most `timeout`, now and whenever they do something together: [`crate::FusedMoe::new`],
-    /// [`crate::FusedMoe::recover`], and the release of a layer. So it is longer than weights take to load, and than the deadline
+    /// wait for each other for at most `timeout`, now and whenever they do something together: [`crate::Workspace::new`],
+    /// [`crate::FusedMoe::new`], [`crate::Workspace::recover`], and the release of a workspace. So it is longer than weights take to load, and than the deadline
     /// of a launch.
     ///
     /// A rank takes the GPU of its number, or the only one that `CUDA_VISIBLE_DEVICES` leaves it; with [`Device::SharedGpu`] ranks

@@ -3,8 +3,8 @@
 //!
 //! [`HfLayer::open`] reads the MoE block of a Hugging Face checkpoint, its [`Router`] chooses experts,
 //! [`ExpertWeights::prepare`] and [`ExpertWeights::prepare_fp8`] lay the weights out for a rank, and [`reference::forward`] is the plain
-//! definition that results are held against, [`reference::forward_a8`] the one for experts in FP8. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, and [`FusedMoe`] runs the layer on
-//! them.
+//! definition that results are held against, [`reference::forward_a8`] the one for experts in FP8. [`DeviceGroup`] opens the ranks, GPUs or simulated ones,
+//! [`Workspace`] holds what the layers of a model share on them, and [`FusedMoe`] runs a layer.
 
 mod backend;
 pub mod bench;
@@ -35,11 +35,12 @@ mod tokens;
 pub mod trace;
 mod weight_matrix;
 mod weights;
+mod workspace;
 
 pub use checkpoint::{Checkpoint, HfLayer};
 pub use config::{ExpertFormat, MAX_LOCAL_EXPERTS, MAX_RANKS, MAX_TOP_K, MoeConfig, SIZE_STEP, split_tokens};
 pub use cuda::CudaError;
-pub use error::{Error, Result};
+pub use error::{Error, Excess, Result};
 pub use ferromoe_kernel::quantise::ScaleKind;
 pub use fp8::Fp8Matrix;
 pub use fused::{DEFAULT_DEADLINE, FusedMoe, RankBatch, RankInputs, RankOutput};
@@ -54,3 +55,4 @@ pub use router::{ExpertGroups, Router, Routing, Scoring};
 pub use tokens::Fp8Tokens;
 pub use weight_matrix::WeightMatrix;
 pub use weights::{Expert, ExpertWeights, Fp8RankWeights, RankWeights};
+pub use workspace::{Workspace, WorkspaceSizes};

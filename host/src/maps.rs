@@ -10,16 +10,14 @@ use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType, TensorMap
 use crate::backend::Backend;
 use crate::error::Result;
 
-/// Encodes all maps of one rank, for clusters of `cluster` CTAs. The addresses are those of its workspace and of its two weight buffers.
+/// Encodes all maps of one rank, for clusters of `cluster` CTAs. The addresses are those of its workspace and of its two weight buffers, in this order.
 pub(crate) fn tensor_maps(
     backend: &dyn Backend,
     shape: &Shape,
     format: &Format,
     layout: &WorkspaceLayout,
     cluster: u32,
-    workspace: u64,
-    linear1: u64,
-    linear2: u64,
+    [workspace, linear1, linear2]: [u64; 3],
 ) -> Result<TensorMaps> {
     let (hidden, intermediate) = (u64::from(shape.hidden), u64::from(shape.intermediate));
     let weights = |address, columns, rows| {

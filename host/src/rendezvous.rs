@@ -73,10 +73,12 @@ pub enum RendezvousError {
         rank: usize,
     },
     /// A rank that cannot do its part.
-    #[error("rank {rank} could not make its part of the layer; its own error says why")]
+    #[error("rank {rank} could not make its part of the {what}; its own error says why")]
     NotReady {
         /// The rank.
         rank: usize,
+        /// What was made.
+        what: &'static str,
     },
     /// Rank 0 says that the group cannot be.
     #[error("rank 0 reports: {reason}")]

@@ -207,7 +207,7 @@ impl Node {
     /// An entry that was not prepared.
     fn queue(&self, state: &mut State, launch: &RankLaunch<'_>, reported: bool) -> Result<u64> {
         let module =
-            lock(&self.modules).get(launch.entry).cloned().ok_or_else(|| Error::NotPrepared { entry: launch.entry })?;
+            lock(&self.modules).get(launch.entry).cloned().ok_or(Error::NotPrepared { entry: launch.entry })?;
         state.last_ticket += 1;
         state.queues[launch.rank].push_back(Queued {
             ticket: state.last_ticket,
@@ -410,7 +410,6 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
-    use crate::fused::FusedMoe;
     use crate::group::{Device, DeviceGroup};
     use crate::rendezvous::RendezvousAddress;
     use crate::testing::{Tokens, small_config};
@@ -427,7 +426,7 @@ mod tests {
         let layer = |rank| {
             let group =
                 DeviceGroup::join(Device::Sim(SimOptions::default()), rank, 2, &address, Duration::from_secs(3))?;
-            let mut moe = FusedMoe::new(&group, &config, &weights)?;
+            let mut moe = crate::testing::layer(&group, &config, &weights)?;
             moe.set_deadline(Duration::from_millis(1));
             Ok::<_, Error>(moe)
         };

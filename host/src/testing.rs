@@ -9,12 +9,14 @@ use rand::seq::index;
 use rand::{Rng, SeedableRng};
 
 use crate::config::{ExpertFormat, MoeConfig};
-use crate::fused::{RankBatch, RankInputs};
+use crate::error::Result;
+use crate::fused::{FusedMoe, RankBatch, RankInputs};
 use crate::group::DeviceGroup;
 use crate::memory::{DeviceBuffer, Stream};
 use crate::reference;
 use crate::router::Routing;
 use crate::weights::ExpertWeights;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// The four recorded checkpoints.
 pub const FIXTURES: [&str; 4] = ["mixtral", "qwen3-moe", "deepseek-v3", "deepseek-v4"];
@@ -37,6 +39,11 @@ pub fn small_config() -> MoeConfig {
         experts_format: ExpertFormat::Bf16,
         scales: ScaleKind::F32,
     }
+}
+
+/// A layer with a workspace of its own.
+pub fn layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<FusedMoe> {
+    FusedMoe::new(&Workspace::new(group, &WorkspaceSizes::of([config]))?, config, weights)
 }
 
 /// Random tokens of one rank.
@@ -68,7 +75,7 @@ impl Tokens {
 
     /// Holds an output against the reference; bf16 operands, intermediate and combine rows allow an error of 6e-3.
     pub fn check(&self, config: &MoeConfig, weights: &ExpertWeights, output: &[bf16], what: &str) {
-        let expected = reference::forward(config, weights, &self.hidden_states, &self.routing).unwrap();
+        let expected = reference::of_format(config, weights, &self.hidden_states, &self.routing).unwrap();
         let error = reference::relative_l2(output, &expected);
         assert!(error <= 6e-3, "{what}: a relative L2 error of {error:.2e}");
     }

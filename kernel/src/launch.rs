@@ -89,8 +89,22 @@ impl Launch {
     /// Index of (source rank, routed expert of the rank) in a rank's counts, for this launch's parity.
     #[inline(always)]
     pub fn count_index(&self, source: u32, expert: u32) -> u64 {
-        let shape = &self.params().shape;
-        ((self.parity() * shape.ranks + source) * shape.routed_experts() + expert) as u64
+        let params = self.params();
+        params.symmetric.count_index(&params.shape, self.parity(), source, expert)
+    }
+
+    /// Where a rank finds the entry at a slot of the list of `source` for one of its routed experts.
+    #[inline(always)]
+    pub fn list_place(&self, rank: u32, source: u32, expert: u32, slot: u32) -> *mut u64 {
+        let symmetric = &self.params().symmetric;
+        self.symmetric(rank, symmetric.lists, symmetric.list_index(&self.params().shape, source, expert, slot))
+    }
+
+    /// Where a rank finds the place of a follower of this number, of a token of `source`.
+    #[inline(always)]
+    pub fn follower_place(&self, rank: u32, source: u32, token: u32, number: u32) -> *mut u32 {
+        let symmetric = &self.params().symmetric;
+        self.symmetric(rank, symmetric.followers, symmetric.follower_index(&self.params().shape, source, token, number))
     }
 
     /// Where a rank finds the distance of `source`'s hidden states in this launch.
@@ -98,6 +112,19 @@ impl Launch {
     pub fn hidden_distance(&self, rank: u32, source: u32) -> *mut u64 {
         let index = self.parity() * self.params().shape.ranks + source;
         self.symmetric(rank, self.params().symmetric.hidden, index as u64)
+    }
+
+    /// Where a rank finds the layer that `source` has launched, as [`Self::launched_layer`] gives this rank's.
+    #[inline(always)]
+    pub fn layer_place(&self, rank: u32, source: u32) -> *mut u64 {
+        let index = self.parity() * self.params().shape.ranks + source;
+        self.symmetric(rank, self.params().symmetric.layers, index as u64)
+    }
+
+    /// The layer of this launch, below its epoch.
+    #[inline(always)]
+    pub fn launched_layer(&self) -> u64 {
+        (self.epoch() as u64) << 32 | self.params().layer as u64
     }
 
     /// Element `index` of the array at `offset` in the workspace.
@@ -212,6 +239,13 @@ impl Launch {
         }
     }
 
+    /// Reports what makes the launch useless, unless something was reported before: this and all later waits of the rank fall through.
+    #[inline(always)]
+    pub fn give_up(&self, why: Timeout) {
+        // SAFETY: the status words lie in the workspace.
+        unsafe { atom_cas_relaxed_gpu_u64(&raw mut (*self.status()).timeout, 0, why.pack(self.params().layer)) };
+    }
+
     /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.
     ///
     /// Every wait on another CTA or rank goes through here.
@@ -232,8 +266,7 @@ impl Launch {
                 return;
             }
             if globaltimer() - start > self.params().deadline_ns {
-                // SAFETY: as above.
-                unsafe { atom_cas_relaxed_gpu_u64(timeout, 0, missing().pack()) };
+                self.give_up(missing());
                 return;
             }
             nanosleep(pause);

@@ -43,11 +43,11 @@ pub struct Params {
     pub linear2_scales: u64,
     /// How long one wait may last, in nanoseconds.
     pub deadline_ns: u64,
-    /// Offsets in the symmetric buffers.
+    /// Offsets in the symmetric buffers, for the sizes of the layer's workspace.
     pub symmetric: SymmetricLayout,
-    /// Offsets in the workspace.
+    /// Offsets in the workspace, for its sizes.
     pub workspace: WorkspaceLayout,
-    /// Sizes.
+    /// Sizes of the layer.
     pub shape: Shape,
     /// This rank.
     pub rank: u32,
@@ -59,10 +59,14 @@ pub struct Params {
     pub cluster: u32,
     /// What scales of tokens and intermediate may be: a [`crate::quantise::ScaleKind`].
     pub scale_kind: u32,
+    /// Number of the layer among those of its workspace.
+    pub layer: u32,
+    /// Zero: aligns what follows.
+    pub padding: u32,
     /// Where a traced kernel records.
     pub trace: TraceBuffer,
     /// Zero: up to the alignment.
-    pub reserved: [u64; 6],
+    pub reserved: u64,
 }
 
 /// The kernel's other arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ferromoe::{
     Device, DeviceGroup, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, ScaleKind,
-    SimOptions, reference,
+    SimOptions, Workspace, WorkspaceSizes, reference,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -199,7 +199,9 @@ impl Case {
         let most = self.tokens.iter().copied().max().unwrap_or(0).max(self.config.max_tokens_per_rank).max(1);
         let config = MoeConfig { max_tokens_per_rank: most, ..self.config.clone() };
         let weights = Arc::new(ExpertWeights::random(&config, self.data));
-        let moe = FusedMoe::new(group, &config, &weights).unwrap_or_else(|error| panic!("{self:?}: {error}"));
+        let moe = Workspace::new(group, &WorkspaceSizes::of([&config]))
+            .and_then(|workspace| FusedMoe::new(&workspace, &config, &weights))
+            .unwrap_or_else(|error| panic!("{self:?}: {error}"));
         Layer { config, weights, moe }
     }
 

@@ -5,7 +5,9 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferromoe::{DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, Routing, SimOptions, reference};
+use ferromoe::{
+    DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, Routing, SimOptions, Workspace, WorkspaceSizes, reference,
+};
 use ptx_sim::{Module, RunOptions, SimError};
 
 use crate::{Case, Choices, TOLERANCE, Tokens};
@@ -137,7 +139,8 @@ impl SmallCase {
         let drains = self.launches.iter().any(|launch| matches!(launch, Expectation::LostRank(_)));
         let run = RunOptions { checks: run.checks && !drains, ..run.clone() };
         let group = DeviceGroup::simulated(Some(module.clone()), self.case.ranks(), sim, run)?;
-        let mut moe = FusedMoe::new(&group, &self.case.config, &self.weights)?;
+        let workspace = Workspace::new(&group, &WorkspaceSizes::of([&self.case.config]))?;
+        let mut moe = FusedMoe::new(&workspace, &self.case.config, &self.weights)?;
         moe.set_deadline(DEADLINE);
         let (mut instructions, began, used) = (0, Instant::now(), processor_time());
         for (launch, expectation) in self.launches.iter().enumerate() {

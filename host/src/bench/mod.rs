@@ -6,6 +6,7 @@
 pub(crate) mod draw;
 mod gpu;
 mod inputs;
+mod layers;
 mod model;
 mod phases;
 mod shape;
@@ -24,6 +25,7 @@ use work::RankWork;
 
 pub use draw::Choice;
 pub use gpu::{GpuMeasurement, on_gpus};
+pub use layers::{LayerCounts, LayerTimes, LayersMeasurement, layers};
 pub use model::{MACHINES, Machine, Modelled, PHASES, PhaseWork, modelled};
 pub use phases::{Estimate, PhaseCount, RatioLimits, RoleWaits};
 pub use shape::{BenchShape, SHAPES};

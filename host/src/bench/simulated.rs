@@ -10,6 +10,7 @@ use crate::bench::{Plan, Setting, count, draw, input_sets};
 use crate::error::Result;
 use crate::fused::{FusedMoe, PARTS, clusters_pay};
 use crate::group::DeviceGroup;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// What one launch counted, the sums over all ranks, beside the least that its routing allows.
 #[derive(Clone, Debug, Serialize)]
@@ -48,7 +49,8 @@ pub fn simulated(plan: &Plan, group: &DeviceGroup, mut report: impl FnMut(SimMea
     let config = plan.config();
     config.validate(group.ranks())?;
     let weights = draw::weights(&config, 1);
-    let mut layer = FusedMoe::new(group, &config, &weights)?;
+    let workspace = Workspace::new(group, &WorkspaceSizes::of([&config]))?;
+    let layer = FusedMoe::new(&workspace, &config, &weights)?;
     let states = States::new(config.max_tokens_per_rank, config.hidden, group.ranks());
     for &tokens in &plan.tokens {
         let sets = input_sets(group, &config, &states, tokens, plan.choice, 1)?;

@@ -16,6 +16,7 @@ use crate::fused::FusedMoe;
 use crate::group::DeviceGroup;
 use crate::router::Routing;
 use crate::trace::Trace;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// Records of a role for a matrix product: more than any role makes.
 const RECORDS_PER_TASK: u64 = 12;
@@ -49,20 +50,21 @@ pub fn traced(plan: &Plan, group: &DeviceGroup, gpus: &[Gpu]) -> Result<Traced> 
     config.validate(group.ranks())?;
     let tokens = plan.tokens.first().copied().unwrap_or(1);
     let weights = draw::weights(&config, 1);
-    let mut layer = FusedMoe::new(group, &config, &weights)?;
+    let workspace = Workspace::new(group, &WorkspaceSizes::of([&config]))?;
+    let mut layer = FusedMoe::new(&workspace, &config, &weights)?;
     let states = States::new(config.max_tokens_per_rank, config.hidden, INPUT_SETS * group.ranks());
     let sets = input_sets(group, &config, &states, tokens, plan.choice, INPUT_SETS)?;
     let capacity = sets.iter().map(|set| capacity(layer.shape(), &config, &set.routings, group)).max();
     layer.record_trace(capacity.unwrap_or(1))?;
-    let run_first = |layer: &mut FusedMoe| {
+    let run_first = |layer: &FusedMoe| {
         let inputs: Vec<_> = (0..group.ranks()).map(|rank| sets[0].inputs(rank)).collect();
         // SAFETY: the set's buffers are as large as its tokens need, and live longer than the launch.
         unsafe { layer.run(&inputs) }
     };
-    run_first(&mut layer)?;
+    run_first(&layer)?;
     sets[0].poison(group)?;
     let (launches, us) = if group.is_simulated() {
-        run_first(&mut layer)?;
+        run_first(&layer)?;
         (1, None)
     } else {
         let (launches, us) = run_in_a_row(&layer, gpus, &sets)?;
@@ -82,7 +84,7 @@ fn run_in_a_row(layer: &FusedMoe, gpus: &[Gpu], sets: &[InputSet]) -> Result<(us
             // SAFETY: the stream is the rank's, and the sets outlive the rounds.
             unsafe { layer.enqueue(rank, stream, sets[round % sets.len()].inputs(rank)) }
         })?;
-        layer.check()?;
+        layer.workspace().check()?;
         let slowest = |round: usize| times.iter().map(|rank| rank[round]).max().unwrap_or_default();
         let mut all: Vec<_> = (1..count).map(slowest).collect();
         all.sort_unstable();

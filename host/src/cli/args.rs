@@ -185,6 +185,8 @@ Examples:
       the whole layer on eight GPUs
   ferromoe bench --shape flash --device sim --ranks 2
       counted bytes and operations
+  ferromoe bench --shape flash --tokens 64 --layers 8
+      eight layers that share one workspace, in a CUDA graph
   ferromoe bench --shape v3 --device model
       what it should take on an H200 and on an H20
 
@@ -199,6 +201,10 @@ pub struct BenchArgs {
     /// Tokens of every rank, separated by commas [default: 1,8,64,512,2048,8192; in the simulator 1,8,64,512]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub tokens: Vec<usize>,
+
+    /// Run so many layers with weights of their own, one after the other in a CUDA graph, and print what one takes
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub layers: Option<usize>,
 
     #[command(flatten)]
     pub run: MeasureArgs,

@@ -3,12 +3,16 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, Plan};
+use clap::CommandFactory;
+use clap::error::ErrorKind;
+use ferromoe::bench::{
+    self, BenchShape, GpuMeasurement, LayerCounts, LayerTimes, LayersMeasurement, MACHINES, Modelled, PHASES, Plan,
+};
 use ferromoe::cuda::{Gpu, Limits};
 use ferromoe::{Device, DeviceGroup, SimOptions};
 use serde::Serialize;
 
-use super::args::{BenchArgs, MeasureOn};
+use super::args::{BenchArgs, Cli, MeasureOn};
 use super::{counts, print};
 
 /// Tokens of a rank on a GPU, and in the simulator, which is far slower.
@@ -19,9 +23,17 @@ const SIM_TOKENS: [usize; 4] = [1, 8, 64, 512];
 pub fn bench(args: &BenchArgs) -> Result<()> {
     args.run.check_machine()?;
     if args.run.device == MeasureOn::Model {
+        if args.layers.is_some() {
+            let conflict = "the model knows a single layer: --layers cannot be used with --device model";
+            Cli::command().error(ErrorKind::ArgumentConflict, conflict).exit();
+        }
         return modelled(args);
     }
-    match args.run.device.gpus(args.run.ranks)? {
+    let gpus = args.run.device.gpus(args.run.ranks)?;
+    if let Some(count) = args.layers {
+        return layers(args, count, gpus.as_deref().unwrap_or_default());
+    }
+    match gpus {
         Some(gpus) => on_gpus(args, &gpus),
         None => simulated(args),
     }
@@ -58,6 +70,47 @@ fn simulated(args: &BenchArgs) -> Result<()> {
         printed?;
     }
     Ok(())
+}
+
+fn layers(args: &BenchArgs, count: usize, gpus: &[Gpu]) -> Result<()> {
+    let simulated = gpus.is_empty();
+    let device = if simulated { Device::Sim(SimOptions::default()) } else { Device::Cuda };
+    let group = DeviceGroup::open(device, args.run.ranks)?;
+    for &shape in &args.shapes {
+        let (shape, tokens) =
+            if simulated { (shape.scaled_down(args.run.ranks), &SIM_TOKENS[..]) } else { (shape, &GPU_TOKENS[..]) };
+        let plan = plan(args, shape, tokens);
+        if !args.json {
+            let header = if simulated { LAYER_COUNTS_HEADER } else { LAYER_TIMES_HEADER };
+            let heading = heading(&plan, args.run.ranks, group.description());
+            print::text(&format!("{heading}{count} layers with weights of their own; the mean of a layer:\n{header}"))?;
+        }
+        let mut printed = Ok(());
+        bench::layers(&plan, count, &group, gpus, |found| show(args, &found, layers_row, &mut printed))?;
+        printed?;
+    }
+    Ok(())
+}
+
+const LAYER_TIMES_HEADER: &str = "  tokens  us a layer      p10      p90    graphs  workspace MiB    error";
+const LAYER_COUNTS_HEADER: &str =
+    "  tokens  instructions     memory MB  NVLink MB    operations  simulated us  workspace MiB    error";
+
+fn layers_row(found: &LayersMeasurement) -> String {
+    let mut row = format!("{:>8}", found.setting.tokens);
+    // Writing to a String cannot fail.
+    if let Some(LayerTimes { graphs, us, us_p10, us_p90 }) = found.times {
+        let _ = write!(row, " {us:>11.1} {us_p10:>8.1} {us_p90:>8.1} {graphs:>9}");
+    } else if let Some(LayerCounts { instructions, memory_bytes, nvlink_bytes, tensor_ops, simulated_us }) =
+        found.counts
+    {
+        let (memory, nvlink) = (memory_bytes / 1e6, nvlink_bytes / 1e6);
+        let _ =
+            write!(row, " {instructions:>13.0} {memory:>13.3} {nvlink:>10.3} {tensor_ops:>13.0} {simulated_us:>13.1}");
+    }
+    let mebibytes = found.workspace_bytes as f64 / f64::from(1 << 20);
+    let _ = write!(row, " {mebibytes:>14.1} {:>8.1e}", found.setting.relative_error);
+    row
 }
 
 fn modelled(args: &BenchArgs) -> Result<()> {
@@ -169,7 +222,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::cli::args::{Cli, Command};
+    use crate::cli::args::Command;
 
     fn args(options: &str) -> Result<BenchArgs, clap::Error> {
         let words = ["ferromoe", "bench"].into_iter().chain(options.split_whitespace());

@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use ferromoe::{
-    Checkpoint, Error, ExpertFormat, Fp8Tokens, HfLayer, MoeConfig, MoeInput, Result, Routing, example, reference,
-    split_tokens,
+    Checkpoint, Error, ExpertFormat, Fp8Tokens, HfLayer, MoeConfig, MoeInput, Result, Routing, WorkspaceSizes, example,
+    reference, split_tokens,
 };
 use half::bf16;
 
@@ -96,6 +96,11 @@ impl Job {
             Self { checkpoint: name, layer, config, input, input_name, finite, routing, route, same_experts, shares };
         job.check_values()?;
         Ok(job)
+    }
+
+    /// What a workspace for the layer has to hold.
+    pub fn workspace_sizes(&self) -> WorkspaceSizes {
+        WorkspaceSizes::of([&self.config])
     }
 
     /// Checks that there is something to compare if there are tokens, and something to compare it with.

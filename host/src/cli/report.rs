@@ -53,6 +53,8 @@ pub struct Report {
     pub tokens_per_rank: Vec<usize>,
     pub ranks: usize,
     pub device: String,
+    /// Bytes of the workspace on each rank; all layers of a model can share one.
+    pub workspace_bytes: u64,
     pub seed: u64,
     /// "file" or "compute".
     pub route: &'static str,
@@ -85,6 +87,7 @@ pub struct Report {
 /// How a job ran.
 pub struct Execution {
     pub device: String,
+    pub workspace_bytes: u64,
     pub cost: Vec<Cost>,
     pub rank_elapsed: Vec<Duration>,
     pub elapsed: Duration,
@@ -109,6 +112,7 @@ impl Report {
             tokens_per_rank: job.shares.iter().map(ExactSizeIterator::len).collect(),
             ranks: job.shares.len(),
             device: execution.device,
+            workspace_bytes: execution.workspace_bytes,
             seed,
             route: match job.route {
                 RouteArg::File => "file",
@@ -168,6 +172,8 @@ impl Display for Report {
             )?,
         }
         writeln!(f, "device   {}", self.device)?;
+        let mebibytes = self.workspace_bytes as f64 / f64::from(1 << 20);
+        writeln!(f, "memory   {mebibytes:.1} MiB of workspace on each rank, which all layers of a model share")?;
         self.write_costs(f)?;
         let slowest = self.rank_seconds.iter().copied().fold(0.0, f64::max);
         writeln!(
@@ -278,6 +284,7 @@ mod tests {
         let cost = |instructions| Cost { instructions, ..Cost::default() };
         let execution = Execution {
             device: "2 ranks".into(),
+            workspace_bytes: 3 << 19,
             cost: vec![cost(12), cost(3_456_789)],
             rank_elapsed: vec![Duration::from_micros(5), Duration::from_micros(9)],
             elapsed: Duration::from_millis(1500),
@@ -295,6 +302,7 @@ mod tests {
             "         hidden 192, intermediate 64, 16 experts, top-4, 1 shared",
             "tokens   50 on 2 ranks: 25 + 25",
             "routing  as in the input file",
+            "memory   1.5 MiB of workspace on each rank, which all layers of a model share",
             "cost                             rank 0     rank 1",
             "         warp instructions           12  3,456,789",
             "         NVLink bytes read            0          0",
@@ -330,6 +338,7 @@ mod tests {
         assert_eq!(json["relative_l2_error"], 1e-2);
         assert_eq!(json["compared_with"], "output_f32");
         assert_eq!(json["tokens_per_rank"], json!([25, 25]));
+        assert_eq!(json["workspace_bytes"], 3 << 19);
         assert_eq!(json["cost"][1]["instructions"], 3_456_789);
     }
 

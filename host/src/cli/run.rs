@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use ferromoe::{Device, DeviceGroup, Error, FusedMoe, RankBatch, RankOutput, SimOptions};
+use ferromoe::{Device, DeviceGroup, Error, FusedMoe, RankBatch, RankOutput, SimOptions, Workspace};
 use half::bf16;
 use indicatif::ProgressBar;
 use serde_json::Value;
@@ -41,6 +41,7 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     }
     let execution = Execution {
         device: group.description().to_owned(),
+        workspace_bytes: job.workspace_sizes().bytes(args.ranks)?,
         cost: outputs.iter().filter_map(|rank| rank.cost).collect(),
         rank_elapsed: outputs.iter().map(|rank| rank.elapsed).collect(),
         elapsed,
@@ -112,7 +113,8 @@ fn device(args: &RunArgs) -> Device {
 fn forward(job: &Job, group: &DeviceGroup) -> ferromoe::Result<(Vec<RankOutput>, Duration)> {
     let spinner = ProgressBar::new_spinner().with_message(format!("running on {}", group.description()));
     spinner.enable_steady_tick(Duration::from_millis(100));
-    let mut layer = FusedMoe::new(group, &job.config, &job.layer.weights)?;
+    let workspace = Workspace::new(group, &job.workspace_sizes())?;
+    let mut layer = FusedMoe::new(&workspace, &job.config, &job.layer.weights)?;
     let shares = (0..group.ranks()).map(|rank| job.share(rank));
     let batch: Vec<RankBatch> = shares
         .map(|(hidden_states, topk_idx, topk_weights)| RankBatch { hidden_states, topk_idx, topk_weights })

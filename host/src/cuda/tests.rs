@@ -9,8 +9,9 @@ use crate::fused::{FusedMoe, RankInputs};
 use crate::group::{Device, DeviceGroup, SimOptions};
 use crate::memory::DeviceBuffer;
 use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
-use crate::testing::{EngineRank, Tokens, small_config};
+use crate::testing::{EngineRank, Tokens, layer, small_config};
 use crate::weights::ExpertWeights;
+use crate::workspace::{Workspace, WorkspaceSizes};
 use cust::stream::{Stream, StreamFlags};
 use libloading::Library;
 use ptx_sim::TensorMapSpec;
@@ -455,7 +456,7 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let group = DeviceGroup::open(Device::Cuda, 2).unwrap();
-    let moe = FusedMoe::new(&group, &config, &weights).unwrap();
+    let moe = layer(&group, &config, &weights).unwrap();
     let engine = [0, 1].map(|rank| EngineRank::new(&group, &config, rank));
     let capture = |rank: usize, engine: &EngineRank| {
         let stream = engine.stream.raw();
@@ -478,7 +479,7 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
             unsafe { graph.launch(engine.stream.raw()) }.unwrap();
         }
         engine.iter().for_each(|engine| engine.stream.synchronize().unwrap());
-        moe.check().unwrap();
+        moe.workspace().check().unwrap();
         for (engine, tokens) in engine.iter().zip(&tokens) {
             tokens.check(&config, &weights, &engine.output(tokens), &format!("replay {step}"));
         }
@@ -489,13 +490,58 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
     assert_eq!(fake.live(), "");
 }
 
+#[test]
+fn two_layers_of_a_workspace_are_captured_in_one_graph() {
+    let fake = FakeDriver::with(2, 9);
+    let small = small_config();
+    let configs =
+        [MoeConfig { experts: 6, intermediate: 128, ..small.clone() }, MoeConfig { shared_experts: 2, ..small }];
+    let group = DeviceGroup::open(Device::Cuda, 2).unwrap();
+    let workspace = Workspace::new(&group, &WorkspaceSizes::of(&configs)).unwrap();
+    let layers = configs.map(|config| {
+        let weights = ExpertWeights::random(&config, 5);
+        let moe = FusedMoe::new(&workspace, &config, &weights).unwrap();
+        let ranks = [0, 1].map(|rank| (EngineRank::new(&group, &config, rank), Tokens::random(&config, 3 + rank, 1)));
+        ranks.iter().for_each(|(engine, tokens)| engine.write(tokens));
+        (moe, weights, ranks)
+    });
+    let capture = |rank: usize| {
+        let stream = layers[0].2[rank].0.stream.raw();
+        let enqueue = || {
+            layers.iter().try_for_each(|(moe, _, ranks)| {
+                // SAFETY: the stream is the rank's, and everything lives until the graph is dropped.
+                unsafe { moe.enqueue(rank, stream, ranks[rank].0.inputs()) }
+            })
+        };
+        // SAFETY: as above.
+        unsafe { CapturedGraph::capture::<Error>(stream, enqueue) }.unwrap()
+    };
+    let graphs = [capture(0), capture(1)];
+    for replay in 0..2 {
+        for (graph, (engine, _)) in graphs.iter().zip(&layers[0].2) {
+            // SAFETY: the graph was captured on this stream, and all that it uses is alive.
+            unsafe { graph.launch(engine.stream.raw()) }.unwrap();
+        }
+        layers[0].2.iter().for_each(|(engine, _)| engine.stream.synchronize().unwrap());
+        workspace.check().unwrap();
+        for (moe, weights, ranks) in &layers {
+            for (engine, tokens) in ranks {
+                tokens.check(moe.config(), weights, &engine.output(tokens), &format!("replay {replay}"));
+            }
+        }
+    }
+    assert_eq!(fake.calls_of("cuLaunchKernelEx").len(), 4, "two layers of each rank");
+    drop((graphs, layers, workspace, group));
+    assert_eq!(fake.live(), "");
+}
+
 /// A kernel with the entry and the arguments of the real one that does nothing.
 const EMPTY_LAYER: &str = ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry ferromoe_bf16(\n.param .u64 a,\n\
     .param .u64 b,\n.param .u64 c,\n.param .u64 d,\n.param .u64 e,\n.param .u64 f,\n.param .u64 g\n)\n{ ret; }\n";
 
 /// Everything that an engine does with a layer, one launch in a CUDA graph included.
 fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<(), Error> {
-    let mut moe = FusedMoe::new(group, config, weights)?;
+    let mut moe = layer(group, config, weights)?;
     moe.set_deadline(Duration::from_secs(1));
     let tokens: Vec<_> = group.local_ranks().map(|rank| Tokens::random(config, 3 + rank, 1)).collect();
     moe.forward(&tokens.iter().map(Tokens::batch).collect::<Vec<_>>())?;
@@ -505,7 +551,7 @@ fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights)
     let stream = group.stream(rank)?;
     let address = memory.address();
     let inputs = RankInputs {
-        hidden_states: moe.hidden_states(rank)?.address(),
+        hidden_states: moe.workspace().hidden_states(rank)?.address(),
         hidden_scales: 0,
         topk_idx: address,
         topk_weights: address,
@@ -518,8 +564,8 @@ fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights)
     // SAFETY: as above.
     unsafe { graph.launch(stream.raw()) }?;
     stream.synchronize()?;
-    moe.check()?;
-    moe.recover()
+    moe.workspace().check()?;
+    moe.workspace().recover()
 }
 
 /// Asserts that what came of a failing call is an error that names it.

@@ -40,7 +40,7 @@ impl FusedMoe {
     ) -> Result<Option<[Traffic; PARTS.len()]>> {
         let mut parts = [Traffic::default(); PARTS.len()];
         for (range, reader, writer) in self.places(rank, inputs, tokens as u64)? {
-            let Some(traffic) = self.group.backend.traffic(range)? else { return Ok(None) };
+            let Some(traffic) = self.workspace.group().backend.traffic(range)? else { return Ok(None) };
             let written =
                 Traffic { hbm_write: traffic.hbm_write, nvlink_write: traffic.nvlink_write, ..Traffic::default() };
             parts[reader as usize] += Traffic { hbm_write: 0, nvlink_write: 0, ..traffic };
@@ -55,7 +55,6 @@ impl FusedMoe {
         let state = self.rank(rank)?;
         let params = &state.params[0];
         let (symmetric, workspace) = (&params.symmetric, &params.workspace);
-        let format = self.config.experts_format.kernel();
         let row = u64::from(self.shape.hidden) * BF16_BYTES;
         let choices = tokens * u64::from(self.shape.top_k) * 4;
         let at = |base: u64, from: u64, to: u64| base + from..base + to;
@@ -73,7 +72,11 @@ impl FusedMoe {
             (shared(symmetric.flags, symmetric.lists), Combine, Linear2),
             (shared(symmetric.lists, symmetric.combine), Dispatch, Dispatch),
             (shared(symmetric.combine, symmetric.quantised), Combine, Linear2),
-            (shared(symmetric.quantised, symmetric.bytes(&self.shape, format)), Dispatch, Dispatch),
+            (
+                shared(symmetric.quantised, symmetric.bytes(self.workspace.shape(), self.workspace.formats())),
+                Dispatch,
+                Dispatch,
+            ),
             (own(workspace.row_result, workspace.row_weight), Linear2, Dispatch),
             (own(workspace.row_weight, workspace.tokens), Linear1, Dispatch),
             (own(workspace.tokens, workspace.intermediate), Linear1, Dispatch),

@@ -107,10 +107,8 @@ pub fn sources_of(launch: &Launch, expert: u32) -> Sources {
 /// A list's entry at a slot, with the rank that has written it: the meta of a row; then how many follow it, or [`FOLLOWER`].
 #[inline(always)]
 fn entry(launch: &Launch, source: u32, expert: u32, slot: u32) -> (RowMeta, u32) {
-    let params = launch.params();
-    let list = (source * params.shape.routed_experts() + expert) as u64 * params.shape.max_tokens as u64;
     // SAFETY: the source has written `count` entries before its counts, and `slot` is below `count`.
-    let word = unsafe { ld_weak_u64(launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64)) };
+    let word = unsafe { ld_weak_u64(launch.list_place(launch.params().rank, source, expert, slot)) };
     let entry = RowMeta::unpack(word);
     (RowMeta { rank: source, ..entry }, entry.rank)
 }
@@ -234,10 +232,10 @@ impl Puller<'_> {
             tile: shfl_idx(row.tile - FORMAT.tiles.tile_of_row(row.row, self.rows.rows(row.expert)), leader),
         };
         follower?;
-        let token = source * shape.max_tokens + combine_row / shape.slots();
-        let index = token as u64 * shape.top_k as u64 + number as u64;
         // SAFETY: the source has written the places of all followers before its counts.
-        let word = unsafe { ld_weak_u32(self.launch.symmetric(params.rank, params.symmetric.followers, index)) };
+        let word = unsafe {
+            ld_weak_u32(self.launch.follower_place(params.rank, source, combine_row / shape.slots(), number))
+        };
         let ListPlace { expert, slot } = ListPlace::unpack(word);
         // The leader's expert is the first of all, but for what a launch reads that is past its deadline.
         let local = shape.shared_experts + expert;

@@ -110,7 +110,7 @@ impl Chosen {
                     slots[PASS] = unsafe { atom_add_relaxed_gpu(sent, 1) };
                 }
                 Choice::Bad(fault) => {
-                    let report = BadChoice { token, k, fault }.pack();
+                    let report = BadChoice { layer: params.layer, token, k, fault }.pack();
                     // SAFETY: the status words lie in the workspace.
                     unsafe { red_min_relaxed_gpu_u64(&raw mut (*launch.status()).bad_choice, report) };
                 }
@@ -129,8 +129,7 @@ impl Chosen {
                 let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
                 let combine_row = token * shape.slots() + k;
                 let entry = RowMeta { combine_row, rank: followers[PASS], weight: self.weights[PASS] };
-                let list = (params.rank * shape.routed_experts() + local) as u64 * shape.max_tokens as u64;
-                let place = launch.symmetric(owner, params.symmetric.lists, list + slots[PASS] as u64);
+                let place = launch.list_place(owner, params.rank, local, slots[PASS]);
                 // SAFETY: a token names an expert at most once, so that the slot is below the maximum of tokens.
                 unsafe { st_weak_u64(place, entry.pack()) };
             }
@@ -180,8 +179,7 @@ impl Chosen {
                 let (token, _) = choice_at(shape.top_k, first, PASS, lane);
                 let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
                 let number = (together[PASS] & !(1 << leader) & ((1 << lane) - 1)).count_ones();
-                let row = (params.rank * shape.max_tokens + token) as u64 * shape.top_k as u64;
-                let place = launch.symmetric(owner, params.symmetric.followers, row + number as u64);
+                let place = launch.follower_place(owner, params.rank, token, number);
                 // SAFETY: a token has fewer followers than choices.
                 unsafe { st_weak_u32(place, ListPlace { expert: local, slot: slots[PASS] }.pack()) };
             }
@@ -190,7 +188,7 @@ impl Chosen {
     }
 }
 
-/// Tells every rank where this rank's hidden states are, then how many rows it gets for each of its experts.
+/// Tells every rank which layer this rank has launched and where its hidden states are, then how many rows it gets for each of its experts.
 #[inline(always)]
 fn publish(launch: &Launch, lane: u32) {
     let params = launch.params();
@@ -199,6 +197,8 @@ fn publish(launch: &Launch, lane: u32) {
         let distance = launch.hidden_states().wrapping_sub(launch.symmetric_base(params.rank));
         // SAFETY: every rank has a place for every source's distance.
         unsafe { st_weak_u64(launch.hidden_distance(lane, params.rank), distance) };
+        // SAFETY: every rank has a place for every source's layer.
+        unsafe { st_relaxed_sys_u64(launch.layer_place(lane, params.rank), launch.launched_layer()) };
     }
     bar_warp_sync();
     let mut first = lane;

@@ -64,9 +64,10 @@ fn shape_of(launch: &Launch, most_rows: u32) -> ScheduleShape {
 #[inline(always)]
 fn check_tokens(launch: &Launch, lane: u32) {
     let claimed = launch.claimed_tokens();
+    let excess = (launch.params().layer as u64) << 32 | claimed as u64;
     if lane == 0 && cta_index() == 0 && claimed > launch.params().shape.max_tokens {
         // SAFETY: the status words lie in the workspace, and only this thread writes this one.
-        unsafe { st_weak_u64(&raw mut (*launch.status()).excess_tokens, claimed as u64) };
+        unsafe { st_weak_u64(&raw mut (*launch.status()).excess_tokens, excess) };
     }
 }
 
@@ -82,7 +83,8 @@ pub fn zero_next_counters(launch: &Launch, lane: u32) {
     }
 }
 
-/// Waits for every rank's counts, and adds up the rows of every local expert in shared memory.
+/// Waits for every rank's counts, and adds up the rows of every local expert in shared memory: none for routed experts if a rank has launched another
+/// layer, or has not launched before the deadline.
 #[inline(always)]
 fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     let params = launch.params();
@@ -99,6 +101,13 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     // SAFETY: a place in the counts, which lie as `[ranks][routed_experts]`.
     let load = |index: u32| unsafe { ld_relaxed_sys_u64(counts.wrapping_add(index as usize)) };
     let is_new = |word: u64| (word >> 32) as u32 == epoch;
+    // Every lane looks at a rank's layer too: one for each rank gets here, as there are at least as many experts.
+    let source = lane.min(shape.ranks - 1);
+    let layer_place = launch.layer_place(params.rank, source);
+    // SAFETY: a place in the layers.
+    let load_layer = || unsafe { ld_relaxed_sys_u64(layer_place) };
+    let expected = launch.launched_layer();
+    let mut launched = expected;
     let last = shape.experts - 1;
     let mut first = lane;
     // Divisions take their time: a lane steps from expert to expert.
@@ -110,6 +119,9 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
         // SAFETY: zeros are valid u64.
         let mut words: [u64; COUNTS_AT_ONCE] = unsafe { core::mem::zeroed() };
         let missing = || {
+            if !is_new(load_layer()) {
+                return Timeout { stage: Stage::Counts, rank: source, subject: params.rank * routed };
+            }
             let mut index = first;
             while index + WARP <= last && is_new(load(index)) {
                 index += WARP;
@@ -118,9 +130,11 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
         };
         launch.wait_until(missing, || {
             unroll!(COUNT < COUNTS_AT_ONCE, { words[COUNT] = load(within(at(COUNT))) });
-            let mut all = true;
+            launched = load_layer();
+            let mut all = is_new(launched);
             unroll!(COUNT < COUNTS_AT_ONCE, { all &= is_new(words[COUNT]) });
-            all
+            // Who has launched another layer may have counts elsewhere.
+            all || is_new(launched) && launched != expected
         });
         unroll!(COUNT < COUNTS_AT_ONCE, {
             if at(COUNT) <= last && is_new(words[COUNT]) {
@@ -136,6 +150,18 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     // wrote before their counts, for this warp and those that it tells.
     bar_warp_sync();
     launch.fence();
+    if ballot(launched != expected) != 0 {
+        if is_new(launched) && launched != expected {
+            launch.give_up(Timeout { stage: Stage::Layer, rank: source, subject: launched as u32 });
+        }
+        bar_warp_sync();
+        let mut expert = shared + lane;
+        while expert < shape.local_experts() {
+            // SAFETY: as above; all lanes have added what they had.
+            unsafe { cta.expert_rows(expert).store_u32(0) };
+            expert += WARP;
+        }
+    }
 }
 
 /// Marks the local experts that have rows; returns the rows of the one that has the most.

@@ -5,5 +5,6 @@ mod fp8;
 mod invariance;
 mod launches;
 mod layer;
+mod model;
 mod trace;
 mod traffic;

@@ -11,9 +11,10 @@ use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
 use crate::error::Result;
-use crate::fused::{clusters_pay, layer_shape, wave_tiles};
+use crate::fused::{clusters_pay, wave_tiles};
 use crate::router::Routing;
 use crate::trace::Trace;
+use crate::workspace::layer_shape;
 use timeline::{COUNTS_NS, FIRST_ROWS_NS, RankModel};
 
 /// The rates of a GPU.
