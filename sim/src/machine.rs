@@ -14,6 +14,7 @@ use crate::profile::Profile;
 use crate::program::{Entry, Module, Reference};
 use crate::quanta;
 use crate::schedule::Prepared;
+use crate::wgmma::Fp8Sums;
 
 /// A kernel argument.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +75,8 @@ pub struct RunOptions {
     /// Whether a matrix product that reads shared memory which nothing has written is an error. Copies carry the
     /// mark along, so a tile with rows that no one needs may have it.
     pub check_matrix_operands: bool,
+    /// How `wgmma` adds products of 8-bit numbers: with the few bits that Hopper keeps, unless told otherwise.
+    pub fp8_sums: Fp8Sums,
     /// Whether accesses that nothing orders are errors: data races, missing proxy fences, early reuse. By default where
     /// debug assertions are on, as in tests; it takes a few times as long.
     pub checks: bool,
@@ -91,6 +94,7 @@ impl Default for RunOptions {
             residency: None,
             step_limit: None,
             check_matrix_operands: true,
+            fp8_sums: Fp8Sums::default(),
             checks: cfg!(debug_assertions),
             threads: None,
             profile: None,
