@@ -385,8 +385,11 @@ unsafe fn aligned_blocks<V: Lanes>(
     d: &mut [[f32; THREADS]],
 ) {
     for (block, registers) in d.chunks_exact_mut(4).enumerate() {
-        let units: [Units; 4] =
-            std::array::from_fn(|r| Units::new(largest_exponents(left, right, depth, block, r), &registers[r]));
+        let mut units = [const { Units { scale: [1.0; THREADS], old: [0.0; THREADS] } }; 4];
+        // Loops and not closures, which would not have the caller's instruction set.
+        for (r, units) in units.iter_mut().enumerate() {
+            units.set(&largest_exponents(left, right, depth, block, r), &registers[r]);
+        }
         for thread in (0..THREADS).step_by(V::COUNT) {
             // SAFETY: as the caller promises.
             unsafe {
@@ -441,19 +444,18 @@ struct Units {
 impl Units {
     /// The least bit that is kept, by the largest exponents of the products (see [`largest_exponents`]) and the old values.
     #[inline(always)]
-    fn new(products: [u8; THREADS], old: &[f32; THREADS]) -> Self {
-        let mut units = Units { scale: [1.0; THREADS], old: *old };
-        for ((largest, scale), old) in products.iter().zip(&mut units.scale).zip(&mut units.old) {
+    fn set(&mut self, products: &[u8; THREADS], old: &[f32; THREADS]) {
+        for thread in 0..THREADS {
+            let (largest, old) = (products[thread], old[thread]);
+            let of_old = (old.to_bits() >> 23 & 0xFF) as i32 - 127;
+            // Infinity and NaN, whose unit does not matter, have exponent 128.
+            let exponent = (i32::from(largest) - 2 * EXPONENT_BIAS).max(of_old).min(127);
+            let scale = f32::from_bits(((FP8_FRACTION_BITS - exponent + 127) as u32) << 23);
             // Where all products are 0 the old value is alone; what it keeps is decided at the end.
-            if largest & NOT_ZERO != 0 {
-                let of_old = (old.to_bits() >> 23 & 0xFF) as i32 - 127;
-                // Infinity and NaN, whose unit does not matter, have exponent 128.
-                let exponent = (i32::from(*largest) - 2 * EXPONENT_BIAS).max(of_old).min(127);
-                *scale = f32::from_bits(((FP8_FRACTION_BITS - exponent + 127) as u32) << 23);
-                *old = (*old * *scale).trunc();
-            }
+            let alone = largest & NOT_ZERO == 0;
+            self.scale[thread] = if alone { 1.0 } else { scale };
+            self.old[thread] = if alone { old } else { (old * scale).trunc() };
         }
-        units
     }
 
     /// Makes values of `sums` in units; with `cut`, of [`FP8_FRACTION_BITS`] bits.
@@ -644,6 +646,43 @@ mod tests {
                 if is_x86_feature_detected!("avx2") {
                     // SAFETY: the CPU has AVX2.
                     check(&|d| unsafe { x86::accumulate_avx2(left, right, MAX_K, d) });
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn aligned_sums_of_all_widths_agree_bit_for_bit() {
+        let byte = |i: usize| (i as u32).wrapping_mul(2_654_435_761).to_le_bytes()[3];
+        let decoder = Decoder { operand: OperandType::E5m2, negate: false };
+        with_operands(|Operands { left, right }| {
+            for row in 0..MAX_N {
+                for k in [0, 16] {
+                    let chunk = Chunk { row, k, major: Major::K, address: 0 };
+                    // Infinities and NaNs are among them.
+                    let bytes = std::array::from_fn(|i| byte(row * 32 + k + i));
+                    if row < 64 {
+                        left.store(decoder, chunk, &bytes);
+                    }
+                    right.store(decoder, chunk, &bytes.map(|byte| if row % 3 == 0 { byte } else { byte & 0xBF }));
+                }
+            }
+            for (blocks, cut) in [(1, true), (2, false), (7, true), (32, true)] {
+                let start = vec![[-0.3; THREADS]; 4 * blocks];
+                let mut expected = start.clone();
+                // SAFETY: an array needs no CPU feature.
+                unsafe { aligned_blocks::<[f32; 4]>(left, right, MAX_K, cut, &mut expected) };
+                assert!(expected.iter().flatten().any(|x| x.is_finite()));
+                let check = |accumulate: &dyn Fn(&mut [[f32; THREADS]])| {
+                    let mut d = start.clone();
+                    accumulate(&mut d);
+                    assert!(d.iter().flatten().zip(expected.iter().flatten()).all(|(x, y)| x.to_bits() == y.to_bits()));
+                };
+                check(&|d| accumulate_aligned(left, right, MAX_K, cut, d));
+                #[cfg(target_arch = "x86_64")]
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the CPU has AVX2.
+                    check(&|d| unsafe { x86::accumulate_aligned_avx2(left, right, MAX_K, cut, d) });
                 }
             }
         });
