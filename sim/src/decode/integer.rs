@@ -284,13 +284,18 @@ impl Decoder {
         if relu && !(extremum && matches!(kind, Type::S32 | Type::S16x2)) {
             return Err(format!("`.relu` of type {kind:?}"));
         }
-        if matches!(kind, Type::U16x2 | Type::S16x2) {
+        if relu || matches!(kind, Type::U16x2 | Type::S16x2) {
             let f: fn(i32, i32) -> i32 = match opcode.name() {
                 "min" => Ord::min,
                 "max" => Ord::max,
                 other => return Err(format!("`{other}` of type {kind:?}")),
             };
-            return self.halves(kind, o, move |x, y| if relu { f(x, y).max(0) } else { f(x, y) });
+            let f = move |x, y| if relu { f(x, y).max(0) } else { f(x, y) };
+            if kind != Type::S32 {
+                return self.halves(kind, o, f);
+            }
+            let (d, a, b): (R32, R32, R32) = (self.write(&o[0])?, self.read(&o[1], kind)?, self.read(&o[2], kind)?);
+            return Ok(binary(d, a, b, move |x, y| f(x as i32, y as i32) as u32));
         }
         if matches!(kind, Type::B16 | Type::B32 | Type::B64) {
             return Err(format!("type {kind:?}"));
@@ -298,8 +303,6 @@ impl Decoder {
         // Division by zero gives an unspecified value: all ones, as the hardware does; its remainder is the dividend.
         Ok(match opcode.name() {
             "div" => by_type!(self, kind, o, |x, y| if y == 0 { !y } else { x.wrapping_div(y) }),
-            "min" if relu => by_type!(self, kind, o, |x, y| (x.min(y) as i32).max(0)),
-            "max" if relu => by_type!(self, kind, o, |x, y| (x.max(y) as i32).max(0)),
             "rem" => by_type!(self, kind, o, |x, y| if y == 0 { x } else { x.wrapping_rem(y) }),
             "min" => by_type!(self, kind, o, |x, y| x.min(y)),
             _ => by_type!(self, kind, o, |x, y| x.max(y)),
