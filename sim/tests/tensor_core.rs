@@ -233,7 +233,7 @@ fn e4m3_product(
     let module = Module::parse(&e4m3_kernel(n, promote)).unwrap();
     let mut machine = Machine::new(1);
     let mut input = vec![0u8; 8192 + 128 * n];
-    let swizzled = |row: usize, k: usize| row * 128 + (k ^ row % 8 * 16);
+    let swizzled = |row: usize, k: usize| row * 128 + (k ^ (row % 8 * 16));
     for k in 0..128 {
         (0..64).for_each(|row| input[swizzled(row, k)] = a(row, k));
         (0..n).for_each(|column| input[8192 + swizzled(column, k)] = b(column, k));
