@@ -150,6 +150,8 @@ struct Flight {
     reads: (u32, u32),
     writes: (u32, u32),
     async_proxy: bool,
+    /// How many phases of the mbarrier that it completes on its issuer knew to be complete.
+    phases_known: u32,
 }
 
 impl Flight {
@@ -601,10 +603,11 @@ impl Checker {
                 .groups(warp, lane, kind)
                 .map(|groups| ((groups.reads, groups.committed + 1), (groups.writes, groups.committed + 1))),
         };
+        let phases_known = mbarrier.map_or(0, |place| self.phases_known(warp, place));
         if let Some((reads, writes)) = agents {
             let async_proxy = kind == CopyKind::Bulk;
-            self.flights
-                .insert(number, Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads, writes, async_proxy });
+            let flight = Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads, writes, async_proxy, phases_known };
+            self.flights.insert(number, flight);
         }
         self.advance(warp);
     }
@@ -632,8 +635,10 @@ impl Checker {
             phases.issued += 1;
             (phases.agent, phases.issued)
         });
+        let issuer = self.flights.get(&number).map(|flight| flight.issuer);
+        let phases_known = issuer.map_or(0, |issuer| self.phases_known(issuer, (cta, address)));
         if let (Some(flight), Some(writes)) = (self.flights.get(&number), writes) {
-            let part = Flight { writes, ..flight.clone() };
+            let part = Flight { writes, phases_known, ..flight.clone() };
             self.flights.insert(next, part);
         }
     }
@@ -702,7 +707,16 @@ impl Checker {
         let none = (u32::MAX >> 1, 0);
         self.flights.insert(
             number,
-            Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads: none, writes: none, async_proxy: false },
+            Flight {
+                clock,
+                issuer: warp,
+                lanes: 1 << lane,
+                pc,
+                reads: none,
+                writes: none,
+                async_proxy: false,
+                phases_known: 0,
+            },
         );
         self.advance(warp);
     }

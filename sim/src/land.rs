@@ -200,6 +200,14 @@ impl Run<'_> {
             Completion::Mbarrier { address, .. } => Some(address),
             Completion::Group(_) => None,
         };
+        if let (Some(checker), Some(address), Some(cta)) = (&mut self.checker, mbarrier, &cta)
+            && start > 0
+        {
+            checker.check_bytes(number, (target, address)).map_err(|error| Fault::Mbarrier {
+                place: shared_place(&cta.state.shared, u64::from(address)),
+                error,
+            })?;
+        }
         let completion = self.checker.as_mut().map(|checker| checker.land_copy(number, target, mbarrier));
         if let (Completion::Mbarrier { address, bytes }, Some(cta)) = (transfer.completion, cta) {
             let checked = completion.is_some();
