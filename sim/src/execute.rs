@@ -43,6 +43,8 @@ pub(crate) struct LaunchInfo {
     pub variables: Vec<u64>,
     /// CTAs that can be resident at once: the device's SMs.
     pub places: u32,
+    /// `%globaltimer` when the run began.
+    pub timer_start: u64,
 }
 
 /// Everything an instruction can touch.

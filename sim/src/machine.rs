@@ -13,6 +13,7 @@ use crate::memory::{CODE_WINDOW, GlobalMemory};
 use crate::profile::Profile;
 use crate::program::{Entry, Module, Reference};
 use crate::quanta;
+use crate::random::Random;
 use crate::schedule::Prepared;
 use crate::wgmma::Fp8Sums;
 
@@ -65,7 +66,8 @@ pub struct Launch<'a> {
 /// How a run is made.
 #[derive(Debug, Clone)]
 pub struct RunOptions {
-    /// Chooses every interleaving and every moment of an asynchronous operation.
+    /// Chooses every interleaving, every moment of an asynchronous operation, and the time at which the run begins. An odd one holds
+    /// warps, CTAs or whole devices back for a while.
     pub seed: u64,
     /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole; all of the grid if
     /// absent.
@@ -271,6 +273,7 @@ impl Machine {
                 cluster,
                 is_explicit,
                 places,
+                timer_start: timer_start(options.seed),
             },
             threads,
             shared_bytes: shared,
@@ -312,6 +315,13 @@ impl Machine {
         self.variables.insert((module.id, device), addresses.clone());
         Ok(addresses)
     }
+}
+
+/// `%globaltimer` when a run begins: some time since 1970 in nanoseconds, with half of the seeds shortly before its lower half wraps.
+fn timer_start(seed: u64) -> u64 {
+    let mut random = Random::new(seed ^ 0x7469_6d65);
+    let start = (1 << 60) + random.below(1 << 59);
+    if random.below(2) == 0 { start } else { (start | 0xffff_ffff) - random.below(1 << 16) }
 }
 
 /// The cluster of a launch, and whether it or the entry names one.

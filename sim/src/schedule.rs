@@ -20,6 +20,7 @@ use crate::profile::{Kind, Profiler};
 use crate::program::{BarrierReduction, Entry, Module, Op};
 use crate::random::Random;
 use crate::registers::{ALL, LANES, Registers, Slot};
+use crate::skew::Skew;
 
 /// Simulated time is kept in units of 2^-16 ns.
 pub(crate) const TIME_SHIFT: u32 = 16;
@@ -77,6 +78,7 @@ pub(crate) struct Run<'a> {
     pub ctas: Vec<Option<Box<Cta>>>,
     pub queue: AsyncQueue,
     pub random: Random,
+    skew: Skew,
     /// Warp instructions so far, all launches together.
     pub step: u64,
     pub options: &'a RunOptions,
@@ -120,6 +122,7 @@ impl<'a> Run<'a> {
             ctas: Vec::new(),
             queue: AsyncQueue::new(device as u64, devices as u64),
             random: Random::new(options.seed ^ (device as u64).wrapping_mul(0xd6e8_feb8_6659_fd93)),
+            skew: Skew::new(options.seed),
             step: 0,
             options,
             progress: 0,
@@ -168,7 +171,7 @@ impl<'a> Run<'a> {
                 }
                 continue;
             }
-            let chosen = self.random.below(self.ready.len() as u64) as usize;
+            let chosen = self.skew.choose(&self.ready, self.step, &mut self.random);
             let (slot, warp) = self.ready.swap_remove(chosen);
             self.run_slice(slot, warp, None)?;
             if self.options.step_limit.is_some_and(|limit| self.step > limit) {
@@ -336,7 +339,7 @@ impl<'a> Run<'a> {
         let executed = context.executed;
         self.ctas[slot] = Some(cta);
         self.step += executed;
-        self.time += (executed << TIME_SHIFT) / u64::from(self.resident.max(1));
+        self.time += self.skew.slowness() * (executed << TIME_SHIFT) / u64::from(self.resident.max(1));
         if let Err(Failure { fault, pc, lanes }) = result {
             let issuer = Issuer { slot, cta: 0, warp, lanes, pc };
             return Err(self.failed(fault, issuer));

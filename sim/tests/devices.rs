@@ -152,7 +152,7 @@ fn what_never_comes_from_a_peer_is_told_from_a_deadlock() {
 fn time_passes_for_all_devices() {
     // Each device waits for a word that only a device that has given up a wait of 2 ms writes; all of them see times close to each other.
     let body = "setp.ne.u32 %p1, %r1, 0; @%p1 exit; setp.ne.u32 %p2, %r2, 1; @%p2 bra WAIT;
-        SLEEP: mov.u64 %rd6, %globaltimer; ld.relaxed.sys.global.u32 %r5, [%rd3+8]; setp.lt.u64 %p3, %rd6, 2000000; @%p3 bra SLEEP;
+        mov.u64 %rd8, %globaltimer; SLEEP: mov.u64 %rd6, %globaltimer; sub.u64 %rd6, %rd6, %rd8; ld.relaxed.sys.global.u32 %r5, [%rd3+8]; setp.lt.u64 %p3, %rd6, 2000000; @%p3 bra SLEEP;
         st.release.sys.global.u32 [%rd2+64], 1;
         WAIT: ld.acquire.sys.global.u32 %r4, [%rd2+64]; setp.eq.u32 %p4, %r4, 0; @%p4 bra WAIT;
         mov.u64 %rd7, %globaltimer; st.global.u64 [%rd3], %rd7;";

@@ -15,6 +15,9 @@ use crate::registers::{LANES, Slot, lanes};
 /// limit is its own.
 const SUSPEND_NS: u64 = 1000;
 
+/// One of so many `try_wait`s that would suspend their warp gives up at once, as it may.
+const GIVES_UP: u64 = 16;
+
 fn misuse(state: &CtaState, address: u32, error: MbarrierError) -> Fault {
     Fault::Mbarrier { place: shared_place(&state.shared, u64::from(address)), error }
 }
@@ -247,7 +250,7 @@ impl Context<'_> {
             if !self.warp.unmet.contains(&(address, phase)) {
                 self.warp.unmet.push((address, phase));
             }
-            if suspends && !timed_out {
+            if suspends && !timed_out && self.random.below(GIVES_UP) != 0 {
                 let limit = limit.map_or(SUSPEND_NS, |limit| u64::from(limit.get(&self.warp.registers)[lane]));
                 let until = self.time() + limit;
                 return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
