@@ -171,6 +171,8 @@ pub(crate) struct Access {
     /// An atomic, which reads what it writes over.
     pub reads: bool,
     pub strong: Option<Scope>,
+    /// By `ld.global.nc`.
+    pub read_only: bool,
 }
 
 /// Which side of a release or acquire pattern an instruction is.
@@ -211,6 +213,11 @@ pub(crate) struct Checker {
     words: FastMap<u64, Vec<Published>>,
     flights: FastMap<u64, Flight>,
     agents: u32,
+    /// What came before each launch that others came before.
+    began: FastMap<usize, Clock>,
+    /// Of each device, what its CTAs that have ended did and knew.
+    ended: FastMap<usize, Clock>,
+    nothing: Clock,
     /// What the error that is on its way is about.
     pub clash: Option<Clash>,
 }
@@ -222,7 +229,8 @@ impl Checker {
         let members = (0..live.len()).chain((0..groups).map(|group| group * 4));
         for warp in members {
             self.homes.push(Home { warp: warp as u32, ..home });
-            self.scopes.push(Site { device: home.device, cluster: home.cluster, cta: home.cta });
+            let Home { device, cluster, cta, launch, .. } = home;
+            self.scopes.push(Site { device, cluster, cta, launch });
         }
         self.warps.extend(live.iter().map(|live| WarpState {
             tick: 1,
@@ -270,7 +278,7 @@ impl Checker {
 
     /// Checks and remembers an access.
     pub fn access(&mut self, access: Access, key: u64, bytes: u64) -> Result<(), Fault> {
-        let Access { warp, lanes, pc, mode, reads: observes, strong } = access;
+        let Access { warp, lanes, pc, mode, reads: observes, strong, read_only } = access;
         let Some(state) = self.warps.get_mut(warp as usize) else {
             return Ok(());
         };
@@ -283,7 +291,10 @@ impl Checker {
                 continue;
             }
             let record = Record::new(Agent::Warp(warp), state.tick, lanes, pc, strong, false, warp);
-            let actor = Actor { key, record, clock: &view.clock, mode, observes, homes: &self.scopes };
+            let record = if read_only { record.read_only() } else { record };
+            let began = self.scopes.get(warp as usize).and_then(|site| self.began.get(&site.launch));
+            let began = began.unwrap_or(&self.nothing);
+            let actor = Actor { key, record, clock: &view.clock, mode, observes, homes: &self.scopes, began };
             if let Err(clash) = self.shadow.access(bytes, &actor) {
                 return Err(note(&mut self.clash, clash));
             }
@@ -478,6 +489,33 @@ impl Checker {
 
     /// `fence.proxy.async`: of global, shared or (generic) all memory.
     pub fn fence_proxy(&mut self, warp: u32, lanes: u32, space: Space) {
+        self.fence_own(warp, lanes, |clock| clock.fence_proxy(space));
+    }
+
+    /// `fence.proxy.tensormap::generic`, which is a fence of memory too.
+    pub fn fence_tensor_map(&mut self, warp: u32, lanes: u32, scope: Scope, release: bool) {
+        if release {
+            self.fence_own(warp, lanes, |clock| clock.fence_tensor_map(true));
+            self.fence(warp, lanes, scope);
+        } else {
+            self.fence(warp, lanes, scope);
+            self.fence_own(warp, lanes, |clock| clock.fence_tensor_map(false));
+        }
+    }
+
+    /// A lane uses the tensor map at an address of global memory.
+    pub fn use_tensor_map(&mut self, warp: u32, lanes: u32, pc: u32, key: u64) -> Result<(), Fault> {
+        let clock = self.snapshot(warp, lanes);
+        let tick = self.warps.get(warp as usize).map_or(0, |state| state.tick);
+        let record = Record::new(Agent::Warp(warp), tick, lanes, pc, None, true, warp);
+        let homes = &self.scopes;
+        let actor =
+            Actor { key, record, clock: &clock, mode: Mode::Read, observes: false, homes, began: &self.nothing };
+        self.shadow.use_map(128, &actor).map_err(|clash| note(&mut self.clash, clash))
+    }
+
+    /// A fence of what lanes of a warp did, and of what they know.
+    fn fence_own(&mut self, warp: u32, lanes: u32, fence: impl Fn(&mut Clock)) {
         let Some(state) = self.warps.get(warp as usize) else {
             return;
         };
@@ -486,12 +524,12 @@ impl Checker {
         self.learn(warp, lanes, |clock| {
             if single {
                 clock.learn(warp, Entry::new(tick, lanes));
-                clock.fence_proxy(space);
+                fence(clock);
             } else {
                 // Each lane fences its own accesses; that others' are not yet known is left to the race check.
                 let known = clock.clone();
                 clock.learn(warp, Entry::new(tick, lanes | absent));
-                clock.fence_proxy(space);
+                fence(clock);
                 clock.forget_warps(&known);
             }
         });
@@ -652,7 +690,15 @@ impl Checker {
         let record = flight.record(part, atomic.then_some(Scope::Gpu));
         for range in ranges {
             let (key, bytes) = (range.start, range.end - range.start);
-            let actor = Actor { key, record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
+            let actor = Actor {
+                key,
+                record,
+                clock: &flight.clock,
+                mode,
+                observes: false,
+                homes: &self.scopes,
+                began: &self.nothing,
+            };
             self.shadow.access(bytes, &actor).map_err(|clash| note(&mut self.clash, clash))?;
         }
         Ok(())
@@ -665,7 +711,15 @@ impl Checker {
         };
         let record = flight.record(flight.writes, Some(Scope::Cluster));
         let key = shared_key(cta, u64::from(address));
-        let actor = Actor { key, record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
+        let actor = Actor {
+            key,
+            record,
+            clock: &flight.clock,
+            mode: Mode::Read,
+            observes: false,
+            homes: &self.scopes,
+            began: &self.nothing,
+        };
         self.shadow.access(8, &actor).map_err(|clash| note(&mut self.clash, clash))
     }
 
@@ -839,7 +893,15 @@ impl Checker {
         let record = Record::new(Agent::Warp(agent), tick, u32::MAX, pc, None, true, warp);
         for range in ranges {
             let key = shared_key(cta, u64::from(range.start));
-            let actor = Actor { key, record, clock: &clock, mode: Mode::Read, observes: false, homes: &self.scopes };
+            let actor = Actor {
+                key,
+                record,
+                clock: &clock,
+                mode: Mode::Read,
+                observes: false,
+                homes: &self.scopes,
+                began: &self.nothing,
+            };
             self.shadow.access(range.len() as u64, &actor).map_err(|clash| note(&mut self.clash, clash))?;
         }
         Ok(())

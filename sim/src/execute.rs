@@ -294,6 +294,13 @@ impl Context<'_> {
                 }
                 Ok(Flow::Next)
             }
+            Op::FenceTensorMap { release, scope } => {
+                self.release(*scope);
+                if let Some(checker) = &mut self.checker {
+                    checker.fence_tensor_map(self.agent, active, *scope, *release);
+                }
+                Ok(Flow::Next)
+            }
             Op::FenceMbarrierInit => {
                 if let Some(checker) = &mut self.checker {
                     checker.fence_mbarrier_init(self.agent, active);
@@ -570,6 +577,7 @@ impl Op {
                 | Self::Nothing
                 | Self::Fence(_)
                 | Self::FenceProxy(_)
+                | Self::FenceTensorMap { .. }
                 | Self::FenceMbarrierInit
                 | Self::MapShared { .. }
                 | Self::CtaRank { .. }

@@ -615,6 +615,8 @@ impl<'a> Run<'a> {
                 let space = if is_shared(clash.key) { "shared::cta" } else { "global" };
                 Fault::ProxyFence { space, place, now, before, earlier }
             }
+            ClashKind::ReadOnly => Fault::ReadOnly { place, now, before, earlier },
+            ClashKind::TensorMap => Fault::TensorMapFence { place, before, earlier },
             ClashKind::Phase => Fault::PhaseOrder { place, earlier },
         };
         SimError::Fault { fault, position: Box::new(position) }

@@ -101,6 +101,7 @@ impl Context<'_> {
                 reads: false,
                 mode: Mode::Read,
                 strong: Some(Scope::Cta),
+                read_only: false,
             };
             checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
             if let (WaitPhase::Parity(parity), Some(barrier)) = (phase, mbarrier_at(self.state, address)) {
@@ -195,7 +196,7 @@ impl Context<'_> {
             checker.init_mbarrier(at, live, in_use).map_err(|error| misuse(self.state, address, error))?;
         }
         let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cluster)) };
-        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong };
+        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong, read_only: false };
         checker.access(access, shared_key(place.cta, place.address), 8)?;
         match operation.action {
             MbarrierAction::Arrive { .. } => {
