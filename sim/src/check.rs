@@ -215,7 +215,9 @@ pub(crate) struct Checker {
     agents: u32,
     /// What came before each launch that others came before.
     began: FastMap<usize, Clock>,
-    /// Of each device, what its CTAs that have ended did and knew.
+    /// Launches of a device come one after the other.
+    in_order: bool,
+    /// Of each device, what its CTAs that have ended did and knew, where launches come in order.
     ended: FastMap<usize, Clock>,
     nothing: Clock,
     /// What the error that is on its way is about.
@@ -223,9 +225,22 @@ pub(crate) struct Checker {
 }
 
 impl Checker {
+    /// The checks of a run, whose launches of a device may come one after the other.
+    pub fn new(in_order: bool) -> Self {
+        Self { in_order, ..Self::default() }
+    }
+
     /// A CTA starts: gives its first warp's number. `live` are the lanes of each warp.
     pub fn start_cta(&mut self, home: Home, live: &[u32], groups: usize, shared_bytes: u64) -> u32 {
         let first = self.homes.len() as u32;
+        let ended = self.ended.get(&home.device);
+        let began = self.began.entry(home.launch).or_insert_with(|| {
+            let mut clock = ended.cloned().unwrap_or_default();
+            // The end of a kernel is a fence of every kind.
+            clock.fence_proxy(Space::Generic);
+            [true, false].into_iter().for_each(|release| clock.fence_tensor_map(release));
+            clock
+        });
         let members = (0..live.len()).chain((0..groups).map(|group| group * 4));
         for warp in members {
             self.homes.push(Home { warp: warp as u32, ..home });
@@ -235,7 +250,7 @@ impl Checker {
         self.warps.extend(live.iter().map(|live| WarpState {
             tick: 1,
             absent: !live,
-            views: vec![View { lanes: *live, clock: Clock::default() }],
+            views: vec![View { lanes: *live, clock: began.clone() }],
             ..WarpState::default()
         }));
         self.warps.resize_with(self.homes.len(), WarpState::default);
@@ -257,6 +272,9 @@ impl Checker {
     pub fn finish_cta(&mut self, cta: u64) -> Option<Clash> {
         let checks = self.ctas.remove(&cta)?;
         let mut clash = None;
+        if self.in_order {
+            self.end_cta(checks.warps);
+        }
         if self.clusters.get(&checks.cluster).is_some_and(|cluster| cluster.ctas > 1) {
             let (first, count) = checks.warps;
             let mut clock = Clock::default();
@@ -269,6 +287,22 @@ impl Checker {
         self.shadow.forget_shared(cta, checks.shared_bytes);
         self.words.retain(|key, _| !is_shared(*key) || shared_owner(*key) != cta);
         clash
+    }
+
+    /// What warps of a CTA that has exited did and knew comes before the next launch.
+    fn end_cta(&mut self, (first, count): (u32, u32)) {
+        let Some(device) = self.homes.get(first as usize).map(|home| home.device) else {
+            return;
+        };
+        let mut clock = Clock::default();
+        for warp in first..first + count {
+            self.hand_on(warp, u32::MAX, &mut clock);
+            for groups in self.warps.get(warp as usize).into_iter().flat_map(|state| &state.groups) {
+                clock.learn_completed(groups.reads, groups.committed + 1);
+                clock.learn_completed(groups.writes, groups.committed + 1);
+            }
+        }
+        self.ended.entry(device).or_default().join(&clock);
     }
 
     /// Where the warp of a record ran.

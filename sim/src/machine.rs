@@ -69,6 +69,9 @@ pub struct RunOptions {
     /// Chooses every interleaving, every moment of an asynchronous operation, and the time at which the run begins. An odd one holds
     /// warps, CTAs or whole devices back for a while.
     pub seed: u64,
+    /// Whether the launches of a device run one after the other, in the order given, as those of a stream do, while those of other devices
+    /// run at their own pace. If not, all run together.
+    pub in_order: bool,
     /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole; all of the grid if
     /// absent.
     pub residency: Option<u32>,
@@ -93,6 +96,7 @@ impl Default for RunOptions {
     fn default() -> Self {
         Self {
             seed: 0,
+            in_order: false,
             residency: None,
             step_limit: None,
             check_matrix_operands: true,
@@ -253,7 +257,7 @@ impl Machine {
             .iter()
             .filter(|other| other.device == launch.device)
             .map(|other| size(other.grid).unwrap_or(0))
-            .fold(0, u32::saturating_add);
+            .fold(0, if options.in_order { u32::max } else { u32::saturating_add });
         let places = options.residency.unwrap_or(places).min(places) / members * members;
         if places == 0 {
             return Err(fail(format!(

@@ -158,6 +158,9 @@ impl<'a> Run<'a> {
                 self.progress += 1;
             }
             self.wake_timers();
+            if self.ready.is_empty() && self.options.in_order {
+                self.start_ctas();
+            }
             if self.ready.is_empty() {
                 if let Some(due) = self.queue.next_due() {
                     self.step = due;
@@ -504,7 +507,10 @@ impl<'a> Run<'a> {
             for launch in 0..self.launches.len() {
                 let state = &self.launches[launch];
                 let cluster = state.prepared.info.cluster.iter().product::<u32>();
-                if state.next_cta < state.total && self.resident + cluster <= state.prepared.info.places {
+                if state.next_cta < state.total
+                    && self.may_start(launch)
+                    && self.resident + cluster <= state.prepared.info.places
+                {
                     self.start_cluster(launch);
                     started = true;
                 }
@@ -513,6 +519,16 @@ impl<'a> Run<'a> {
                 return;
             }
         }
+    }
+
+    /// Whether CTAs of a launch may start: where launches run in order, once all that earlier ones did is done.
+    fn may_start(&self, launch: usize) -> bool {
+        if !self.options.in_order || self.launches[launch].next_cta > 0 {
+            return true;
+        }
+        let finished = self.launches[..launch].iter().all(|earlier| earlier.finished == earlier.total);
+        let idle = || self.resident == 0 && self.queue.next_due().is_none() && self.parked.is_empty();
+        finished && idle() && self.memory.is_performed(self.device)
     }
 
     /// Starts the CTAs of the next cluster together.
