@@ -235,7 +235,9 @@ impl Checker {
         let first = self.homes.len() as u32;
         let ended = self.ended.get(&home.device);
         let began = self.began.entry(home.launch).or_insert_with(|| {
-            let mut clock = ended.cloned().unwrap_or_default();
+            let Some(mut clock) = ended.cloned() else {
+                return Clock::default();
+            };
             // The end of a kernel is a fence of every kind.
             clock.fence_proxy(Space::Generic);
             [true, false].into_iter().for_each(|release| clock.fence_tensor_map(release));

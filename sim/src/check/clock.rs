@@ -151,8 +151,8 @@ pub(super) struct Clock {
     /// asynchronous proxy.
     proxied: [Known<Entry>; 2],
     /// Ordinary accesses to global memory that `fence.proxy.tensormap::generic` has released, and those of them that such a fence
-    /// has acquired since.
-    mapped: [Known<Entry>; 2],
+    /// has acquired since; hardly any kernel has them.
+    mapped: Option<Box<[Known<Entry>; 2]>>,
     /// Strong writes that were read: they come before, though what their warp did before them does not.
     seen: Known<Entry>,
     /// Of asynchronous operations, by the agent that stands for their completion.
@@ -167,8 +167,8 @@ impl Clock {
         for (mine, theirs) in self.proxied.iter_mut().zip(&other.proxied) {
             mine.join(theirs);
         }
-        for (mine, theirs) in self.mapped.iter_mut().zip(&other.mapped) {
-            mine.join(theirs);
+        if let Some(theirs) = &other.mapped {
+            self.mapped.get_or_insert_default().iter_mut().zip(&**theirs).for_each(|(mine, theirs)| mine.join(theirs));
         }
         self.seen.join(&other.seen);
         self.completed.join(&other.completed);
@@ -213,7 +213,7 @@ impl Clock {
 
     /// Releases all that is known to the proxy of tensor maps, or acquires there what was released.
     pub fn fence_tensor_map(&mut self, release: bool) {
-        let [released, acquired] = &mut self.mapped;
+        let [released, acquired] = &mut **self.mapped.get_or_insert_default();
         if release { released.join(&self.warps) } else { acquired.join(released) }
     }
 
@@ -251,7 +251,8 @@ impl Clock {
 
     /// Whether accesses are known to be visible to the proxy of tensor maps.
     pub fn knows_mapped(&self, warp: u32, tick: u32, lanes: u32) -> bool {
-        self.mapped[1].get(warp).is_some_and(|entry| entry.covers(tick, lanes))
+        let entry = self.mapped.as_ref().and_then(|mapped| mapped[1].get(warp));
+        entry.is_some_and(|entry| entry.covers(tick, lanes))
     }
 
     #[inline]
