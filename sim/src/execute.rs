@@ -43,6 +43,8 @@ pub(crate) struct LaunchInfo {
     pub variables: Vec<u64>,
     /// CTAs that can be resident at once: the device's SMs.
     pub places: u32,
+    /// `%globaltimer` when the run began.
+    pub timer_start: u64,
 }
 
 /// Everything an instruction can touch.
@@ -289,6 +291,13 @@ impl Context<'_> {
             Op::FenceProxy(space) => {
                 if let Some(checker) = &mut self.checker {
                     checker.fence_proxy(self.agent, active, *space);
+                }
+                Ok(Flow::Next)
+            }
+            Op::FenceTensorMap { release, scope } => {
+                self.release(*scope);
+                if let Some(checker) = &mut self.checker {
+                    checker.fence_tensor_map(self.agent, active, *scope, *release);
                 }
                 Ok(Flow::Next)
             }
@@ -568,6 +577,7 @@ impl Op {
                 | Self::Nothing
                 | Self::Fence(_)
                 | Self::FenceProxy(_)
+                | Self::FenceTensorMap { .. }
                 | Self::FenceMbarrierInit
                 | Self::MapShared { .. }
                 | Self::CtaRank { .. }

@@ -36,7 +36,7 @@ pub(crate) fn run(
     let mut together = Together {
         devices,
         memory,
-        checker: options.checks.then(Box::default),
+        checker: options.checks.then(|| Box::new(Checker::new(options.in_order))),
         random: Random::new(options.seed.rotate_left(32)),
         until: 0,
         progress: (0, 0),

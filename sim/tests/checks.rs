@@ -4,7 +4,8 @@ mod common;
 
 use common::{Setup, kernel, run};
 use ptx_sim::mbarrier::MbarrierError;
-use ptx_sim::{Arg, Fault, Launch, Machine, Module, RunOptions, SimError};
+use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
+use ptx_sim::{Arg, Fault, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
 
 fn setup(threads: u32, ctas: u32, seed: u64) -> Setup {
     let options = RunOptions { seed, step_limit: Some(1_000_000), checks: true, ..RunOptions::default() };
@@ -660,5 +661,90 @@ fn livelock_is_told_from_deadlock() {
         WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; @!%p3 bra WAIT;";
     for error in breaks(TILE, wait, ("@%p1 mbarrier.arrive.shared.b64 _, [%r3];", ""), 32, 1) {
         assert!(matches!(error, SimError::Deadlock(_)), "{error}");
+    }
+}
+
+#[test]
+fn what_is_read_only_is_not_written_by_the_same_launch() {
+    let read_only = |errors: Vec<SimError>| {
+        for error in &errors {
+            assert!(matches!(error, SimError::Fault { fault: Fault::ReadOnly { .. }, .. }), "{error}");
+        }
+    };
+    // Written before, by another warp, in order; and afterwards.
+    let body = "st.global.u32 [%rd1], %r1; bar.sync 0; xor.b32 %r2, %r1, 32; mul.wide.u32 %rd4, %r2, 4; add.s64 %rd4, %rd4, %rd2;
+        ld.global.u32 %r3, [%rd4]; st.global.u32 [%rd1+1024], %r3;";
+    read_only(breaks("", body, ("ld.global.u32 %r3", "ld.global.nc.u32 %r3"), 64, 1));
+    let body = "mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd4, %rd3; ld.global.nc.u32 %r3, [%rd4]; bar.sync 0;
+        st.global.u32 [%rd1], %r3; setp.eq.u32 %p1, %r1, 40; @%p1 st.global.u32 [%rd2], 1;";
+    let body = body.replace("@%p1 st.global.u32 [%rd2], 1;", "@%p1 st.global.u32 [%rd2+512], 1;");
+    read_only(breaks("", &body, ("[%rd2+512], 1", "[%rd3], 1"), 64, 1));
+}
+
+/// Lane 0 of warp 0 makes a tensor map of the one in the input, and lane 0 of warp 1 loads a tile of 32 words with it.
+const NEW_MAP: &str =
+    "mov.u32 %r2, tile; mov.u32 %r3, bar; mov.u32 %r10, 0; setp.eq.u32 %p1, %r1, 0; setp.eq.u32 %p2, %r1, 32;
+    @%p1 mbarrier.init.shared.b64 [%r3], 1; @%p1 fence.mbarrier_init.release.cluster; @!%p1 bra MADE;
+    mov.u32 %r4, 0; mov.u64 %rd5, %rd3; mov.u64 %rd6, %rd2;
+    COPY: ld.global.u64 %rd7, [%rd5]; st.global.u64 [%rd6], %rd7; add.s64 %rd5, %rd5, 8; add.s64 %rd6, %rd6, 8;
+    add.u32 %r4, %r4, 1; setp.lt.u32 %p3, %r4, 16; @%p3 bra COPY;
+    fence.proxy.tensormap::generic.release.gpu;
+    MADE: bar.sync 0; @!%p2 bra END;
+    fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 128;
+    cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r2], [%rd2, {%r10}], [%r3];
+    WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r3], 0; @!%p4 bra WAIT;
+    ld.shared.u32 %r5, [%r2+20]; st.global.u32 [%rd2+256], %r5; END:";
+
+#[test]
+fn a_tensor_map_that_was_written_needs_fences_of_its_proxy() {
+    let result = |body: &str, seed: u64| -> Result<u32, SimError> {
+        let module = Module::parse(&kernel(TILE, body)).unwrap();
+        let mut machine = Machine::new(1);
+        let words: Vec<u8> = (100..132u32).flat_map(u32::to_le_bytes).collect();
+        let tensor = machine.alloc(0, 128, "tensor")?;
+        machine.write(tensor, &words)?;
+        let spec = TensorMapSpec {
+            data_type: TensorMapDataType::U32,
+            global_address: tensor,
+            dims: vec![32],
+            strides: vec![],
+            box_dims: vec![32],
+            element_strides: vec![1],
+            swizzle: Swizzle::None,
+            fill: OutOfBoundsFill::Zero,
+        };
+        let (out, input) = (machine.alloc(0, 512, "out")?, machine.alloc(0, 128, "map")?);
+        machine.fill(out, 512, 0)?;
+        machine.write(input, &TensorMap::encode(&spec).unwrap())?;
+        let launch = Launch {
+            device: 0,
+            module: &module,
+            entry: "k",
+            grid: [1, 1, 1],
+            cluster: [1, 1, 1],
+            block: [64, 1, 1],
+            shared_bytes: 0,
+            args: vec![Arg::U64(out), Arg::U64(input)],
+        };
+        machine.run(&[launch], &RunOptions { seed, checks: true, ..RunOptions::default() })?;
+        let mut word = [0; 4];
+        machine.read(out + 256, &mut word)?;
+        Ok(u32::from_le_bytes(word))
+    };
+    let fences =
+        ["fence.proxy.tensormap::generic.release.gpu;", "fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;"];
+    for seed in 0..10 {
+        assert_eq!(result(NEW_MAP, seed).unwrap_or_else(|error| panic!("{error}")), 105);
+        for fence in fences {
+            assert!(NEW_MAP.contains(fence));
+            let error = result(&NEW_MAP.replace(fence, "fence.acq_rel.gpu;"), seed).unwrap_err();
+            assert!(matches!(error, SimError::Fault { fault: Fault::TensorMapFence { .. }, .. }), "{error}");
+        }
+        // Without the barrier nothing orders the two at all; a map that nobody writes needs nothing.
+        let error = result(&NEW_MAP.replace("MADE: bar.sync 0;", "MADE:"), seed).unwrap_err().to_string();
+        assert!(error.contains("data race") || error.contains("mbarrier") || error.contains("tensor map"), "{error}");
+        let given = NEW_MAP.replace("[%rd2, {%r10}]", "[%rd3, {%r10}]").replace(fences[1], "");
+        assert_eq!(result(&given, seed).unwrap(), 105);
     }
 }

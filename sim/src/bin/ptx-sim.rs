@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
+use ptx_sim::wgmma::Fp8Sums;
 use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, SimError};
 
 /// Runs PTX on the CPU and checks it while it runs.
@@ -69,6 +70,9 @@ struct Run {
     /// Do without the checks that take time: data races and proxy fences.
     #[arg(long)]
     no_checks: bool,
+    /// Add the products of a `wgmma` of e4m3 or e5m2 in f32, in place of the few bits that Hopper keeps.
+    #[arg(long)]
+    exact_fp8: bool,
     /// End the run after so many warp instructions.
     #[arg(long, value_name = "N")]
     step_limit: Option<u64>,
@@ -246,6 +250,7 @@ impl Run {
             residency: self.residency,
             step_limit: self.step_limit,
             checks: !self.no_checks,
+            fp8_sums: if self.exact_fp8 { Fp8Sums::Exact } else { Fp8Sums::Hopper },
             ..RunOptions::default()
         };
         match machine.run(&[launch], &options) {

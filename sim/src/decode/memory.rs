@@ -141,6 +141,7 @@ impl Decoder {
         opcode.take("weak");
         let scope = take_scope(opcode).unwrap_or(Scope::Sys);
         let named = take_space(opcode);
+        let read_only = opcode.take("nc") || opcode.name() == "ldu";
         opcode.ignore(&CACHE_HINTS);
         // The cache policy operand that follows is a hint too.
         let hint = opcode.take("L2::cache_hint");
@@ -183,6 +184,7 @@ impl Decoder {
             signed: kind.is_signed(),
             order,
             scope,
+            read_only,
         });
         self.push(if store { Op::Store(access) } else { Op::Load(access) });
         Ok(())

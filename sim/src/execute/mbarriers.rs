@@ -15,6 +15,9 @@ use crate::registers::{LANES, Slot, lanes};
 /// limit is its own.
 const SUSPEND_NS: u64 = 1000;
 
+/// One of so many `try_wait`s that would suspend their warp gives up at once, as it may.
+const GIVES_UP: u64 = 16;
+
 fn misuse(state: &CtaState, address: u32, error: MbarrierError) -> Fault {
     Fault::Mbarrier { place: shared_place(&state.shared, u64::from(address)), error }
 }
@@ -98,6 +101,7 @@ impl Context<'_> {
                 reads: false,
                 mode: Mode::Read,
                 strong: Some(Scope::Cta),
+                read_only: false,
             };
             checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
             if let (WaitPhase::Parity(parity), Some(barrier)) = (phase, mbarrier_at(self.state, address)) {
@@ -192,7 +196,7 @@ impl Context<'_> {
             checker.init_mbarrier(at, live, in_use).map_err(|error| misuse(self.state, address, error))?;
         }
         let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cluster)) };
-        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong };
+        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong, read_only: false };
         checker.access(access, shared_key(place.cta, place.address), 8)?;
         match operation.action {
             MbarrierAction::Arrive { .. } => {
@@ -247,7 +251,7 @@ impl Context<'_> {
             if !self.warp.unmet.contains(&(address, phase)) {
                 self.warp.unmet.push((address, phase));
             }
-            if suspends && !timed_out {
+            if suspends && !timed_out && self.random.below(GIVES_UP) != 0 {
                 let limit = limit.map_or(SUSPEND_NS, |limit| u64::from(limit.get(&self.warp.registers)[lane]));
                 let until = self.time() + limit;
                 return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
