@@ -6,6 +6,7 @@
 //! results are held against. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, and [`FusedMoe`] runs the layer on
 //! them.
 
+mod agreement;
 mod backend;
 pub mod bench;
 mod checkpoint;
@@ -13,6 +14,9 @@ mod config;
 pub mod cuda;
 mod error;
 pub mod example;
+mod family;
+mod fields;
+mod files;
 mod fused;
 mod group;
 mod input;
@@ -31,17 +35,18 @@ mod testing;
 pub mod trace;
 mod weights;
 
+pub use agreement::Agreement;
 pub use checkpoint::{Checkpoint, HfLayer};
 pub use config::{MAX_LOCAL_EXPERTS, MAX_RANKS, MAX_TOP_K, MoeConfig, SIZE_STEP, split_tokens};
 pub use cuda::CudaError;
 pub use error::{Error, Result};
+pub use family::Family;
 pub use fused::{DEFAULT_DEADLINE, FusedMoe, RankBatch, RankInputs, RankOutput};
 pub use group::{Device, DeviceGroup, SimOptions};
 pub use input::MoeInput;
 pub use matrix::Matrix;
 pub use memory::{DeviceBuffer, Stream};
-pub use model::Family;
 pub use ptx::{PTX, TRACED_PTX};
 pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};
-pub use router::{ExpertGroups, Router, Routing, Scoring};
+pub use router::{ExpertGroups, GroupScore, Router, Routing, Scoring};
 pub use weights::{Expert, ExpertWeights, RankWeights};
