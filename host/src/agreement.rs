@@ -64,7 +64,8 @@ impl Router {
             let relative = |expert: i32| self.relative_error(logits[expert as usize], scores[expert as usize]);
             let error = computed.iter().map(|&(expert, _)| relative(expert)).fold(0.0, f32::max);
             let near = |&(expert, weight): &(i32, f32)| {
-                let theirs = recorded.iter().find(|&&(other, _)| other == expert).map_or(f32::NAN, |&(_, weight)| weight);
+                let theirs =
+                    recorded.iter().find(|&&(other, _)| other == expert).map_or(f32::NAN, |&(_, weight)| weight);
                 (weight - theirs).abs() <= weight.abs().max(theirs.abs()) * (WEIGHT_ERROR + 2.0 * error)
             };
             return if computed.iter().all(near) { Agreement::Same } else { Agreement::OtherWeights };
@@ -74,7 +75,8 @@ impl Router {
         }
         let errors: Vec<f32> = logits.iter().zip(&scores).map(|(&logit, &score)| self.error(logit, score)).collect();
         let biased = self.biased(&scores);
-        let worst = computed.iter().map(|&(expert, _)| expert as usize).min_by(|&a, &b| biased[a].total_cmp(&biased[b]));
+        let worst =
+            computed.iter().map(|&(expert, _)| expert as usize).min_by(|&a, &b| biased[a].total_cmp(&biased[b]));
         let Some(worst) = worst else { return Agreement::Different };
         let near = |&(expert, _): &(i32, f32)| match usize::try_from(expert).ok().filter(|&id| id < biased.len()) {
             Some(expert) => biased[worst] - biased[expert] <= errors[worst] + errors[expert],
@@ -160,7 +162,11 @@ mod tests {
         for scoring in [Scoring::Softmax, Scoring::Sigmoid, Scoring::SqrtSoftplus] {
             assert_eq!(agreement(&[2.0, 1.0, 0.995], scoring, [(0, 0.7), (2, 0.3)]), Agreement::NearTie, "{scoring:?}");
             assert_eq!(agreement(&[2.0, 1.0, 0.9], scoring, [(0, 0.7), (2, 0.3)]), Agreement::Different, "{scoring:?}");
-            assert_eq!(agreement(&[2.0, 1.0, 0.0], scoring, [(0, 0.7), (-1, 0.3)]), Agreement::Different, "{scoring:?}");
+            assert_eq!(
+                agreement(&[2.0, 1.0, 0.0], scoring, [(0, 0.7), (-1, 0.3)]),
+                Agreement::Different,
+                "{scoring:?}"
+            );
             assert_eq!(agreement(&[2.0, 1.0, 0.0], scoring, [(0, 0.7), (9, 0.3)]), Agreement::Different, "{scoring:?}");
         }
     }

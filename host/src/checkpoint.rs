@@ -140,7 +140,8 @@ impl Checkpoint {
         let prefixes = LAYER_PREFIXES.map(|prefix| format!("{prefix}{layer}."));
         let names: BTreeSet<&str> = self.files.names().collect();
         let places = prefixes.iter().flat_map(|prefix| layouts.iter().map(move |layout| (prefix, layout)));
-        let mut found = places.filter(|(prefix, layout)| names.contains(format!("{prefix}{}", layout.experts.first()).as_str()));
+        let mut found =
+            places.filter(|(prefix, layout)| names.contains(format!("{prefix}{}", layout.experts.first()).as_str()));
         let (prefix, layout) = match (found.next(), found.next()) {
             (Some((prefix, layout)), Some((other_prefix, other))) => {
                 return Err(Error::TwoLayouts {
@@ -152,7 +153,9 @@ impl Checkpoint {
             (Some(place), None) => place,
             (None, _) => {
                 let in_block = |name: &str| BLOCKS.iter().any(|block| name.starts_with(block));
-                let used = |prefix: &&String| names.iter().any(|name| name.strip_prefix(prefix.as_str()).is_some_and(in_block));
+                let used = |prefix: &&String| {
+                    names.iter().any(|name| name.strip_prefix(prefix.as_str()).is_some_and(in_block))
+                };
                 (prefixes.iter().find(used).unwrap_or(&prefixes[0]), &layouts[0])
             }
         };
@@ -309,7 +312,9 @@ fn families_that_fit(files: &Files) -> Vec<&'static str> {
             }
         }
     }
-    let fits = |spec: &&FamilySpec| layers.values().any(|names| spec.layouts.iter().any(|layout| has_names(spec, layout, names)));
+    let fits = |spec: &&FamilySpec| {
+        layers.values().any(|names| spec.layouts.iter().any(|layout| has_names(spec, layout, names)))
+    };
     FAMILIES.iter().filter(fits).map(|spec| spec.model_types[0]).collect()
 }
 
@@ -333,10 +338,9 @@ fn has_names(spec: &FamilySpec, layout: &Layout, names: &BTreeSet<&str>) -> bool
     let shared = |name: &str| match (&spec.shared, &layout.shared) {
         (Shared::None, _) => false,
         (Shared::Gated(_), _) => name.starts_with("mlp.shared_expert."),
-        (_, Stored::Apart { prefix, parts }) => name
-            .strip_prefix(prefix)
-            .and_then(|rest| rest.strip_prefix('.'))
-            .is_some_and(|rest| of_parts(rest, parts)),
+        (_, Stored::Apart { prefix, parts }) => {
+            name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('.')).is_some_and(|rest| of_parts(rest, parts))
+        }
         (_, Stored::Fused { gate_up, down }) => [*gate_up, *down].contains(&name),
     };
     needed.iter().all(|name| names.contains(name.as_str()))

@@ -81,7 +81,11 @@ pub enum Error {
         what: String,
     },
     /// Tensors of the layer that nobody reads.
-    #[error("{path} has `{}`{}, which a {family} layer with these settings has not; it would be left out", first_of(names), more_than(names))]
+    #[error(
+        "{path} has `{}`{}, which a {family} layer with these settings has not; it would be left out",
+        first_of(names),
+        more_than(names)
+    )]
     UnreadTensors {
         /// The file.
         path: PathBuf,

@@ -75,6 +75,13 @@ pub(crate) struct FamilySpec {
     pub unsupported: Option<&'static str>,
 }
 
+impl FamilySpec {
+    /// Whether the kernel can run the family's layers; where it is one setting that stands in the way, with that setting.
+    pub fn can_run(&self) -> bool {
+        self.unsupported.is_none() && !matches!(self.shared, Shared::Gated(_))
+    }
+}
+
 /// A size in `config.json`: the first of these fields that is there, or the default.
 #[derive(Debug)]
 pub(crate) struct Size {
@@ -89,11 +96,15 @@ pub(crate) struct Size {
 pub(crate) enum Layers {
     All,
     /// `mlp_layer_types`; where it is absent all but the first `first_k_dense_replace`.
-    AfterDense { default: usize },
+    AfterDense {
+        default: usize,
+    },
     /// All of `decoder_sparse_step` except `mlp_only_layers`.
     Stepped,
     /// All; `mlp_layer_types` or `num_hash_layers` say which route by token id.
-    Hashed { default: usize },
+    Hashed {
+        default: usize,
+    },
     /// Every `moe_layer_interval`-th from `moe_layer_start_index` to `moe_layer_end_index`.
     Interval,
 }
@@ -132,7 +143,9 @@ pub(crate) enum ScoringSpec {
     /// `scoring_func` says sqrtsoftplus, the default, or sigmoid.
     SqrtSoftplusOrSigmoid,
     /// Sparse mixer with `router_jitter_noise`, or this.
-    SparseMixer { jitter: f32 },
+    SparseMixer {
+        jitter: f32,
+    },
 }
 
 /// Whether the choice is limited to the best groups of experts.
@@ -213,7 +226,7 @@ pub(crate) const LAYER_PREFIXES: [&str; 5] = [
 
 /// Fields of `config.json` that change what some family's layer computes, and the values with which they change nothing. A family whose
 /// reader does not look at one of them refuses every other value. Null always counts as absent here.
-pub(crate) const SETTINGS: [(&str, &[Plain]); 32] = [
+pub(crate) const SETTINGS: [(&str, &[Plain]); 33] = [
     ("hidden_act", &[Plain::Text("silu")]),
     ("moe_layer_freq", &[Plain::Number(1.0)]),
     ("topk_method", &[Plain::Text("greedy")]),
@@ -237,6 +250,7 @@ pub(crate) const SETTINGS: [(&str, &[Plain]); 32] = [
     ("use_routing_bias", &[Plain::Flag(false)]),
     ("moe_use_aux_free", &[Plain::Flag(false)]),
     ("first_k_dense_replace", &[Plain::Number(0.0)]),
+    ("mlp_layer_types", &[]),
     ("decoder_sparse_step", &[Plain::Number(1.0)]),
     ("moe_layer_num_skipped", &[Plain::Number(0.0)]),
     ("interleave_moe_layer_step", &[Plain::Number(1.0)]),
@@ -538,12 +552,7 @@ const DEEPSEEK_V2: FamilySpec = FamilySpec {
     experts: field(&["n_routed_experts", "num_experts"]).or(64),
     top_k: field(&["num_experts_per_tok"]),
     shared: Shared::Count(field(&["n_shared_experts"]).or(2)),
-    router: RouterSpec {
-        groups: Groups::ByMethod,
-        normalize: Normalize::Fixed(false),
-        scaling: Some(1.0),
-        ..SOFTMAX
-    },
+    router: RouterSpec { groups: Groups::ByMethod, normalize: Normalize::Fixed(false), scaling: Some(1.0), ..SOFTMAX },
     layouts: &[MLP, MLP_FUSED],
     // Without a method that reads them they say nothing.
     ignored: &["n_group", "topk_group"],
@@ -595,10 +604,8 @@ const MLP: Layout = Layout {
 };
 
 /// The same with all experts in two tensors, as `transformers` 5 holds them.
-const MLP_FUSED: Layout = Layout {
-    experts: Experts::Fused { gate_up: "mlp.experts.gate_up_proj", down: "mlp.experts.down_proj" },
-    ..MLP
-};
+const MLP_FUSED: Layout =
+    Layout { experts: Experts::Fused { gate_up: "mlp.experts.gate_up_proj", down: "mlp.experts.down_proj" }, ..MLP };
 
 /// Mixtral's names.
 const SPARSE_BLOCK: Layout = Layout {
@@ -644,3 +651,6 @@ impl Size {
         Self { of_layers: true, ..self }
     }
 }
+
+#[cfg(test)]
+mod checkpoints;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::family::{FAMILIES, Family, Groups, Layers, Normalize, ScoringSpec, SETTINGS, Shared, Size};
+use crate::family::{FAMILIES, Family, Groups, Layers, Normalize, SETTINGS, ScoringSpec, Shared, Size};
 use crate::fields::{Fields, Plain};
 use crate::router::{ExpertGroups, GroupScore, Scoring};
 
@@ -93,13 +93,16 @@ impl ModelConfig {
             Shared::Width(field) => match fields.find_size(field)?.unwrap_or(0) {
                 width if width.is_multiple_of(intermediate) => width / intermediate,
                 width => {
-                    let what = format!("a shared expert of width {width} (`{field}`) beside experts of width {intermediate}");
+                    let what =
+                        format!("a shared expert of width {width} (`{field}`) beside experts of width {intermediate}");
                     return Err(unsupported(&what));
                 }
             },
             Shared::Gated(field) if fields.find_size(field)? == Some(0) => 0,
             Shared::Gated(_) => {
-                return Err(unsupported("the shared expert's sigmoid gate (`mlp.shared_expert_gate.weight`), a weight for each token,"));
+                return Err(unsupported(
+                    "the shared expert's sigmoid gate (`mlp.shared_expert_gate.weight`), a weight for each token,",
+                ));
             }
         };
         let router = &spec.router;
@@ -148,7 +151,8 @@ impl ModelConfig {
 
 /// The error for a `model_type` that no family has.
 pub(crate) fn unknown_model_type(path: &Path, model_type: &str, fits: &[&str]) -> Error {
-    let known: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
+    let known: Vec<&str> =
+        FAMILIES.iter().filter(|family| family.can_run()).flat_map(|family| family.model_types).copied().collect();
     let problem = match fits {
         [] => format!("is {model_type:?}; supported are {}", known.join(", ")),
         _ => format!(
@@ -267,10 +271,13 @@ fn layer_kinds(layers: &Layers, fields: &Fields) -> Result<Vec<LayerKind>> {
     Ok(match *layers {
         Layers::All => kinds(&|_| true),
         Layers::AfterDense { default } => {
-            let dense = fields.size("first_k_dense_replace", Some(default))?;
+            let said = fields.find_size("first_k_dense_replace")?;
             match named_kinds(fields, count, &[("sparse", LayerKind::Moe), ("moe", LayerKind::Moe)])? {
                 Some(kinds) => kinds,
-                None => kinds(&|layer| layer >= dense),
+                None => {
+                    let dense = fields.or_default("first_k_dense_replace", said, Some(default))?;
+                    kinds(&|layer| layer >= dense)
+                }
             }
         }
         Layers::Stepped => {
@@ -279,12 +286,14 @@ fn layer_kinds(layers: &Layers, fields: &Fields) -> Result<Vec<LayerKind>> {
             kinds(&|layer| !dense.contains(&layer) && (layer + 1) % step == 0)
         }
         Layers::Hashed { default } => {
-            let hashed = fields.size("num_hash_layers", Some(default))?;
+            let said = fields.find_size("num_hash_layers")?;
             match named_kinds(fields, count, &[("hash_moe", LayerKind::HashMoe), ("moe", LayerKind::Moe)])? {
                 Some(kinds) => kinds,
-                None => (0..count)
-                    .map(|layer| if layer < hashed { LayerKind::HashMoe } else { LayerKind::Moe })
-                    .collect(),
+                None => {
+                    let hashed = fields.or_default("num_hash_layers", said, Some(default))?;
+                    let kind = |layer| if layer < hashed { LayerKind::HashMoe } else { LayerKind::Moe };
+                    (0..count).map(kind).collect()
+                }
             }
         }
         Layers::Interval => {
@@ -365,7 +374,10 @@ mod tests {
         });
         assert_eq!(sizes, [(256, 128, 8, 2, 0), (128, 192, 16, 4, 0), (192, 64, 16, 4, 1), (256, 64, 16, 6, 1)]);
         let v3 = with("deepseek-v3", json!({})).unwrap();
-        assert_eq!((v3.groups, v3.scaling), (Some(ExpertGroups { count: 4, kept: 2, score: GroupScore::BestTwo }), 2.5));
+        assert_eq!(
+            (v3.groups, v3.scaling),
+            (Some(ExpertGroups { count: 4, kept: 2, score: GroupScore::BestTwo }), 2.5)
+        );
         let v4 = with("deepseek-v4", json!({})).unwrap();
         assert_eq!(
             (v4.swiglu_limit, v4.scaling, v4.layers),
@@ -448,7 +460,7 @@ mod tests {
 
     #[test]
     fn what_the_kernel_cannot_do_is_refused_by_name() {
-        let gated = json!({"num_experts": 8, "shared_expert_intermediate_size": 64});
+        let gated = json!({"num_experts": 16, "shared_expert_intermediate_size": 64});
         for (model_type, fields, expected) in [
             ("qwen2_moe", gated.clone(), "sigmoid gate"),
             ("qwen3_next", gated.clone(), "sigmoid gate"),
@@ -490,7 +502,11 @@ mod tests {
         assert!(least("hunyuan_v1_moe", lists).unwrap_err().to_string().contains("the same for every layer"));
         // What published files say, though it changes nothing.
         least("dots1", json!({"n_routed_experts": 8, "num_experts_per_tok": 2, "scoring_func": "noaux_tc"})).unwrap();
-        least("hunyuan_v1_moe", json!({"num_experts": 8, "moe_topk": [2, 2], "n_group": false, "routed_scaling_factor": 1.0})).unwrap();
+        least(
+            "hunyuan_v1_moe",
+            json!({"num_experts": 8, "moe_topk": [2, 2], "n_group": false, "routed_scaling_factor": 1.0}),
+        )
+        .unwrap();
     }
 
     #[test]
@@ -519,7 +535,11 @@ mod tests {
     #[test]
     fn errors_name_field_and_value() {
         for (name, changes, expected) in [
-            ("mixtral", json!({"model_type": "llama"}), "`model_type` is \"llama\"; supported are mixtral, qwen3_moe"),
+            (
+                "mixtral",
+                json!({"model_type": "llama"}),
+                "`model_type` is \"llama\"; supported are mixtral, qwen3_moe, ",
+            ),
             ("mixtral", json!({"model_type": null}), "`model_type` is missing"),
             ("mixtral", json!({"hidden_size": -1}), "`hidden_size` is -1; it must be a whole number"),
             ("mixtral", json!({"hidden_size": 0}), "`hidden_size` is 0; it must be at least 1"),
