@@ -332,7 +332,6 @@ pub(crate) static FAMILIES: [FamilySpec; 24] = [
                 experts: Experts::Each { prefix: "ffn.experts", parts: BY_NUMBER },
                 shared: Stored::Apart { prefix: "ffn.shared_experts", parts: BY_NUMBER },
             },
-            MLP,
             MLP_FUSED,
         ],
         ..DEEPSEEK_V3

@@ -73,10 +73,11 @@ impl Fields {
 
     /// What a field is where it is absent; null stands for nothing where a value is needed.
     pub fn or_default<T>(&self, field: &str, value: Option<T>, default: Option<T>) -> Result<T> {
-        match value.or(if self.is_null(field) { None } else { default }) {
-            Some(value) => Ok(value),
-            None if self.is_null(field) => Err(self.error(field, "is null; it must have a value".into())),
-            None => Err(self.error(field, "is missing".into())),
+        match (value, default) {
+            (Some(value), _) => Ok(value),
+            (None, Some(_)) if self.is_null(field) => Err(self.error(field, "is null; it must have a value".into())),
+            (None, Some(default)) => Ok(default),
+            (None, None) => Err(self.error(field, "is missing".into())),
         }
     }
 
