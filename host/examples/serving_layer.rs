@@ -19,8 +19,8 @@ use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use ferromoe::cuda::CapturedGraph;
 use ferromoe::{
-    Device, DeviceBuffer, DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, RankInputs, RendezvousAddress,
-    SimOptions, Stream,
+    Device, DeviceBuffer, DeviceGroup, Error, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankInputs,
+    RendezvousAddress, ScaleKind, SimOptions, Stream,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -160,6 +160,8 @@ fn main() -> anyhow::Result<()> {
         max_tokens_per_rank: 16,
         swiglu_limit: None,
         shared_experts: 1,
+        experts_format: ExpertFormat::Bf16,
+        scales: ScaleKind::F32,
     };
     let group = open(&arguments)?;
     println!("{}", group.description());

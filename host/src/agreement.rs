@@ -23,6 +23,8 @@ pub enum Agreement {
     OtherWeights,
     /// Others.
     Different,
+    /// The token's hidden state is not finite: no experts are right.
+    NotFinite,
 }
 
 impl Agreement {
@@ -57,6 +59,9 @@ impl Router {
     }
 
     fn compare(&self, state: &[bf16], computed: &[(i32, f32)], recorded: &[(i32, f32)]) -> Agreement {
+        if !state.iter().all(|value| value.is_finite()) {
+            return Agreement::NotFinite;
+        }
         let logits = self.logits(state);
         let scores = self.scores(&logits);
         let has = |list: &[(i32, f32)], expert: i32| list.iter().any(|&(other, _)| other == expert);

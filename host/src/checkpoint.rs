@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use ferromoe_kernel::quantise::ScaleKind;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -14,6 +15,7 @@ use crate::matrix::{Bytes, Matrix};
 use crate::model::{LayerKind, ModelConfig, Parsed, unknown_model_type};
 use crate::router::Router;
 use crate::tensors::Tensor;
+use crate::weight_matrix::WeightMatrix;
 use crate::weights::{Expert, ExpertWeights};
 
 const CONFIG: &str = "config.json";
@@ -21,13 +23,13 @@ const CONFIG: &str = "config.json";
 /// A checkpoint folder as `save_pretrained` of `transformers` writes it, or as the model's makers publish it: `config.json`, and
 /// `model.safetensors` or several files with `model.safetensors.index.json`.
 ///
-/// The families are those of README's table.
+/// The families are those of README's table. Weights may be FP8: e4m3 with block scales, as published.
 pub struct Checkpoint {
     config: ModelConfig,
     files: Files,
 }
 
-/// The MoE block of one layer. Its weights stay in the mapped files where those are bf16: the files must not be
+/// The MoE block of one layer. Its weights stay in the mapped files where those are bf16 or e4m3: the files must not be
 /// changed while the layer is in use.
 #[derive(Debug)]
 pub struct HfLayer {
@@ -42,6 +44,7 @@ pub struct HfLayer {
     hidden: usize,
     intermediate: usize,
     swiglu_limit: Option<f32>,
+    scales: ScaleKind,
 }
 
 impl HfLayer {
@@ -64,6 +67,8 @@ impl HfLayer {
             max_tokens_per_rank,
             swiglu_limit: self.swiglu_limit,
             shared_experts: self.weights.shared.len(),
+            experts_format: self.weights.format(),
+            scales: self.scales,
         }
     }
 }
@@ -122,6 +127,7 @@ impl Checkpoint {
             hidden: config.hidden,
             intermediate: config.intermediate,
             swiglu_limit: config.swiglu_limit,
+            scales: config.quantisation.map_or(ScaleKind::F32, |quantisation| quantisation.scales),
         };
         let names = block.tensors.unread();
         match names.is_empty() {
@@ -178,12 +184,31 @@ impl Block<'_> {
     /// An expert that is stored as three matrices.
     fn expert(&self, prefix: &str, parts: &Parts, intermediate: usize) -> Result<Expert> {
         let hidden = self.config.hidden;
-        let [gate, up, down] = parts.map(|part| format!("{prefix}.{part}.weight"));
+        let [gate, up, down] = parts.map(|part| format!("{prefix}.{part}"));
         Ok(Expert {
-            gate: self.tensor(&gate)?.matrix(intermediate, hidden)?,
-            up: self.tensor(&up)?.matrix(intermediate, hidden)?,
-            down: self.tensor(&down)?.matrix(hidden, intermediate)?,
+            gate: self.matrix(&gate, intermediate, hidden)?,
+            up: self.matrix(&up, intermediate, hidden)?,
+            down: self.matrix(&down, hidden, intermediate)?,
         })
+    }
+
+    /// A weight matrix [rows, cols]: `name.weight`, and its block scales where it is e4m3 of a quantised checkpoint.
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix> {
+        let weight = self.tensor(&format!("{name}.weight"))?;
+        match self.config.quantisation {
+            Some(quantisation) if weight.is_e4m3() => {
+                // DeepSeek-V4's own release calls them `scale`.
+                let short = format!("{name}.scale");
+                let is_short = self.tensors.has(&short);
+                let scales = self.tensor(&if is_short { short } else { format!("{name}.weight_scale_inv") })?;
+                Ok(quantisation.matrix(weight, scales, rows, cols)?.into())
+            }
+            Some(_) if !weight.is_float() => Err(weight.dtype_error("F8_E4M3, BF16, F16 or F32")),
+            None if weight.is_e4m3() => {
+                Err(weight.dtype_error("BF16, F16 or F32 where config.json has no `quantization_config`"))
+            }
+            _ => Ok(weight.matrix(rows, cols)?.into()),
+        }
     }
 
     fn experts(&self) -> Result<Vec<Expert>> {
@@ -220,7 +245,10 @@ impl Block<'_> {
                 fused(&gate_up, self.tensor(down)?.matrix(hidden, width)?)
             }
         };
-        Ok(whole.cut(count, intermediate))
+        whole.cut(count, intermediate).map_err(|error| match error {
+            Error::BlockCut { block, .. } => Error::SharedBlocks { count, intermediate, block },
+            other => other,
+        })
     }
 
     fn router(&self, kind: LayerKind) -> Result<Router> {
@@ -263,7 +291,8 @@ impl Block<'_> {
 /// An expert whose gate and up matrices lie below each other.
 fn fused(gate_up: &Matrix, down: Matrix) -> Expert {
     let intermediate = gate_up.rows() / 2;
-    Expert { gate: gate_up.rows_view(0..intermediate), up: gate_up.rows_view(intermediate..2 * intermediate), down }
+    let [gate, up] = [0..intermediate, intermediate..2 * intermediate].map(|rows| gate_up.rows_view(rows).into());
+    Expert { gate, up, down: down.into() }
 }
 
 fn transposed(matrix: &Matrix) -> Matrix {
@@ -428,10 +457,17 @@ mod tests {
         assert_eq!(HfLayer::open(&fixture("deepseek-v4"), 0).unwrap().router.vocabulary(), Some(256));
     }
 
+    fn in_place(matrix: &WeightMatrix) -> bool {
+        match matrix {
+            WeightMatrix::Bf16(matrix) => matrix.is_in_place(),
+            WeightMatrix::Fp8(matrix) => matrix.values().is_in_place(),
+        }
+    }
+
     #[test]
     fn bf16_weights_stay_in_the_mapped_file() {
         let open = HfLayer::open(&fixture("mixtral"), 0).unwrap();
-        assert!(open.weights.experts.iter().all(|expert| expert.gate.is_in_place() && expert.down.is_in_place()));
+        assert!(open.weights.experts.iter().all(|expert| in_place(&expert.gate) && in_place(&expert.down)));
     }
 
     #[test]

@@ -172,6 +172,36 @@ pub enum Error {
         /// The size that would be right.
         expected: String,
     },
+    /// A block scale that is no scale.
+    #[error("{problem}")]
+    BlockScale {
+        /// Which scale, its value, and what would be right.
+        problem: String,
+    },
+    /// A cut of a matrix of e4m3 numbers that would part a block.
+    #[error(
+        "a matrix with a scale for each block of {block} x {block} cannot be cut at {what} {cut}; cuts must be at multiples of {block}"
+    )]
+    BlockCut {
+        /// "row" or "column".
+        what: &'static str,
+        /// Where it was to be cut.
+        cut: usize,
+        /// Rows and columns of a block.
+        block: usize,
+    },
+    /// Shared experts that lie in one matrix whose blocks span two of them.
+    #[error(
+        "the {count} shared experts of width {intermediate} cannot be cut from their common matrices, which have a scale for each {block} rows or columns; their width must be a multiple of {block}"
+    )]
+    SharedBlocks {
+        /// Number of shared experts.
+        count: usize,
+        /// Width of one.
+        intermediate: usize,
+        /// Rows and columns of a block.
+        block: usize,
+    },
     /// A trace was asked of a group whose kernel records nothing.
     #[error("the group's kernel records no trace; DeviceGroup::open_traced opens one whose kernel does")]
     NotTraced,

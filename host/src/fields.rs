@@ -35,10 +35,14 @@ impl Fields {
     }
 
     /// The fields of an object within this one, if there is one.
-    pub fn nested(&self, field: &str) -> Option<Self> {
-        let fields = self.fields.get(field)?.as_object()?.clone();
-        let within = format!("{}{field}.", self.within);
-        Some(Self { path: self.path.clone(), within, fields, read: RefCell::default() })
+    pub fn nested(&self, field: &str) -> Result<Option<Self>> {
+        let object = self.get(field, "an object", Value::as_object)?;
+        Ok(object.map(|fields| Self {
+            path: self.path.clone(),
+            within: format!("{}{field}.", self.within),
+            fields: fields.clone(),
+            read: RefCell::default(),
+        }))
     }
 
     pub fn path(&self) -> &Path {

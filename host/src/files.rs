@@ -87,6 +87,11 @@ pub(crate) struct LayerTensors<'a> {
 }
 
 impl LayerTensors<'_> {
+    /// Whether there is such a tensor.
+    pub fn has(&self, name: &str) -> bool {
+        self.find(name).is_some()
+    }
+
     /// A tensor that has to be there.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         let found = self.find(name).ok_or_else(|| self.missing(name))?;

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::family::{FAMILIES, Family, Groups, Layers, Normalize, SETTINGS, ScoringSpec, Shared, Size};
 use crate::fields::{Fields, Plain};
+use crate::quantisation::Quantisation;
 use crate::router::{ExpertGroups, GroupScore, Scoring};
 
 /// What a layer's feed-forward block is.
@@ -20,6 +21,7 @@ pub(crate) enum LayerKind {
 #[derive(Debug)]
 pub(crate) struct ModelConfig {
     pub family: Family,
+    pub quantisation: Option<Quantisation>,
     pub layers: Vec<LayerKind>,
     pub hidden: usize,
     pub intermediate: usize,
@@ -48,7 +50,7 @@ impl ModelConfig {
     /// in `text_config`.
     pub fn parse(path: &Path, text: &[u8]) -> Result<Parsed> {
         let whole = Fields::parse(path, text)?;
-        let nested = whole.nested("text_config");
+        let nested = whole.nested("text_config")?;
         let fields = nested.as_ref().unwrap_or(&whole);
         let model_type = match fields.find_text("model_type")? {
             Some(model_type) if nested.is_none() || Family::find(model_type).is_some() => model_type,
@@ -57,9 +59,11 @@ impl ModelConfig {
         let Some(family) = Family::find(model_type) else {
             return Ok(Parsed::Unknown { model_type: model_type.to_owned() });
         };
-        refuse_quantised(&whole)?;
-        refuse_quantised(fields)?;
-        Self::read(fields, family).map(Parsed::Known)
+        let quantisation = match (Quantisation::read(&whole)?, &nested) {
+            (None, Some(nested)) => Quantisation::read(nested)?,
+            (quantisation, _) => quantisation,
+        };
+        Self::read(fields, family, quantisation).map(Parsed::Known)
     }
 
     /// The first layer with experts.
@@ -67,7 +71,7 @@ impl ModelConfig {
         self.layers.iter().position(|&kind| kind != LayerKind::Dense)
     }
 
-    fn read(fields: &Fields, family: Family) -> Result<Self> {
+    fn read(fields: &Fields, family: Family, quantisation: Option<Quantisation>) -> Result<Self> {
         let spec = family.spec;
         let unsupported = |what: &str| Error::Unsupported {
             path: fields.path().to_owned(),
@@ -108,6 +112,7 @@ impl ModelConfig {
         let router = &spec.router;
         let config = Self {
             family,
+            quantisation,
             layers: layer_kinds(&spec.layers, fields)?,
             hidden: fields.positive("hidden_size")?,
             intermediate,
@@ -182,25 +187,6 @@ impl Size {
             size => Ok(size),
         }
     }
-}
-
-/// Kinds of quantisation that the loader can read; the tensors say whether they are as they should be.
-const READABLE: [&str; 1] = ["fp8"];
-
-/// Refuses a checkpoint whose weights are quantised in a way that nobody reads here.
-fn refuse_quantised(fields: &Fields) -> Result<()> {
-    for name in ["quantization_config", "compression_config"] {
-        let Some(quantization) = fields.nested(name) else { continue };
-        let method = match quantization.find_text("quant_method")? {
-            Some(method) => method,
-            None if quantization.has("load_in_4bit") || quantization.has("load_in_8bit") => "bitsandbytes",
-            None => "unnamed",
-        };
-        if !READABLE.contains(&method) {
-            return Err(Error::Quantised { path: fields.path().to_owned(), method: method.to_owned() });
-        }
-    }
-    Ok(())
 }
 
 fn scoring(fields: &Fields, family: Family) -> Result<Scoring> {
@@ -511,15 +497,13 @@ mod tests {
 
     #[test]
     fn quantised_checkpoints_are_called_that() {
-        for (quantization, expected) in [
-            (json!({"quant_method": "awq", "bits": 4}), "awq"),
-            (json!({"quant_method": "gptq"}), "gptq"),
-            (json!({"quant_method": "compressed-tensors"}), "compressed-tensors"),
-            (json!({"load_in_4bit": true}), "bitsandbytes"),
-        ] {
-            let error = with("deepseek-v3", json!({"quantization_config": quantization})).unwrap_err().to_string();
-            assert!(error.contains(&format!("quantised ({expected})")), "{error}");
-        }
+        let awq = json!({"quant_method": "awq", "bits": 4});
+        let error = with("deepseek-v3", json!({"quantization_config": awq.clone()})).unwrap_err().to_string();
+        assert!(error.contains("`quantization_config.quant_method` is \"awq\""), "{error}");
+        let nested =
+            json!({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2", "quantization_config": awq}});
+        let error = parse(&nested).unwrap_err().to_string();
+        assert!(error.contains("`text_config.quantization_config.quant_method` is \"awq\""), "{error}");
         with("deepseek-v3", json!({"quantization_config": null})).unwrap();
     }
 

@@ -46,9 +46,35 @@ struct State {
     /// Names launches.
     last_ticket: u64,
     /// What became of the launches that are waited for.
-    reports: BTreeMap<u64, std::result::Result<Cost, SimError>>,
+    reports: BTreeMap<u64, std::result::Result<Cost, Failure>>,
     /// What other launches of a rank ran into, until somebody asks.
-    failures: Vec<Option<SimError>>,
+    failures: Vec<Option<Failure>>,
+    /// The rank of each buffer that other ranks know of.
+    shared: BTreeMap<u64, usize>,
+    /// Ranks that have freed such a buffer: launches that run without them may find it gone.
+    released: Vec<bool>,
+}
+
+/// Why a launch has no result.
+#[derive(Clone)]
+enum Failure {
+    Simulator(SimError),
+    /// It ran without this rank, which had released what the launch needs of it.
+    Without(usize),
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Simulator(error) => error.into(),
+            Failure::Without(rank) => {
+                let source = std::io::Error::other(
+                    "it waited for this launch in vain and has released its memory; all ranks must launch within their deadline",
+                );
+                RendezvousError::Left { rank, source }.into()
+            }
+        }
+    }
 }
 
 struct Queued {
@@ -163,6 +189,8 @@ impl Node {
             last_ticket: 0,
             reports: BTreeMap::new(),
             failures: vec![None; ranks],
+            shared: BTreeMap::new(),
+            released: vec![false; ranks],
         };
         Ok(Self { options, run, module, state: Mutex::new(state), ran: Condvar::new() })
     }
@@ -214,7 +242,12 @@ impl Node {
                 args: queued.args.clone(),
             })
             .collect();
-        let result = state.machine.run(&launches, &options);
+        let gone =
+            (0..state.released.len()).find(|rank| state.released[*rank] && first.iter().all(|(at, _)| at != rank));
+        let result = state.machine.run(&launches, &options).map_err(|error| match gone {
+            Some(rank) => Failure::Without(rank),
+            None => Failure::Simulator(error),
+        });
         for (at, (rank, queued)) in first.iter().enumerate() {
             let outcome = result.as_ref().map(|costs| costs[at]).map_err(Clone::clone);
             if queued.reported {
@@ -265,10 +298,11 @@ impl Backend for SimBackend {
     }
 
     fn share(&self, addresses: &[u64], _name: &'static str) -> Result<Vec<u64>> {
-        match &self.others {
-            Some(_) => Ok(self.exchange(bytemuck::cast_slice(addresses))?.concat().chunks_exact(8).map(word).collect()),
-            None => Ok(addresses.to_vec()),
+        if self.others.is_none() {
+            return Ok(addresses.to_vec());
         }
+        self.state().shared.extend(addresses.iter().map(|&address| (address, self.local.start)));
+        Ok(self.exchange(bytemuck::cast_slice(addresses))?.concat().chunks_exact(8).map(word).collect())
     }
 
     fn sms(&self, _rank: usize) -> u32 {
@@ -285,7 +319,11 @@ impl Backend for SimBackend {
     }
 
     fn free(&self, _rank: usize, address: u64) -> Result<()> {
-        Ok(self.state().machine.free(address)?)
+        let mut state = self.state();
+        if let Some(rank) = state.shared.remove(&address) {
+            state.released[rank] = true;
+        }
+        Ok(state.machine.free(address)?)
     }
 
     fn write(&self, _rank: usize, address: u64, bytes: &[u8]) -> Result<()> {
@@ -345,4 +383,45 @@ impl Backend for SimBackend {
 
 fn word(bytes: &[u8]) -> u64 {
     bytemuck::pod_read_unaligned(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::fused::FusedMoe;
+    use crate::group::{Device, DeviceGroup};
+    use crate::rendezvous::RendezvousAddress;
+    use crate::testing::{Tokens, small_config};
+    use crate::weights::ExpertWeights;
+
+    /// Rank 0 launches, waits in vain, and goes; then rank 1 launches.
+    #[test]
+    fn a_rank_that_launches_late_is_told_that_its_peer_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = RendezvousAddress::Unix(folder.path().join("group"));
+        let config = small_config();
+        let weights = ExpertWeights::random(&config, 5);
+        let tokens = Tokens::random(&config, 4, 1);
+        let layer = |rank| {
+            let group =
+                DeviceGroup::join(Device::Sim(SimOptions::default()), rank, 2, &address, Duration::from_secs(3))?;
+            let mut moe = FusedMoe::new(&group, &config, &weights)?;
+            moe.set_deadline(Duration::from_millis(1));
+            Ok::<_, Error>(moe)
+        };
+        let (gone, wait) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let error = layer(0).unwrap().forward(&[tokens.batch()]).unwrap_err();
+                assert!(matches!(error, Error::Deadline { rank: 0, missing: 1, .. }), "{error}");
+                gone.send(()).unwrap();
+            });
+            let mut late = layer(1).unwrap();
+            wait.recv().unwrap();
+            let error = late.forward(&[tokens.batch()]).unwrap_err().to_string();
+            assert!(error.starts_with("rank 0 left the group: it waited for this launch in vain"), "{error}");
+        });
+    }
 }

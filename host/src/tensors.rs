@@ -1,7 +1,9 @@
 //! Safetensors files, mapped and checked: a tensor is asked for with the shape its place needs.
 
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,12 +14,15 @@ use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Error, Result};
+use crate::float8::from_e8m0;
+use crate::fp8;
 use crate::matrix::{Bytes, Matrix};
 
 /// What a file begins with that Git LFS has not fetched.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
 const FLOATS: &str = "BF16, F16 or F32";
+const SCALES: &str = "F32, BF16 or F8_E8M0";
 
 /// One safetensors file.
 pub(crate) struct TensorFile {
@@ -30,10 +35,22 @@ pub(crate) struct TensorFile {
 }
 
 impl TensorFile {
-    /// Maps a file. It must not be changed while it is in use.
+    /// Maps a file, which must not be changed while it is in use; a pipe, which cannot be mapped, is read to its end.
     pub fn open(path: &Path) -> Result<Self> {
         let io = |source| Error::Io { action: "read", path: path.to_owned(), source };
-        let file = File::open(path).map_err(io)?;
+        let mut file = File::open(path).map_err(io)?;
+        let kind = file.metadata().map_err(io)?.file_type();
+        if kind.is_dir() {
+            return Err(io(std::io::Error::other("it is a folder; it must be a safetensors file")));
+        }
+        if kind.is_char_device() || kind.is_block_device() {
+            return Err(io(std::io::Error::other("it is a device; it must be a safetensors file, or a pipe with one")));
+        }
+        if !kind.is_file() {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map_err(io)?;
+            return Self::new(path, Arc::new(bytes));
+        }
         // SAFETY: the map is private and read-only; that nobody changes the file meanwhile is asked of the caller,
         // as every reader of memory-mapped checkpoints does.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
@@ -144,6 +161,40 @@ impl Tensor<'_> {
         (0..count).into_par_iter().map(|index| part(index).matrix(rows, cols)).collect()
     }
 
+    /// Whether its elements are BF16, F16 or F32.
+    pub fn is_float(&self) -> bool {
+        matches!(self.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32)
+    }
+
+    /// Whether its elements are e4m3 numbers, which mean nothing without their scales.
+    pub fn is_e4m3(&self) -> bool {
+        self.dtype == Dtype::F8_E4M3
+    }
+
+    /// The codes of an e4m3 tensor [rows, cols], in place.
+    pub fn e4m3(self, rows: usize, cols: usize) -> Result<Matrix<u8>> {
+        let tensor = self.shaped(&[rows, cols])?;
+        match tensor.dtype {
+            Dtype::F8_E4M3 => Ok(Matrix::in_place(&tensor.file.bytes, tensor.range, rows, cols)),
+            _ => Err(tensor.dtype_error("F8_E4M3")),
+        }
+    }
+
+    /// A tensor [rows, cols] of scales in F32, BF16 or F8_E8M0, all of them finite and positive.
+    pub fn scales(self, rows: usize, cols: usize) -> Result<Matrix<f32>> {
+        let tensor = self.shaped(&[rows, cols])?;
+        let scales = match tensor.dtype {
+            Dtype::F32 | Dtype::BF16 => tensor.f32()?,
+            Dtype::F8_E8M0 => tensor.elements(|[code]| from_e8m0(code)),
+            _ => return Err(tensor.dtype_error(SCALES)),
+        };
+        let scales = Matrix::new(scales, rows, cols)?;
+        match fp8::bad_scale(&scales) {
+            Some(problem) => Err(tensor.value_error(problem)),
+            None => Ok(scales),
+        }
+    }
+
     /// All values, BF16 only.
     pub fn bf16(&self) -> Result<Vec<bf16>> {
         match self.dtype {
@@ -196,7 +247,7 @@ impl Tensor<'_> {
         data.as_chunks::<SIZE>().0.iter().map(|&bytes| convert(bytes)).collect()
     }
 
-    fn dtype_error(&self, expected: &'static str) -> Error {
+    pub fn dtype_error(&self, expected: &'static str) -> Error {
         Error::TensorDtype {
             path: self.file.path.clone(),
             name: self.name.clone(),

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use ferromoe_kernel::quantise::ScaleKind;
 use half::bf16;
 use rand::rngs::StdRng;
 use rand::seq::index;
 use rand::{Rng, SeedableRng};
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::fused::{RankBatch, RankInputs};
 use crate::group::DeviceGroup;
 use crate::memory::{DeviceBuffer, Stream};
@@ -33,6 +34,8 @@ pub fn small_config() -> MoeConfig {
         max_tokens_per_rank: 16,
         swiglu_limit: None,
         shared_experts: 1,
+        experts_format: ExpertFormat::Bf16,
+        scales: ScaleKind::F32,
     }
 }
 

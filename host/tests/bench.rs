@@ -94,6 +94,7 @@ fn what_cannot_be_run_is_told_by_the_exit_code() {
         (&["--shape", "flash", "--experts-per-rank", "2"], 2, "top-k is 6"),
         (&["--shape", "flash", "--tokens", "8,0"], 2, "0 is not in 1.."),
         (&["--shape", "gpt"], 2, "mixtral-8x7b"),
+        (&["--shape", "flash", "--machine", "H20"], 2, "--machine H20 is the GPU to model"),
         (&[], 2, "--shape"),
     ] {
         let output = bench(options);
@@ -101,4 +102,16 @@ fn what_cannot_be_run_is_told_by_the_exit_code() {
         assert_eq!(output.status.code(), Some(code), "{options:?}: {text}");
         assert!(text.contains(expected), "{options:?}: {text}");
     }
+}
+
+#[test]
+fn measurements_that_cannot_be_written_are_a_failure() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_ferromoe"))
+        .args(["bench", "--shape", "flash", "--device", "model", "--tokens", "1", "--json"])
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot write the standard output: No space left"));
 }

@@ -8,7 +8,8 @@ pub mod small;
 use std::sync::Arc;
 
 use ferromoe::{
-    Device, DeviceGroup, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, SimOptions, reference,
+    Device, DeviceGroup, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, ScaleKind,
+    SimOptions, reference,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -59,6 +60,8 @@ impl Default for Case {
                 max_tokens_per_rank: 0,
                 swiglu_limit: None,
                 shared_experts: 0,
+                experts_format: ExpertFormat::Bf16,
+                scales: ScaleKind::F32,
             },
             tokens: vec![7],
             choices: Choices::Random,

@@ -44,8 +44,8 @@ Examples:
       a recorded input, the report as JSON
 
 Exit codes:
-  0  the result is right: relative L2 error at most 1e-2
-  1  it is not, or the run failed
+  0  the result is right: relative L2 error at most 1e-2 over all tokens that are finite
+  1  it is not, or the run failed, or its result or report could not be written
   2  bad input; nothing was written
   3  --device cuda, and there is no CUDA driver"
 )]
@@ -79,9 +79,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub sms: Option<u32>,
 
-    /// Seed of random tokens, and of the simulator's order of events; the result for given tokens does not depend on it
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of random tokens, and of the simulator's order of events; the result for given tokens does not depend on it [default: 0]
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
 
     /// Where the routing comes from [default: the input file if it has one, else the checkpoint's router]
     #[arg(long, value_enum)]
@@ -252,6 +252,17 @@ pub struct MeasureArgs {
 }
 
 impl MeasureArgs {
+    /// Refuses a machine where none is modelled.
+    pub fn check_machine(&self) -> anyhow::Result<()> {
+        match self.machine {
+            Some(machine) if self.device != MeasureOn::Model => anyhow::bail!(
+                "--machine {} is the GPU to model, and nothing is modelled; add --device model, or leave it out",
+                machine.name
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// What to measure of one shape.
     pub fn plan(&self, shape: BenchShape, tokens: &[usize]) -> Plan {
         let experts = self

@@ -1,15 +1,15 @@
 //! `ferromoe bench`.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 
-use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, Plan, SimMeasurement};
+use anyhow::Result;
+use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, Plan};
 use ferromoe::cuda::{Gpu, Limits};
-use ferromoe::{Device, DeviceGroup, Result, SimOptions};
+use ferromoe::{Device, DeviceGroup, SimOptions};
 use serde::Serialize;
 
 use super::args::{BenchArgs, MeasureOn};
-use super::counts;
+use super::{counts, print};
 
 /// Tokens of a rank on a GPU, and in the simulator, which is far slower.
 const GPU_TOKENS: [usize; 6] = [1, 8, 64, 512, 2048, 8192];
@@ -17,6 +17,7 @@ const SIM_TOKENS: [usize; 4] = [1, 8, 64, 512];
 
 /// Runs the benchmark and prints each measurement when it is there.
 pub fn bench(args: &BenchArgs) -> Result<()> {
+    args.run.check_machine()?;
     if args.run.device == MeasureOn::Model {
         return modelled(args);
     }
@@ -32,14 +33,15 @@ fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
     for &shape in &args.shapes {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
-            print(&format!(
+            print::text(&format!(
                 "{}{}{GPU_HEADER}",
                 heading(&plan, args.run.ranks, group.description()),
                 limits_line(&limits)
-            ));
+            ))?;
         }
-        let text = |found: &GpuMeasurement| if args.json { json(found) } else { gpu_row(found) };
-        bench::on_gpus(&plan, &group, gpus, &limits, |found| print(&text(&found)))?;
+        let mut printed = Ok(());
+        bench::on_gpus(&plan, &group, gpus, &limits, |found| show(args, &found, gpu_row, &mut printed))?;
+        printed?;
     }
     Ok(())
 }
@@ -49,10 +51,11 @@ fn simulated(args: &BenchArgs) -> Result<()> {
     for &shape in &args.shapes {
         let plan = plan(args, shape.scaled_down(args.run.ranks), &SIM_TOKENS);
         if !args.json {
-            print(&format!("{}{}", heading(&plan, args.run.ranks, group.description()), counts::LEGEND));
+            print::text(&format!("{}{}", heading(&plan, args.run.ranks, group.description()), counts::LEGEND))?;
         }
-        let text = |found: &SimMeasurement| if args.json { json(found) } else { counts::table(found) };
-        bench::simulated(&plan, &group, |found| print(&text(&found)))?;
+        let mut printed = Ok(());
+        bench::simulated(&plan, &group, |found| show(args, &found, counts::table, &mut printed))?;
+        printed?;
     }
     Ok(())
 }
@@ -63,11 +66,13 @@ fn modelled(args: &BenchArgs) -> Result<()> {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
             let on = format!("{} modelled {}s of {} SMs", args.run.ranks, machine.name, machine.sms);
-            print(&format!("{}{MODEL_HEADER}", heading(&plan, args.run.ranks, &on)));
+            print::text(&format!("{}{MODEL_HEADER}", heading(&plan, args.run.ranks, &on)))?;
         }
+        let mut printed = Ok(());
         for found in bench::modelled(&plan, machine, args.run.ranks)? {
-            print(&if args.json { json(&found) } else { model_rows(&found) });
+            show(args, &found, model_rows, &mut printed);
         }
+        printed?;
     }
     Ok(())
 }
@@ -76,14 +81,11 @@ fn plan(args: &BenchArgs, shape: BenchShape, tokens: &[usize]) -> Plan {
     args.run.plan(shape, if args.tokens.is_empty() { tokens } else { &args.tokens })
 }
 
-/// A reader that has gone away (`| head`) is no error.
-fn print(text: &str) {
-    let mut out = io::stdout().lock();
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
-}
-
-fn json(found: &impl Serialize) -> String {
-    serde_json::to_string(found).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+/// Prints a measurement, unless one before it could not be.
+fn show<T: Serialize>(args: &BenchArgs, found: &T, text: impl Fn(&T) -> String, printed: &mut Result<()>) {
+    if printed.is_ok() {
+        *printed = if args.json { print::json(found) } else { print::text(&text(found)) };
+    }
 }
 
 fn heading(plan: &Plan, ranks: usize, on: &str) -> String {

@@ -9,6 +9,8 @@ use serde::{Serialize, Serializer};
 
 use super::args::RouteArg;
 use super::job::{Compared, Job};
+use super::routing::RoutingCheck;
+use super::verdict::{NotFinite, Place, Verdict};
 
 /// The largest relative L2 error of a right result.
 pub const ERROR_LIMIT: f64 = 1e-2;
@@ -51,10 +53,20 @@ pub struct Report {
     pub seed: u64,
     /// "file" or "compute".
     pub route: &'static str,
-    /// Tokens that got the experts which the input file records; null where that was not compared.
-    pub same_experts: Option<usize>,
+    /// How that compares with the routing of the input file; null where it was not compared.
+    pub route_check: Option<RoutingCheck>,
+    /// Tensors of the input file that nobody reads.
+    pub unread_input: Vec<String>,
     pub compared_with: Compared,
-    /// Null where the output or what it is compared with is not finite.
+    /// Tokens that were compared: those whose input is finite.
+    pub compared_tokens: usize,
+    /// The others, by their first; null where there are none.
+    pub input_not_finite: Option<NotFinite>,
+    /// The first value of a compared token that is not finite; null where all are.
+    pub output_not_finite: Option<Place>,
+    /// As well, of what it is compared with.
+    pub expected_not_finite: Option<Place>,
+    /// Null where no token was compared, or the output or what it is compared with is not finite.
     pub relative_l2_error: Option<f64>,
     pub error_limit: f64,
     pub passed: bool,
@@ -76,7 +88,7 @@ pub struct Execution {
 }
 
 impl Report {
-    pub fn new(job: &Job, seed: u64, execution: Execution, compared_with: Compared, error: f64) -> Self {
+    pub fn new(job: &Job, seed: u64, execution: Execution, verdict: Verdict) -> Self {
         let config = &job.config;
         Self {
             checkpoint: job.checkpoint.clone(),
@@ -97,11 +109,16 @@ impl Report {
                 RouteArg::File => "file",
                 RouteArg::Compute => "compute",
             },
-            same_experts: job.same_experts,
-            compared_with,
-            relative_l2_error: error.is_finite().then_some(error),
+            route_check: job.check.clone(),
+            unread_input: job.input.unread.clone(),
+            compared_with: verdict.compared_with,
+            compared_tokens: verdict.compared_tokens,
+            input_not_finite: verdict.input_not_finite,
+            output_not_finite: verdict.output_not_finite,
+            expected_not_finite: verdict.expected_not_finite,
+            relative_l2_error: (verdict.error.is_finite() && verdict.compared_tokens > 0).then_some(verdict.error),
             error_limit: ERROR_LIMIT,
-            passed: error <= ERROR_LIMIT,
+            passed: verdict.error <= ERROR_LIMIT && job.check.as_ref().is_none_or(|check| check.contradictions == 0),
             cost: execution.cost,
             rank_seconds: execution.rank_elapsed.iter().map(Duration::as_secs_f64).collect(),
             seconds: execution.elapsed.as_secs_f64(),
@@ -120,21 +137,27 @@ impl Display for Report {
         }
         let shares: Vec<String> = self.tokens_per_rank.iter().map(usize::to_string).collect();
         writeln!(f, "tokens   {} on {} ranks: {}", self.tokens, self.ranks, shares.join(" + "))?;
-        match (self.route, self.same_experts) {
+        if let Some(NotFinite { tokens, tensor, first: Place { token, column, value } }) = &self.input_not_finite {
+            let others = match tokens - 1 {
+                0 => String::new(),
+                others => format!(", nor {} {others} more", if others == 1 { "is" } else { "are" }),
+            };
+            let own = "results of such tokens are not compared";
+            writeln!(
+                f,
+                "         token {token} of the input is not finite ({tensor}, column {column}: {value}){others}; {own}"
+            )?;
+        }
+        if !self.unread_input.is_empty() {
+            writeln!(f, "         not read of the input: {}", self.unread_input.join(", "))?;
+        }
+        match (self.route, &self.route_check) {
             ("file", _) => writeln!(f, "routing  as in the input file")?,
             (_, None) => writeln!(f, "routing  by the checkpoint's router")?,
-            (_, Some(same)) => writeln!(
-                f,
-                "routing  by the checkpoint's router; {same} of {} tokens get the experts that the input file records",
-                self.tokens
-            )?,
+            (_, Some(check)) => writeln!(f, "routing  by the checkpoint's router; {}", check.text(self.tokens))?,
         }
         writeln!(f, "device   {}", self.device)?;
         self.write_costs(f)?;
-        let against = match self.compared_with {
-            Compared::OutputF32 => "output_f32 of the input file",
-            Compared::Reference => "the f64 reference",
-        };
         let slowest = self.rank_seconds.iter().copied().fold(0.0, f64::max);
         writeln!(
             f,
@@ -147,21 +170,48 @@ impl Display for Report {
             let speed = instructions as f64 / 1e6 / self.seconds.max(1e-9);
             writeln!(f, "         {speed:.1} million warp instructions a second")?;
         }
-        let verdict = if self.passed { "right" } else { "WRONG" };
-        match self.relative_l2_error {
-            Some(error) => {
-                write!(
-                    f,
-                    "result   {verdict}: relative L2 error {error:.2e} against {against}, limit {:.0e}",
-                    self.error_limit
-                )
-            }
-            None => write!(f, "result   {verdict}: not finite, compared with {against}"),
-        }
+        write!(f, "result   {}", self.result())
     }
 }
 
 impl Report {
+    /// The verdict, in words.
+    fn result(&self) -> String {
+        let against = match self.compared_with {
+            Compared::OutputF32 => "output_f32 of the input file",
+            Compared::Reference => "the f64 reference",
+        };
+        if self.compared_tokens == 0 {
+            return "nothing to compare: the input has 0 tokens".into();
+        }
+        let part = match self.tokens - self.compared_tokens {
+            0 => String::new(),
+            _ => format!("; over {} of {} tokens, whose input is finite", self.compared_tokens, self.tokens),
+        };
+        let wrong = self.route_check.as_ref().and_then(|check| check.wrong(self.tokens));
+        let verdict = match (self.passed, wrong) {
+            (true, _) => "right".to_owned(),
+            (false, Some(wrong)) => format!("WRONG: {wrong}; with the computed routing"),
+            (false, None) => "WRONG".to_owned(),
+        };
+        let place = |place: &Place| format!("token {}, column {} is {}", place.token, place.column, place.value);
+        match (self.relative_l2_error, &self.output_not_finite, &self.expected_not_finite) {
+            (Some(error), ..) => {
+                format!(
+                    "{verdict}: relative L2 error {error:.2e} against {against}, limit {:.0e}{part}",
+                    self.error_limit
+                )
+            }
+            (None, Some(output), None) => {
+                format!("{verdict}: not finite, compared with {against}: {}{part}", place(output))
+            }
+            (None, _, Some(expected)) => {
+                format!("{verdict}: {against} is not finite, so nothing can be compared: {}{part}", place(expected))
+            }
+            (None, None, None) => format!("{verdict}: not finite, compared with {against}{part}"),
+        }
+    }
+
     /// A table with a line for every counter and a column for every rank.
     fn write_costs(&self, f: &mut Formatter<'_>) -> fmt::Result {
         if self.cost.is_empty() {
@@ -224,7 +274,9 @@ mod tests {
             rank_elapsed: vec![Duration::from_micros(5), Duration::from_micros(9)],
             elapsed: Duration::from_millis(1500),
         };
-        Report::new(&job, 3, execution, Compared::OutputF32, error)
+        let (expected, compared_with) = job.expected().unwrap();
+        let verdict = job.finite.compare(&vec![half::bf16::ONE; expected.len()], &expected, compared_with);
+        Report::new(&job, 3, execution, Verdict { error, ..verdict })
     }
 
     #[test]
