@@ -9,7 +9,9 @@ use rayon::prelude::*;
 
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
-use crate::family::{BLOCKS, Experts, FAMILIES, Family, FamilySpec, LAYER_PREFIXES, Layout, Parts, Shared, Stored};
+use crate::family::{
+    BLOCKS, Experts, FAMILIES, Family, FamilySpec, LAYER_PREFIXES, Layout, Parts, SHARED_GATE, Shared, Stored,
+};
 use crate::files::{Files, LayerTensors, read};
 use crate::matrix::{Bytes, Matrix};
 use crate::model::{LayerKind, ModelConfig, Parsed, unknown_model_type};
@@ -111,6 +113,19 @@ impl Checkpoint {
 
     /// Reads the MoE block of one layer; see [`HfLayer::open`].
     pub fn layer(&self, layer: usize) -> Result<HfLayer> {
+        let read = self.read(layer)?;
+        match read.router.shared_gate {
+            None => Ok(read),
+            Some(_) => Err(Error::Unsupported {
+                path: self.files.path().to_owned(),
+                family: read.family.name(),
+                what: format!("the shared expert's sigmoid gate (`{SHARED_GATE}`), a weight for each token,"),
+            }),
+        }
+    }
+
+    /// As [`Checkpoint::layer`], with what the kernel cannot do yet.
+    pub(crate) fn read(&self, layer: usize) -> Result<HfLayer> {
         let config = &self.config;
         let layers = config.layers.len();
         let kind = *config.layers.get(layer).ok_or(Error::NoSuchLayer { layer, layers })?;
@@ -265,6 +280,12 @@ impl Block<'_> {
             groups: config.groups,
             normalize: config.normalize,
             least_sum: config.least_sum,
+            shared_gate: match config.family.spec.shared {
+                Shared::Gated(_) if config.shared_experts > 0 => {
+                    Some(finite(&self.tensor(SHARED_GATE)?.shaped(&[1, config.hidden])?)?)
+                }
+                _ => None,
+            },
             scaling: config.scaling,
             expert_of_id: if by_id { Some(self.expert_table()?) } else { None },
         })
@@ -354,7 +375,7 @@ fn has_names(spec: &FamilySpec, layout: &Layout, names: &BTreeSet<&str>) -> bool
         needed.push(layout.bias.to_owned());
     }
     if let Shared::Gated(_) = spec.shared {
-        needed.push("mlp.shared_expert_gate.weight".to_owned());
+        needed.push(SHARED_GATE.to_owned());
     }
     let of_parts = |rest: &str, parts: &Parts| parts.iter().any(|part| rest.strip_prefix(part) == Some(".weight"));
     let expert = |name: &str| match &layout.experts {
@@ -366,7 +387,6 @@ fn has_names(spec: &FamilySpec, layout: &Layout, names: &BTreeSet<&str>) -> bool
     };
     let shared = |name: &str| match (&spec.shared, &layout.shared) {
         (Shared::None, _) => false,
-        (Shared::Gated(_), _) => name.starts_with("mlp.shared_expert."),
         (_, Stored::Apart { prefix, parts }) => {
             name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('.')).is_some_and(|rest| of_parts(rest, parts))
         }

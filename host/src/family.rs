@@ -117,7 +117,7 @@ pub(crate) enum Shared {
     Count(Size),
     /// One of the width that this field says.
     Width(&'static str),
-    /// One of the width that this field says, whose output a sigmoid of the token scales.
+    /// One of the width that this field says, whose output is scaled by the sigmoid of the token's product with [`SHARED_GATE`].
     Gated(&'static str),
 }
 
@@ -211,6 +211,9 @@ impl Experts {
     }
 }
 
+/// The gate of a shared expert [1, H].
+pub(crate) const SHARED_GATE: &str = "mlp.shared_expert_gate.weight";
+
 /// The parts of a layer that may hold a feed-forward block, in any family: every tensor there must be read.
 pub(crate) const BLOCKS: [&str; 7] =
     ["mlp.", "block_sparse_moe.", "ffn.", "feed_forward.", "shared_mlp.", "moe.", "shared_experts."];
@@ -270,7 +273,7 @@ pub(crate) static FAMILIES: [FamilySpec; 24] = [
     FamilySpec {
         name: "Qwen3-VL-MoE",
         model_types: &["qwen3_vl_moe_text", "qwen3_vl_moe"],
-        top_k: top_k(8),
+        top_k: top_k(4),
         shared: Shared::None,
         router: RouterSpec { normalize: Normalize::Fixed(true), ..SOFTMAX },
         layouts: &[Layout {
@@ -454,6 +457,8 @@ pub(crate) static FAMILIES: [FamilySpec; 24] = [
             },
         ],
         only: &[("use_mixed_mlp_moe", &[Plain::Flag(true)])],
+        // They belong to `group_limited_greedy`, and to weights that are not normalised.
+        ignored: &["n_group", "topk_group", "routed_scaling_factor"],
         ..MIXTRAL
     },
     FamilySpec {
@@ -539,7 +544,7 @@ const QWEN2_MOE: FamilySpec = FamilySpec {
     top_k: top_k(4),
     shared: Shared::Gated("shared_expert_intermediate_size"),
     router: SOFTMAX,
-    layouts: &[MLP, MLP_FUSED],
+    layouts: &[Layout { shared: QWEN_SHARED, ..MLP }, Layout { shared: QWEN_SHARED, ..MLP_FUSED }],
     ..MIXTRAL
 };
 
@@ -593,6 +598,9 @@ const NOAUX: RouterSpec = RouterSpec {
 
 const BY_NUMBER: Parts = ["w1", "w3", "w2"];
 const BY_ROLE: Parts = ["gate_proj", "up_proj", "down_proj"];
+
+/// Qwen's shared expert.
+const QWEN_SHARED: Stored = Stored::Apart { prefix: "mlp.shared_expert", parts: BY_ROLE };
 
 /// Most families' names.
 const MLP: Layout = Layout {

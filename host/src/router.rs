@@ -120,6 +120,8 @@ pub struct Router {
     pub(crate) least_sum: f32,
     /// What the weights are multiplied by at the end.
     pub(crate) scaling: f32,
+    /// [H] the gate of the shared expert, whose weight for a token is the sigmoid of their product.
+    pub(crate) shared_gate: Option<Vec<f32>>,
     /// [vocabulary, K] experts by token id, in place of a choice (DeepSeek-V4's hash layers).
     pub(crate) expert_of_id: Option<Vec<i32>>,
 }
@@ -180,11 +182,16 @@ impl Router {
         ids.iter().enumerate().map(row).collect::<Result<_>>().map(Some)
     }
 
+    /// The weights [T] of the shared expert for hidden states [T, H], where it has a gate (Qwen).
+    #[cfg_attr(not(test), expect(dead_code, reason = "the kernel has no such weights yet"))]
+    pub(crate) fn shared_weights(&self, hidden_states: &[bf16]) -> Option<Vec<f32>> {
+        let gate = self.shared_gate.as_ref()?;
+        Some(hidden_states.chunks_exact(self.hidden).map(|hidden| sigmoid(dot(gate, hidden))).collect())
+    }
+
     /// The logits [E] of one token.
     pub(crate) fn logits(&self, hidden: &[bf16]) -> Vec<f32> {
-        // Products of two f32 that came from bf16 or f32 are summed in f64: the f32 logit that any order of sums is near.
-        let dot = |row: &[f32]| row.iter().zip(hidden).map(|(&w, h)| f64::from(w) * h.to_f64()).sum::<f64>() as f32;
-        self.weight.chunks_exact(self.hidden).map(dot).collect()
+        self.weight.chunks_exact(self.hidden).map(|row| dot(row, hidden)).collect()
     }
 
     /// The scores [E] of one token's logits.
@@ -198,7 +205,7 @@ impl Router {
                 let sum: f32 = scores.iter().sum();
                 scores.iter_mut().for_each(|score| *score /= sum);
             }
-            Scoring::Sigmoid => scores.iter_mut().for_each(|score| *score = 1.0 / (1.0 + (-*score).exp())),
+            Scoring::Sigmoid => scores.iter_mut().for_each(|score| *score = sigmoid(*score)),
             // Beyond 20 softplus(x) is x in f32, and exp would overflow further up.
             Scoring::SqrtSoftplus => scores
                 .iter_mut()
@@ -270,6 +277,15 @@ fn sparse_mixer(logits: &[f32], chosen: &[i32], jitter: f32) -> f32 {
     1.0 / left().filter(near).map(|logit| (logit - max).exp()).sum::<f32>()
 }
 
+/// Products of two f32 that came from bf16 or f32 are summed in f64: the f32 logit that any order of sums is near.
+fn dot(row: &[f32], hidden: &[bf16]) -> f32 {
+    row.iter().zip(hidden).map(|(&w, h)| f64::from(w) * h.to_f64()).sum::<f64>() as f32
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
 /// Indices by falling score; the lower index first among equals.
 pub(crate) fn best(scores: &[f32]) -> impl Iterator<Item = usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
@@ -298,6 +314,7 @@ pub(crate) mod tests {
             normalize: true,
             least_sum: 0.0,
             scaling: 1.0,
+            shared_gate: None,
             expert_of_id: None,
         }
     }
