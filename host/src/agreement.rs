@@ -1,6 +1,7 @@
 //! How far a computed routing agrees with a recorded one.
 
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::router::{Router, Routing, Scoring, best};
@@ -54,7 +55,7 @@ impl Router {
             let pairs = routing.topk_idx()[row.clone()].iter().zip(&routing.topk_weights()[row]);
             pairs.map(|(&expert, &weight)| (expert, weight)).collect()
         };
-        let states = hidden_states.chunks_exact(self.hidden).enumerate();
+        let states = hidden_states.par_chunks_exact(self.hidden).enumerate();
         Ok(states.map(|(token, state)| self.compare(state, &row(computed, token), &row(recorded, token))).collect())
     }
 
@@ -135,6 +136,7 @@ impl Router {
 mod tests {
     use super::*;
     use crate::router::tests::router;
+    use crate::router::{ExpertGroups, GroupScore};
 
     /// Experts' logits are given; the token is (1, 0).
     fn agreement(logits: &[f32], scoring: Scoring, recorded: [(i32, f32); 2]) -> Agreement {
@@ -174,6 +176,31 @@ mod tests {
             );
             assert_eq!(agreement(&[2.0, 1.0, 0.0], scoring, [(0, 0.7), (9, 0.3)]), Agreement::Different, "{scoring:?}");
         }
+    }
+
+    #[test]
+    fn a_rounding_may_decide_between_groups() {
+        // Groups {0, 1} and {2, 3}; the first is the better one by a rounding, or by more.
+        for (logit, expected) in [(0.995, Agreement::NearTie), (0.9, Agreement::Different)] {
+            let groups = ExpertGroups { count: 2, kept: 1, score: GroupScore::BestTwo };
+            let rows = [[1.0, 0.0], [-4.0, 0.0], [logit, 0.0], [-4.0, 0.0]];
+            let router = Router { groups: Some(groups), ..router(&rows, Scoring::Sigmoid, 2) };
+            let state = [bf16::ONE, bf16::ZERO];
+            let computed = router.route(&state, None).unwrap();
+            assert_eq!(computed.topk_idx(), [0, 1]);
+            let recorded = Routing::new(2, vec![2, 3], vec![0.9, 0.1]).unwrap();
+            assert_eq!(router.agreement(&state, &computed, &recorded).unwrap(), [expected]);
+        }
+    }
+
+    #[test]
+    fn tokens_that_are_not_finite_say_nothing() {
+        let router = router(&[[1.0, 0.0]; 3], Scoring::Softmax, 2);
+        let state = [bf16::NAN, bf16::ONE];
+        let routing = router.route(&state, None).unwrap();
+        let agreement = router.agreement(&state, &routing, &routing).unwrap();
+        assert_eq!(agreement, [Agreement::NotFinite]);
+        assert!(!agreement[0].is_contradiction());
     }
 
     #[test]

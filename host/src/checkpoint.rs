@@ -1,6 +1,6 @@
 //! Hugging Face checkpoint folders: one layer's experts and router.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use ferromoe_kernel::quantise::ScaleKind;
@@ -9,12 +9,11 @@ use rayon::prelude::*;
 
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
-use crate::family::{
-    BLOCKS, Experts, FAMILIES, Family, FamilySpec, LAYER_PREFIXES, Layout, Parts, SHARED_GATE, Shared, Stored,
-};
+use crate::family::{BLOCKS, Experts, Family, LAYER_PREFIXES, Layout, Parts, SHARED_GATE, Shared, Stored};
 use crate::files::{Files, LayerTensors, read};
 use crate::matrix::{Bytes, Matrix};
-use crate::model::{LayerKind, ModelConfig, Parsed, unknown_model_type};
+use crate::model::{LayerKind, ModelConfig, Parsed};
+use crate::recognise;
 use crate::router::Router;
 use crate::tensors::Tensor;
 use crate::weight_matrix::WeightMatrix;
@@ -95,8 +94,8 @@ impl Checkpoint {
         match parsed {
             Parsed::Known(config) => Ok(Self { config, files: files? }),
             Parsed::Unknown { model_type } => {
-                let fits = files.map_or(Vec::new(), |files| families_that_fit(&files));
-                Err(unknown_model_type(path, &model_type, &fits))
+                let fits = files.map_or(Vec::new(), |files| recognise::families_that_fit(&files));
+                Err(recognise::unknown_model_type(path, &model_type, &fits))
             }
         }
     }
@@ -349,53 +348,6 @@ fn table_name(layout: &Layout) -> String {
     format!("{}tid2eid", layout.router.strip_suffix("weight").unwrap_or(layout.router))
 }
 
-/// The families, by `model_type`, whose names a layer's tensors have: all of them and no others.
-fn families_that_fit(files: &Files) -> Vec<&'static str> {
-    let mut layers: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for name in files.names() {
-        for rest in LAYER_PREFIXES.iter().filter_map(|prefix| name.strip_prefix(prefix)) {
-            if let Some((number, tensor)) = rest.split_once('.')
-                && number.bytes().all(|digit| digit.is_ascii_digit())
-                && BLOCKS.iter().any(|block| tensor.starts_with(block))
-            {
-                layers.entry(&name[..name.len() - tensor.len()]).or_default().insert(tensor);
-            }
-        }
-    }
-    let fits = |spec: &&FamilySpec| {
-        layers.values().any(|names| spec.layouts.iter().any(|layout| has_names(spec, layout, names)))
-    };
-    FAMILIES.iter().filter(fits).map(|spec| spec.model_types[0]).collect()
-}
-
-/// Whether a layer of this family may have these tensors and no others.
-fn has_names(spec: &FamilySpec, layout: &Layout, names: &BTreeSet<&str>) -> bool {
-    let mut needed = vec![layout.router.to_owned(), layout.experts.first()];
-    if spec.router.bias {
-        needed.push(layout.bias.to_owned());
-    }
-    if let Shared::Gated(_) = spec.shared {
-        needed.push(SHARED_GATE.to_owned());
-    }
-    let of_parts = |rest: &str, parts: &Parts| parts.iter().any(|part| rest.strip_prefix(part) == Some(".weight"));
-    let expert = |name: &str| match &layout.experts {
-        Experts::Each { prefix, parts } => name
-            .strip_prefix(prefix)
-            .and_then(|rest| rest.strip_prefix('.')?.split_once('.'))
-            .is_some_and(|(_, rest)| of_parts(rest, parts)),
-        Experts::Fused { gate_up, down } | Experts::Transposed { gate_up, down } => [*gate_up, *down].contains(&name),
-    };
-    let shared = |name: &str| match (&spec.shared, &layout.shared) {
-        (Shared::None, _) => false,
-        (_, Stored::Apart { prefix, parts }) => {
-            name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('.')).is_some_and(|rest| of_parts(rest, parts))
-        }
-        (_, Stored::Fused { gate_up, down }) => [*gate_up, *down].contains(&name),
-    };
-    needed.iter().all(|name| names.contains(name.as_str()))
-        && names.iter().all(|name| needed.iter().any(|needed| needed == name) || expert(name) || shared(name))
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -571,7 +523,20 @@ mod tests {
         assert!(message(&dir, 0).contains("config.json"));
         fs::copy(fixture("mixtral").join(CONFIG), dir.path().join(CONFIG)).unwrap();
         let error = message(&dir, 0);
-        assert!(error.contains("neither model.safetensors nor model.safetensors.index.json"), "{error}");
+        assert!(error.ends_with("neither model.safetensors nor model.safetensors.index.json"), "{error}");
+        for name in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "moe_io.safetensors"] {
+            fs::write(dir.path().join(name), b"").unwrap();
+        }
+        let error = message(&dir, 0);
+        let shards = "only model-00001-of-00002.safetensors, model-00002-of-00002.safetensors; without an index";
+        assert!(error.contains(shards), "{error}");
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+        for name in [SINGLE, INDEX] {
+            fs::write(dir.path().join(name), pointer).unwrap();
+            let error = message(&dir, 0);
+            assert!(error.contains(name) && error.contains("Git LFS pointer"), "{error}");
+            fs::remove_file(dir.path().join(name)).unwrap();
+        }
         let bytes = fs::read(fixture("mixtral").join(SINGLE)).unwrap();
         fs::write(dir.path().join(SINGLE), &bytes[..bytes.len() / 2]).unwrap();
         assert!(message(&dir, 0).contains("not a complete safetensors file"));

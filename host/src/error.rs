@@ -82,7 +82,7 @@ pub enum Error {
     },
     /// Tensors of the layer that nobody reads.
     #[error(
-        "{path} has `{}`{}, which a {family} layer with these settings has not; it would be left out",
+        "{path} has `{}`{}, which a {family} layer with these settings does not have: the result would be without them",
         first_of(names),
         more_than(names)
     )]

@@ -230,7 +230,7 @@ pub(crate) const LAYER_PREFIXES: [&str; 5] = [
 /// Fields of `config.json` that change what some family's layer computes, and the values with which they change nothing. A family whose
 /// reader does not look at one of them refuses every other value. Null always counts as absent here.
 pub(crate) const SETTINGS: [(&str, &[Plain]); 33] = [
-    ("hidden_act", &[Plain::Text("silu")]),
+    ("hidden_act", &[Plain::Text("silu"), Plain::Text("swish")]),
     ("moe_layer_freq", &[Plain::Number(1.0)]),
     ("topk_method", &[Plain::Text("greedy")]),
     ("n_group", &[Plain::Number(1.0), Plain::Number(0.0), Plain::Flag(false)]),

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::family::BLOCKS;
 use crate::fields::Fields;
 use crate::matrix::Bytes;
-use crate::tensors::{Tensor, TensorFile};
+use crate::tensors::{LFS_POINTER, Tensor, TensorFile};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -151,5 +151,9 @@ fn weight_files(dir: &Path) -> Vec<String> {
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Io { action: "read", path: path.to_owned(), source })
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { action: "read", path: path.to_owned(), source })?;
+    if bytes.starts_with(LFS_POINTER) {
+        return Err(Error::LfsPointer { path: path.to_owned() });
+    }
+    Ok(bytes)
 }

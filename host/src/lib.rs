@@ -28,6 +28,7 @@ mod memory;
 mod model;
 mod ptx;
 mod quantisation;
+mod recognise;
 pub mod reference;
 mod rendezvous;
 mod router;

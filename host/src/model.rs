@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::family::{FAMILIES, Family, Groups, Layers, Normalize, SETTINGS, ScoringSpec, Shared, Size};
+use crate::family::{Family, Groups, Layers, Normalize, SETTINGS, ScoringSpec, Shared, Size};
 use crate::fields::{Fields, Plain};
 use crate::quantisation::Quantisation;
 use crate::router::{ExpertGroups, GroupScore, Scoring};
@@ -144,20 +144,6 @@ impl ModelConfig {
         }
         Ok(config)
     }
-}
-
-/// The error for a `model_type` that no family has.
-pub(crate) fn unknown_model_type(path: &Path, model_type: &str, fits: &[&str]) -> Error {
-    let known: Vec<&str> =
-        FAMILIES.iter().filter(|family| family.can_run()).flat_map(|family| family.model_types).copied().collect();
-    let problem = match fits {
-        [] => format!("is {model_type:?}; supported are {}", known.join(", ")),
-        _ => format!(
-            "is {model_type:?}, which is not known, but the tensors have the names of {}; if the layer is the same, say so in a copy of the file",
-            fits.join(" or ")
-        ),
-    };
-    Error::Field { path: path.to_owned(), field: "model_type".into(), problem }
 }
 
 impl Size {
@@ -310,6 +296,8 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::family::FAMILIES;
+    use crate::recognise::unknown_model_type;
     use crate::testing::{FIXTURES, fixture};
 
     fn parse(value: &Value) -> Result<ModelConfig> {

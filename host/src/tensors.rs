@@ -19,7 +19,7 @@ use crate::fp8;
 use crate::matrix::{Bytes, Matrix};
 
 /// What a file begins with that Git LFS has not fetched.
-const LFS_POINTER: &[u8] = b"version https://git-lfs";
+pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
 const FLOATS: &str = "BF16, F16 or F32";
 const SCALES: &str = "F32, BF16 or F8_E8M0";

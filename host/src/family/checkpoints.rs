@@ -98,6 +98,7 @@ fn case(model_type: &str, config: Value, stored: &[fn(&Model, &mut Tensors)]) ->
 }
 
 /// The cases of all families that can be read. Layer 2 has experts in each.
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn cases() -> Vec<Case> {
     let v3 = |model_type: &str, changes: Value| {
         let mut config = json!({"moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K,
