@@ -80,12 +80,13 @@ impl Router {
             return Agreement::Different;
         }
         let errors: Vec<f32> = logits.iter().zip(&scores).map(|(&logit, &score)| self.error(logit, score)).collect();
-        let biased = self.biased(&scores);
+        let (biased, choice) = (self.biased(&scores), self.choice_scores(&scores));
         let worst =
             computed.iter().map(|&(expert, _)| expert as usize).min_by(|&a, &b| biased[a].total_cmp(&biased[b]));
         let Some(worst) = worst else { return Agreement::Different };
         let near = |&(expert, _): &(i32, f32)| match usize::try_from(expert).ok().filter(|&id| id < biased.len()) {
-            Some(expert) => biased[worst] - biased[expert] <= errors[worst] + errors[expert],
+            // An expert of a group that is not kept is infinitely far below.
+            Some(expert) => choice[worst] - choice[expert] <= errors[worst] + errors[expert],
             None => false,
         };
         let others = || recorded.iter().filter(|&&(expert, _)| !has(computed, expert));

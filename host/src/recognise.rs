@@ -24,7 +24,7 @@ pub(crate) fn unknown_model_type(path: &Path, model_type: &str, fits: &[&str]) -
 }
 
 /// The families, by `model_type`, whose names a layer's tensors have: all of them and no others.
-fn families_that_fit(files: &Files) -> Vec<&'static str> {
+pub(crate) fn families_that_fit(files: &Files) -> Vec<&'static str> {
     let mut layers: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for name in files.names() {
         for rest in LAYER_PREFIXES.iter().filter_map(|prefix| name.strip_prefix(prefix)) {

@@ -215,7 +215,7 @@ impl Router {
     }
 
     /// What the top-k is taken of: scores with the correction bias, without the experts of groups not kept.
-    fn choice_scores(&self, scores: &[f32]) -> Vec<f32> {
+    pub(crate) fn choice_scores(&self, scores: &[f32]) -> Vec<f32> {
         let mut scores = self.biased(scores);
         if let Some(groups) = self.groups {
             let size = scores.len() / groups.count;
