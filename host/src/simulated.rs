@@ -69,7 +69,7 @@ impl From<Failure> for Error {
             Failure::Simulator(error) => error.into(),
             Failure::Without(rank) => {
                 let source = std::io::Error::other(
-                    "it waited for this launch in vain and has released its memory; all ranks must launch within their deadline",
+                    "it has released its memory and takes part in no launch any more; all ranks must launch within their deadline",
                 );
                 RendezvousError::Left { rank, source }.into()
             }
@@ -421,7 +421,7 @@ mod tests {
             let mut late = layer(1).unwrap();
             wait.recv().unwrap();
             let error = late.forward(&[tokens.batch()]).unwrap_err().to_string();
-            assert!(error.starts_with("rank 0 left the group: it waited for this launch in vain"), "{error}");
+            assert!(error.starts_with("rank 0 left the group: it has released its memory"), "{error}");
         });
     }
 }

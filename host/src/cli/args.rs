@@ -61,7 +61,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub layer: Option<usize>,
 
-    /// Safetensors file with the tokens [default: 64 random tokens, made from the seed]
+    /// Safetensors file, or pipe, with the tokens [default: 64 random tokens, made from the seed]
     ///
     /// It holds `hidden_states` BF16 [T, H] and, each if you have it, `topk_idx` I64 [T, K] with `topk_weights` F32 [T, K] (the
     /// routing; -1 is no expert), `input_ids` I64 [T] (for hash-routed layers) and `output_f32` F32 [T, H] (what to compare with).
@@ -89,6 +89,9 @@ pub struct RunArgs {
     pub route: Option<RouteArg>,
 
     /// Write the result here: a safetensors file with `output` BF16 [T, H]
+    ///
+    /// A file that is there is replaced as a whole and keeps its mode; links are followed, devices and pipes written to. What the
+    /// run reads is refused.
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
