@@ -98,6 +98,7 @@ impl EngineRank {
     fn inputs(&self) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states,
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),

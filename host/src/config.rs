@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use ferromoe_kernel::format::Format;
+use ferromoe_kernel::layout;
 use ferromoe_kernel::quantise::ScaleKind;
-use ferromoe_kernel::{layout, tile};
 
 use crate::error::{Error, Result};
 
@@ -28,12 +29,17 @@ pub enum ExpertFormat {
 }
 
 impl ExpertFormat {
+    /// What of it the kernel knows.
+    pub fn kernel(self) -> &'static Format {
+        match self {
+            Self::Bf16 => &Format::BF16,
+            Self::Fp8 => &Format::FP8,
+        }
+    }
+
     /// "bf16" or "fp8".
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::Fp8 => "fp8",
-        }
+        self.kernel().name
     }
 }
 
@@ -93,7 +99,7 @@ impl MoeConfig {
     fn most_tokens_per_rank(&self, ranks: usize, local_experts: usize) -> usize {
         let combine_rows = layout::MAX_COMBINE_ROWS as usize / (self.top_k + self.shared_experts);
         let pool_rows_per_token = ranks * self.top_k.min(self.experts / ranks) + self.shared_experts;
-        let padding = local_experts * tile::MAX_PADDING as usize;
+        let padding = local_experts * self.experts_format.kernel().tiles.max_padding() as usize;
         combine_rows.min(layout::MAX_TOKENS as usize).min((u32::MAX as usize - padding) / pool_rows_per_token)
     }
 

@@ -162,6 +162,12 @@ pub enum Error {
         /// What is wrong with it, and what would be right.
         problem: String,
     },
+    /// A kernel that no layer has asked for.
+    #[error("the kernel {entry} was not prepared before its launch")]
+    NotPrepared {
+        /// Its entry.
+        entry: &'static str,
+    },
     /// A slice or a matrix given by the caller has another size than the configuration needs.
     #[error("{what} has {found}; it must have {expected}")]
     Size {
@@ -393,6 +399,7 @@ fn more_than(names: &[String]) -> String {
 fn waited_for(stage: ferromoe_kernel::status::Stage, subject: u32) -> String {
     use ferromoe_kernel::status::Stage;
     match stage {
+        Stage::Records => "dispatch had not all of its quantised tokens".into(),
         Stage::Counts => format!("dispatch had no token counts for expert {subject}"),
         Stage::Rows => format!("linear 1 had not all rows of tile {subject}"),
         Stage::Columns => format!("linear 2 had not all columns of tile {subject}"),

@@ -11,9 +11,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{MAX_COMBINE_ROWS, MAX_RANKS, Shape, WorkspaceLayout};
-use ferromoe_kernel::params::{Arguments, ENTRY};
-use ferromoe_kernel::shared::THREADS;
+use ferromoe_kernel::params::Arguments;
+use ferromoe_kernel::shared::{SHARED_LIMIT, SharedLayout};
 use ferromoe_kernel::status::{BadChoice, Fault, Status, Timeout};
 use half::bf16;
 
@@ -23,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::group::DeviceGroup;
 use crate::memory::DeviceBuffer;
 use crate::rendezvous::RendezvousError;
-use crate::weights::ExpertWeights;
+use crate::weights::{ExpertWeights, LaidOutWeights};
 
 use rank::{Rank, symmetric_buffer};
 pub(crate) use rank::{clusters_pay, wave_tiles};
@@ -60,8 +61,10 @@ pub struct RankOutput {
 /// the rank's GPU, with several they are in [`FusedMoe::hidden_states`], which is mapped into all processes.
 #[derive(Clone, Copy, Debug)]
 pub struct RankInputs {
-    /// bf16 [T, H], 16-byte aligned.
+    /// bf16 [T, H], 16-byte aligned; e4m3 if there are scales of them.
     pub hidden_states: u64,
+    /// 0, or f32 [T, ceil(H / 128)]: the hidden states are e4m3, and what they are is multiplied with these. Only for a layer whose experts run in FP8.
+    pub hidden_scales: u64,
     /// i32 [T, K]; -1 is "no expert".
     pub topk_idx: u64,
     /// f32 [T, K].
@@ -102,16 +105,17 @@ impl FusedMoe {
         let shape = layer_shape(config, group.ranks())?;
         let backend = &group.backend;
         agree(&**backend, config)?;
-        backend.prepare(ENTRY, group.shared_bytes())?;
+        let format = config.experts_format.kernel();
+        backend.prepare(format.entry, group.ptx(config.experts_format), shared_bytes(group, format))?;
         let local = backend.local_ranks();
         let symmetric: Vec<_> =
-            local.clone().map(|rank| symmetric_buffer(backend, rank, &shape)).collect::<Result<_>>()?;
+            local.clone().map(|rank| symmetric_buffer(backend, rank, &shape, format)).collect::<Result<_>>()?;
         let addresses: Vec<_> = symmetric.iter().map(DeviceBuffer::address).collect();
         let mut bases = [0; MAX_RANKS as usize];
         let shared = backend.share(&addresses, "symmetric buffer")?;
         bases[..shared.len()].copy_from_slice(&shared);
         let make = |(rank, symmetric)| {
-            let weights = weights.prepare(config, rank, group.ranks())?;
+            let weights = LaidOutWeights::new(weights, config, rank, group.ranks())?;
             Rank::new(backend, config, shape, rank, bases, symmetric, &weights)
         };
         let ranks: Result<Vec<_>> = local.zip(&symmetric).map(make).collect();
@@ -125,7 +129,7 @@ impl FusedMoe {
             group: group.clone(),
             config: config.clone(),
             shape,
-            workspace: WorkspaceLayout::new(&shape),
+            workspace: WorkspaceLayout::new(&shape, format),
             ranks,
             broken: AtomicBool::new(false),
             records: Vec::new(),
@@ -320,7 +324,9 @@ impl FusedMoe {
             return Err(Error::NotRecovered);
         }
         let own = state.inputs.hidden_states.address();
-        if self.spans_processes() && inputs.hidden_states != own {
+        // Records are made where all ranks read them.
+        let read_by_others = !self.config.experts_format.kernel().scaled;
+        if read_by_others && self.spans_processes() && inputs.hidden_states != own {
             return Err(Error::Address {
                 what: "hidden states",
                 rank,
@@ -338,6 +344,7 @@ impl FusedMoe {
         }
         Ok(Arguments {
             hidden_states: inputs.hidden_states,
+            hidden_scales: inputs.hidden_scales,
             topk_ids: inputs.topk_idx,
             topk_weights: inputs.topk_weights,
             tokens: inputs.tokens,
@@ -348,14 +355,15 @@ impl FusedMoe {
     fn rank_launch<'a>(&'a self, rank: usize, most_tokens: u32, arguments: &'a Arguments) -> Result<RankLaunch<'a>> {
         let params = self.rank(rank)?.params(most_tokens);
         let sms = self.group.backend.sms(rank);
+        let format = self.config.experts_format.kernel();
         Ok(RankLaunch {
             rank,
-            entry: ENTRY,
+            entry: format.entry,
             // Whole clusters.
             grid: [sms / params.cluster * params.cluster, 1, 1],
             cluster: params.cluster,
-            block: [THREADS, 1, 1],
-            shared_bytes: self.group.shared_bytes(),
+            block: [format.threads(), 1, 1],
+            shared_bytes: shared_bytes(&self.group, format),
             params: bytemuck::bytes_of(params),
             args: bytemuck::cast_slice(std::slice::from_ref(arguments)),
         })
@@ -416,6 +424,11 @@ impl FusedMoe {
     }
 }
 
+/// Dynamic shared memory of a CTA.
+fn shared_bytes(group: &DeviceGroup, format: &Format) -> u32 {
+    if group.is_traced() { SHARED_LIMIT } else { SharedLayout::new(format).bytes }
+}
+
 /// The sizes as the kernel takes them, checked.
 pub(crate) fn layer_shape(config: &MoeConfig, ranks: usize) -> Result<Shape> {
     config.validate(ranks)?;
@@ -448,6 +461,8 @@ fn agree(backend: &dyn Backend, config: &MoeConfig) -> Result<()> {
         ("a number of experts of", config.experts.to_string()),
         ("a number of shared experts of", config.shared_experts.to_string()),
         ("a top-k of", config.top_k.to_string()),
+        ("experts in", config.experts_format.name().into()),
+        ("scales of", format!("{:?}", config.scales)),
         ("a maximum of tokens per rank of", config.max_tokens_per_rank.to_string()),
         ("a SwiGLU limit of", limit),
     ];

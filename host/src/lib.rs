@@ -2,8 +2,8 @@
 //! expert-parallel layer.
 //!
 //! [`HfLayer::open`] reads the MoE block of a Hugging Face checkpoint, its [`Router`] chooses experts,
-//! [`ExpertWeights::prepare`] lays the weights out for a rank, and [`reference::forward`] is the plain definition that
-//! results are held against. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, and [`FusedMoe`] runs the layer on
+//! [`ExpertWeights::prepare`] and [`ExpertWeights::prepare_fp8`] lay the weights out for a rank, and [`reference::forward`] is the plain
+//! definition that results are held against, [`reference::forward_a8`] the one for experts in FP8. [`DeviceGroup`] opens the ranks, GPUs or simulated ones, and [`FusedMoe`] runs the layer on
 //! them.
 
 mod agreement;
@@ -54,7 +54,7 @@ pub use group::{Device, DeviceGroup, SimOptions};
 pub use input::MoeInput;
 pub use matrix::Matrix;
 pub use memory::{DeviceBuffer, Stream};
-pub use ptx::{PTX, TRACED_PTX};
+pub use ptx::kernel_ptx;
 pub use rendezvous::{Member, Rendezvous, RendezvousAddress, RendezvousError};
 pub use router::{ExpertGroups, GroupScore, Router, Routing, Scoring};
 pub use tokens::Fp8Tokens;

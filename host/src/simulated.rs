@@ -13,7 +13,6 @@ use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, SimError, TensorMa
 use crate::backend::{Backend, RankLaunch, RankReport};
 use crate::error::{Error, Result};
 use crate::group::SimOptions;
-use crate::ptx::PTX;
 use crate::rendezvous::{Rendezvous, RendezvousError};
 
 /// Ranks of a node of simulated GPUs.
@@ -31,7 +30,10 @@ struct Node {
     options: SimOptions,
     /// How every launch runs, but for its seed and residency.
     run: RunOptions,
-    module: Arc<Module>,
+    /// The module that all entries are of, if it was given.
+    given: Option<Arc<Module>>,
+    /// The modules of the entries that were prepared.
+    modules: Mutex<BTreeMap<&'static str, Arc<Module>>>,
     state: Mutex<State>,
     /// Told after every run.
     ran: Condvar,
@@ -82,6 +84,7 @@ struct Queued {
     /// Whether a thread takes the report.
     reported: bool,
     entry: &'static str,
+    module: Arc<Module>,
     grid: [u32; 3],
     cluster: u32,
     block: [u32; 3],
@@ -100,13 +103,19 @@ fn unchecked() -> RunOptions {
 }
 
 impl SimBackend {
-    /// Opens all ranks of a node, with the kernel of `ptx`.
-    pub(crate) fn new(ranks: usize, options: SimOptions, ptx: &str) -> Result<Self> {
-        Self::with_module(ranks, options, Arc::new(Module::parse(ptx)?), unchecked())
+    /// Opens all ranks of a node.
+    pub(crate) fn new(ranks: usize, options: SimOptions) -> Result<Self> {
+        let node = Arc::new(Node::new(ranks, options, None, unchecked())?);
+        Ok(Self { node, local: 0..ranks, others: None, patience: Duration::ZERO })
     }
 
-    /// As [`Self::new`], with a kernel that was parsed before, and whose launches run as `run` says.
-    pub(crate) fn with_module(ranks: usize, options: SimOptions, module: Arc<Module>, run: RunOptions) -> Result<Self> {
+    /// As [`Self::new`], with launches as `run` says, and kernels that were parsed before.
+    pub(crate) fn with_module(
+        ranks: usize,
+        options: SimOptions,
+        module: Option<Arc<Module>>,
+        run: RunOptions,
+    ) -> Result<Self> {
         let node = Arc::new(Node::new(ranks, options, module, run)?);
         Ok(Self { node, local: 0..ranks, others: None, patience: Duration::ZERO })
     }
@@ -115,10 +124,7 @@ impl SimBackend {
     pub(crate) fn join(mut others: Rendezvous, options: SimOptions) -> Result<Self> {
         let member = others.member();
         let opened = match member.rank {
-            0 => {
-                let module = Arc::new(Module::parse(PTX)?);
-                Some(Arc::new(Node::new(member.ranks, options, module, unchecked())?))
-            }
+            0 => Some(Arc::new(Node::new(member.ranks, options, None, unchecked())?)),
             _ => None,
         };
         let number = NEXT_NODE.fetch_add(1, Ordering::Relaxed);
@@ -172,7 +178,7 @@ fn find_node(others: &mut Rendezvous, number: u64) -> Result<Arc<Node>> {
 }
 
 impl Node {
-    fn new(ranks: usize, options: SimOptions, module: Arc<Module>, run: RunOptions) -> Result<Self> {
+    fn new(ranks: usize, options: SimOptions, given: Option<Arc<Module>>, run: RunOptions) -> Result<Self> {
         for (what, value) in [("SM count", Some(options.sms)), ("residency", options.residency)] {
             if value == Some(0) {
                 return Err(Error::Size {
@@ -192,16 +198,22 @@ impl Node {
             shared: BTreeMap::new(),
             released: vec![false; ranks],
         };
-        Ok(Self { options, run, module, state: Mutex::new(state), ran: Condvar::new() })
+        Ok(Self { options, run, given, modules: Mutex::default(), state: Mutex::new(state), ran: Condvar::new() })
     }
 
     /// Queues a launch and returns its ticket. Launches run while every rank has one.
-    fn queue(&self, state: &mut State, launch: &RankLaunch<'_>, reported: bool) -> u64 {
+    ///
+    /// # Errors
+    /// An entry that was not prepared.
+    fn queue(&self, state: &mut State, launch: &RankLaunch<'_>, reported: bool) -> Result<u64> {
+        let module =
+            lock(&self.modules).get(launch.entry).cloned().ok_or_else(|| Error::NotPrepared { entry: launch.entry })?;
         state.last_ticket += 1;
         state.queues[launch.rank].push_back(Queued {
             ticket: state.last_ticket,
             reported,
             entry: launch.entry,
+            module,
             grid: launch.grid,
             cluster: launch.cluster,
             block: launch.block,
@@ -216,7 +228,7 @@ impl Node {
         while state.queues.iter().all(|queue| !queue.is_empty()) {
             self.run_first_of_each(state);
         }
-        ticket
+        Ok(ticket)
     }
 
     /// Runs the first launch of every rank that has one, together.
@@ -233,7 +245,7 @@ impl Node {
             .iter()
             .map(|(rank, queued)| Launch {
                 device: *rank,
-                module: &self.module,
+                module: &queued.module,
                 entry: queued.entry,
                 grid: queued.grid,
                 cluster: [queued.cluster, 1, 1],
@@ -342,14 +354,22 @@ impl Backend for SimBackend {
         Ok(TensorMap::encode(spec)?)
     }
 
-    fn prepare(&self, _entry: &'static str, _shared_bytes: u32) -> Result<()> {
+    fn prepare(&self, entry: &'static str, ptx: &str, _shared_bytes: u32) -> Result<()> {
+        let mut modules = lock(&self.node.modules);
+        if !modules.contains_key(entry) {
+            let module = match &self.node.given {
+                Some(module) => module.clone(),
+                None => Arc::new(Module::parse(ptx)?),
+            };
+            modules.insert(entry, module);
+        }
         Ok(())
     }
 
     fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>> {
         let tickets: Vec<u64> = {
             let mut state = self.state();
-            launches.iter().map(|launch| self.node.queue(&mut state, launch, true)).collect()
+            launches.iter().map(|launch| self.node.queue(&mut state, launch, true)).collect::<Result<_>>()?
         };
         let mut state = self.wait_until(|state| tickets.iter().all(|ticket| state.reports.contains_key(ticket)));
         let outcomes: Vec<_> = tickets.iter().filter_map(|ticket| state.reports.remove(ticket)).collect();
@@ -363,7 +383,7 @@ impl Backend for SimBackend {
 
     unsafe fn enqueue(&self, launch: &RankLaunch<'_>, _stream: *mut c_void) -> Result<()> {
         let mut state = self.state();
-        self.node.queue(&mut state, launch, false);
+        self.node.queue(&mut state, launch, false)?;
         state.failures[launch.rank].take().map_or(Ok(()), |error| Err(error.into()))
     }
 

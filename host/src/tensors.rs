@@ -208,12 +208,18 @@ impl Tensor<'_> {
         self.floats(|value| value, bf16::to_f32)
     }
 
-    /// All values, F32 only.
-    pub fn f32_exactly(&self) -> Result<Vec<f32>> {
+    /// Checks that it is F32.
+    pub fn is_f32(&self) -> Result<()> {
         match self.dtype {
-            Dtype::F32 => self.f32(),
+            Dtype::F32 => Ok(()),
             _ => Err(self.dtype_error("F32")),
         }
+    }
+
+    /// All values, F32 only.
+    pub fn f32_exactly(&self) -> Result<Vec<f32>> {
+        self.is_f32()?;
+        self.f32()
     }
 
     /// All values of an I64 tensor.

@@ -47,6 +47,37 @@ pub struct RankWeights {
     pub linear2: Vec<bf16>,
 }
 
+/// The weights of one rank in the format that a layer runs in.
+pub(crate) enum LaidOutWeights {
+    Bf16(RankWeights),
+    Fp8(Fp8RankWeights),
+}
+
+impl LaidOutWeights {
+    pub(crate) fn new(weights: &ExpertWeights, config: &MoeConfig, rank: usize, ranks: usize) -> Result<Self> {
+        Ok(match config.experts_format {
+            ExpertFormat::Bf16 => Self::Bf16(weights.prepare(config, rank, ranks)?),
+            ExpertFormat::Fp8 => Self::Fp8(weights.prepare_fp8(config, rank, ranks)?),
+        })
+    }
+
+    /// The matrices of linear 1 and of linear 2.
+    pub(crate) fn matrices(&self) -> [&[u8]; 2] {
+        match self {
+            Self::Bf16(weights) => [&weights.linear1, &weights.linear2].map(|matrix| bytemuck::cast_slice(matrix)),
+            Self::Fp8(weights) => [&weights.linear1, &weights.linear2],
+        }
+    }
+
+    /// Their scales.
+    pub(crate) fn scales(&self) -> Option<[&[f32]; 2]> {
+        match self {
+            Self::Bf16(_) => None,
+            Self::Fp8(weights) => Some([&weights.linear1_scales, &weights.linear2_scales]),
+        }
+    }
+}
+
 impl Expert {
     /// Cuts an expert of intermediate size `parts * intermediate` into experts whose outputs add up to its output.
     ///

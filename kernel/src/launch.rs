@@ -1,5 +1,6 @@
 //! One rank's launch as its warps see it: addresses, the epoch, and waits with a deadline.
 
+use crate::cta::FORMAT;
 use crate::device::atomic::atom_cas_relaxed_gpu_u64;
 use crate::device::fence::{fence_acq_rel_gpu, fence_acq_rel_sys};
 use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32};
@@ -7,13 +8,6 @@ use crate::device::special::{globaltimer, nanosleep};
 use crate::layout::BF16_BYTES;
 use crate::params::{Arguments, Params};
 use crate::status::{Status, Timeout};
-
-/// Named barrier of all consumer warps.
-pub const CONSUMERS_BARRIER: u32 = 1;
-/// Named barrier of the first consumer warpgroup.
-pub const FIRST_WARPGROUP_BARRIER: u32 = 2;
-/// Named barrier of the second consumer warpgroup.
-pub const SECOND_WARPGROUP_BARRIER: u32 = 3;
 
 /// Longest pause between two looks at a condition, in nanoseconds.
 const MAX_PAUSE_NS: u32 = 256;
@@ -143,7 +137,19 @@ impl Launch {
         self.arguments.hidden_states
     }
 
-    /// Bytes of a row of hidden states.
+    /// 0, or the address of the scales of hidden states that are e4m3.
+    #[inline(always)]
+    pub fn hidden_scales(&self) -> u64 {
+        self.arguments.hidden_scales
+    }
+
+    /// Row `row` of the pool at `offset`, rows of `columns` elements.
+    #[inline(always)]
+    pub fn pool_row(&self, offset: u64, columns: u32, row: u32) -> *mut u8 {
+        self.workspace(offset, row as u64 * FORMAT.row_bytes(columns) as u64)
+    }
+
+    /// Bytes of a row of the output, and of one of results.
     #[inline(always)]
     pub fn row_bytes(&self) -> u32 {
         self.params().shape.hidden * BF16_BYTES as u32

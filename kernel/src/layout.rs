@@ -1,7 +1,8 @@
 //! Layouts of the buffers in device memory, computed once by the host and carried in the parameter block.
 
+use crate::format::Format;
+use crate::quantise::groups;
 use crate::status::Status;
-use crate::tile::{MAX_PADDING, MAX_TOKEN_TILE};
 
 /// The most ranks of one group.
 pub const MAX_RANKS: u32 = 8;
@@ -69,14 +70,16 @@ impl Shape {
     }
 
     /// Rows of the token pool and of the intermediate pool: the most that any routing can need, padding included.
-    pub const fn pool_rows(&self) -> u32 {
+    pub const fn pool_rows(&self, format: &Format) -> u32 {
         let choices = if self.top_k < self.routed_experts() { self.top_k } else { self.routed_experts() };
-        self.max_tokens * (self.ranks * choices + self.shared_experts) + self.local_experts() * MAX_PADDING
+        let rows = self.max_tokens * (self.ranks * choices + self.shared_experts);
+        // Scales of neighbouring rows are copied 16 bytes at once.
+        (rows + self.local_experts() * format.tiles.max_padding()).next_multiple_of(8)
     }
 
     /// Tiles that the pools can hold: each expert has at most one more than its rows fill.
-    pub const fn pool_tiles(&self) -> u32 {
-        self.pool_rows() / MAX_TOKEN_TILE + self.local_experts()
+    pub const fn pool_tiles(&self, format: &Format) -> u32 {
+        self.pool_rows(format) / format.tiles.widest() + self.local_experts()
     }
 }
 
@@ -161,6 +164,10 @@ pub struct SymmetricLayout {
     pub followers: u64,
     /// bf16 `[max_tokens][slots][hidden]`: results for this rank's tokens.
     pub combine: u64,
+    /// u32 `[ranks]`: epoch of the last launch for which a source rank's records were complete; of a format with scales, as what follows.
+    pub quantised: u64,
+    /// `[max_tokens]` records of [`Format::record_bytes`]: this rank's tokens, elements and f32 scales of their groups, which all ranks read.
+    pub records: u64,
 }
 
 /// Byte offsets in a rank's workspace, which no other rank touches.
@@ -178,10 +185,16 @@ pub struct WorkspaceLayout {
     pub counter: CounterLayout,
     /// u64 `[pool_rows]`: [`RowMeta`].
     pub row_meta: u64,
-    /// bf16 `[pool_rows][hidden]`: tokens in expert order.
+    /// `[pool_rows][hidden]`: tokens in expert order.
     pub tokens: u64,
-    /// bf16 `[pool_rows][intermediate]`: results of linear 1.
+    /// f32 `[groups of hidden][pool_rows]`: the tokens' scales, if the format has any.
+    pub token_scales: u64,
+    /// `[pool_rows][intermediate]`: results of linear 1.
     pub intermediate: u64,
+    /// f32 `[groups of intermediate][pool_rows]`: their scales.
+    pub intermediate_scales: u64,
+    /// Rows of the pools.
+    pub pool_rows: u64,
     /// Size of the buffer.
     pub bytes: u64,
 }
@@ -191,6 +204,10 @@ pub struct WorkspaceLayout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct CounterLayout {
+    /// Next unit of tokens to quantise.
+    pub quantise_ticket: u64,
+    /// Units quantised.
+    pub quantised: u64,
     /// Next chunk of tokens to route.
     pub route_ticket: u64,
     /// Chunks routed.
@@ -224,7 +241,7 @@ impl Parts {
 
 impl SymmetricLayout {
     /// The layout for `shape`.
-    pub const fn new(shape: &Shape) -> Self {
+    pub const fn new(shape: &Shape, format: &Format) -> Self {
         let (ranks, routed) = (shape.ranks as u64, shape.routed_experts() as u64);
         let mut parts = Parts(0);
         Self {
@@ -234,12 +251,18 @@ impl SymmetricLayout {
             lists: parts.take(ranks * routed * shape.max_tokens as u64 * 8, PART_ALIGNMENT),
             followers: parts.take(ranks * shape.max_tokens as u64 * shape.top_k as u64 * 4, PART_ALIGNMENT),
             combine: parts.take(Self::combine_bytes(shape), PART_ALIGNMENT),
+            quantised: parts.take(ranks * 4, PART_ALIGNMENT),
+            records: parts.take(Self::record_bytes(shape, format), PART_ALIGNMENT),
         }
     }
 
     /// Size of the buffer.
-    pub const fn bytes(&self, shape: &Shape) -> u64 {
-        (self.combine + Self::combine_bytes(shape)).next_multiple_of(PART_ALIGNMENT)
+    pub const fn bytes(&self, shape: &Shape, format: &Format) -> u64 {
+        (self.records + Self::record_bytes(shape, format)).next_multiple_of(PART_ALIGNMENT)
+    }
+
+    const fn record_bytes(shape: &Shape, format: &Format) -> u64 {
+        if format.scaled { shape.max_tokens as u64 * format.record_bytes(shape.hidden) as u64 } else { 0 }
     }
 
     const fn combine_bytes(shape: &Shape) -> u64 {
@@ -248,17 +271,19 @@ impl SymmetricLayout {
 }
 
 impl CounterLayout {
-    const fn new(shape: &Shape) -> Self {
+    const fn new(shape: &Shape, format: &Format) -> Self {
         let mut parts = Parts(0);
         // Tickets lie in lines of their own: every CTA of the GPU adds to them.
         Self {
+            quantise_ticket: parts.take(4, PART_ALIGNMENT),
+            quantised: parts.take(4, PART_ALIGNMENT),
             route_ticket: parts.take(4, PART_ALIGNMENT),
             routed_chunks: parts.take(4, PART_ALIGNMENT),
             pull_ticket: parts.take(4, PART_ALIGNMENT),
             task_ticket: parts.take(4, PART_ALIGNMENT),
             sent: parts.take(shape.experts as u64 * 4, PART_ALIGNMENT),
-            rows_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
-            columns_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
+            rows_ready: parts.take(shape.pool_tiles(format) as u64 * 4, PART_ALIGNMENT),
+            columns_ready: parts.take(shape.pool_tiles(format) as u64 * 4, PART_ALIGNMENT),
             expert_done: parts.take(shape.local_experts() as u64 * 4, PART_ALIGNMENT),
             bytes: parts.take(0, PART_ALIGNMENT),
         }
@@ -267,9 +292,9 @@ impl CounterLayout {
 
 impl WorkspaceLayout {
     /// The layout for `shape`.
-    pub const fn new(shape: &Shape) -> Self {
-        let rows = shape.pool_rows() as u64;
-        let counter = CounterLayout::new(shape);
+    pub const fn new(shape: &Shape, format: &Format) -> Self {
+        let rows = shape.pool_rows(format) as u64;
+        let counter = CounterLayout::new(shape, format);
         let mut parts = Parts(0);
         Self {
             status: parts.take(size_of::<Status>() as u64, PART_ALIGNMENT),
@@ -277,10 +302,17 @@ impl WorkspaceLayout {
             counters: parts.take(2 * counter.bytes, PART_ALIGNMENT),
             counter,
             row_meta: parts.take(rows * 8, PART_ALIGNMENT),
-            tokens: parts.take(rows * shape.hidden as u64 * BF16_BYTES, PART_ALIGNMENT),
-            intermediate: parts.take(rows * shape.intermediate as u64 * BF16_BYTES, PART_ALIGNMENT),
+            tokens: parts.take(rows * format.row_bytes(shape.hidden) as u64, PART_ALIGNMENT),
+            token_scales: parts.take(Self::scale_bytes(rows, shape.hidden, format), PART_ALIGNMENT),
+            intermediate: parts.take(rows * format.row_bytes(shape.intermediate) as u64, PART_ALIGNMENT),
+            intermediate_scales: parts.take(Self::scale_bytes(rows, shape.intermediate, format), PART_ALIGNMENT),
+            pool_rows: rows,
             bytes: parts.take(0, PART_ALIGNMENT),
         }
+    }
+
+    const fn scale_bytes(rows: u64, columns: u32, format: &Format) -> u64 {
+        if format.scaled { rows * groups(columns) as u64 * 4 } else { 0 }
     }
 }
 

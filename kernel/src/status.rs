@@ -33,6 +33,8 @@ pub enum Stage {
     Columns = 3,
     /// Combine: the results of an expert.
     Results = 4,
+    /// Dispatch: the quantised tokens of another rank.
+    Records = 5,
 }
 
 /// A wait that ran past the deadline.
@@ -42,7 +44,7 @@ pub struct Timeout {
     pub stage: Stage,
     /// The rank that should have delivered it.
     pub rank: u32,
-    /// The expert (global id) or, for [`Stage::Rows`] and [`Stage::Columns`], the tile that was missing.
+    /// The expert (global id) or, for [`Stage::Rows`] and [`Stage::Columns`], the tile that was missing; 0 for [`Stage::Records`].
     pub subject: u32,
 }
 
@@ -59,6 +61,7 @@ impl Timeout {
             2 => Stage::Rows,
             3 => Stage::Columns,
             4 => Stage::Results,
+            5 => Stage::Records,
             _ => return None,
         };
         Some(Self { stage, rank: (word >> 32) as u32 & 0xff_ffff, subject: word as u32 })

@@ -150,7 +150,7 @@ pub fn traced_group(ranks: usize, sim: SimOptions) -> DeviceGroup {
     let group = match on_gpus() {
         true => DeviceGroup::open_traced(Device::Cuda, ranks)
             .or_else(|_| DeviceGroup::open_traced(Device::SharedGpu, ranks)),
-        false => simulated(ferromoe::TRACED_PTX, ranks, sim, true).map(DeviceGroup::traced),
+        false => simulated(ranks, sim, true).map(DeviceGroup::traced),
     };
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
@@ -159,7 +159,7 @@ fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
     repeat::name_failing_tests();
     let group = match on_gpus() {
         true => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
-        false => simulated(ferromoe::PTX, ranks, sim, checks),
+        false => simulated(ranks, sim, checks),
     };
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
@@ -168,10 +168,9 @@ fn on_gpus() -> bool {
     std::env::var("FERROMOE_TEST_DEVICE").as_deref() == Ok("cuda")
 }
 
-fn simulated(ptx: &str, ranks: usize, sim: SimOptions, checks: bool) -> ferromoe::Result<DeviceGroup> {
-    let module = ptx_sim::Module::parse(ptx).unwrap_or_else(|error| panic!("{error}"));
+fn simulated(ranks: usize, sim: SimOptions, checks: bool) -> ferromoe::Result<DeviceGroup> {
     let run = ptx_sim::RunOptions { checks, ..ptx_sim::RunOptions::default() };
-    DeviceGroup::simulated(Arc::new(module), ranks, sim, run)
+    DeviceGroup::simulated(None, ranks, sim, run)
 }
 
 /// A layer with its weights, ready to run.

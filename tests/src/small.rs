@@ -136,7 +136,7 @@ impl SmallCase {
         // After a deadline waits fall through, and nothing orders what is thrown away.
         let drains = self.launches.iter().any(|launch| matches!(launch, Expectation::LostRank(_)));
         let run = RunOptions { checks: run.checks && !drains, ..run.clone() };
-        let group = DeviceGroup::simulated(module.clone(), self.case.ranks(), sim, run)?;
+        let group = DeviceGroup::simulated(Some(module.clone()), self.case.ranks(), sim, run)?;
         let mut moe = FusedMoe::new(&group, &self.case.config, &self.weights)?;
         moe.set_deadline(DEADLINE);
         let (mut instructions, began, used) = (0, Instant::now(), processor_time());

@@ -18,7 +18,7 @@ const MAX_BYTES: u64 = 40 << 20;
 const SCRIPTS: [(&str, &str); 2] =
     [("check", include_str!("../bundle/check.sh")), ("bench", include_str!("../bundle/bench.sh"))];
 
-/// Makes `target/bundle/` anew: `ferromoe`, `tests/` with the correctness tests, `ferromoe.ptx`, `fixtures/`,
+/// Makes `target/bundle/` anew: `ferromoe`, `tests/` with the correctness tests, `fixtures/`,
 /// `torch_baseline.py`, and the scripts `check` and `bench`.
 ///
 /// # Errors
@@ -43,7 +43,6 @@ pub fn bundle() -> Result<()> {
     for (name, file) in &tests {
         strip(&shell, file, &bundle.join("tests").join(name))?;
     }
-    shell.copy_file(workspace::PTX_FILE, bundle.join("ferromoe.ptx"))?;
     shell.copy_file("bench/torch_baseline.py", bundle.join("torch_baseline.py"))?;
     copy_folder(&workspace::root().join("tests/fixtures"), &bundle.join("fixtures"))?;
     for (name, text) in SCRIPTS {

@@ -2,8 +2,8 @@
 
 use ferromoe_kernel::layout::Shape;
 use ferromoe_kernel::schedule::{pull_rows, weight_tasks};
-use ferromoe_kernel::shared::{COMBINE_BYTES, CONSUMER_WARPS};
-use ferromoe_kernel::tile::{MAX_CLUSTER, token_tiles};
+use ferromoe_kernel::shared::COMBINE_BYTES;
+use ferromoe_kernel::tile::{MAX_CLUSTER, WEIGHT_TILE};
 
 use crate::bench::gpu::{INPUT_SETS, LAUNCHES, WARM_UP};
 use crate::bench::inputs::{InputSet, States};
@@ -101,18 +101,19 @@ fn capacity(shape: &Shape, config: &MoeConfig, routings: &[Routing], group: &Dev
         rows[expert] += 1;
     }
     let tokens = routings.iter().map(|routing| routing.tokens() as u32).max().unwrap_or(0);
-    let blocks: u32 =
-        [2 * shape.intermediate, shape.hidden].into_iter().map(|rows| weight_tasks(rows, MAX_CLUSTER)).sum();
+    let format = config.experts_format.kernel();
+    let blocks = weight_tasks(2 * shape.intermediate, WEIGHT_TILE, MAX_CLUSTER)
+        + weight_tasks(shape.hidden, WEIGHT_TILE, MAX_CLUSTER);
     let per_rank = |(rank, rows): (usize, &[u32])| {
         let shared = (0..shape.shared_experts).map(|_| tokens);
         let rows: Vec<u32> = rows.iter().copied().chain(shared).collect();
-        let tasks: u64 = rows.iter().map(|&rows| u64::from(token_tiles(rows) * blocks)).sum();
+        let tasks: u64 = rows.iter().map(|&rows| u64::from(format.tiles.tiles(rows) * blocks)).sum();
         let all: u32 = rows.iter().sum();
         let sms = group.backend.sms(rank);
         let pulls = u64::from(all.div_ceil(pull_rows(all, sms)));
         // A consumer warp has its share of the pieces, and at least one of every chunk.
         let pieces = tokens * shape.hidden.div_ceil(COMBINE_BYTES / 2);
-        let combined = u64::from(pieces / CONSUMER_WARPS + tokens);
+        let combined = u64::from(pieces / format.consumer_warps() + tokens);
         let records = RECORDS_PER_TASK * tasks + RECORDS_PER_PIECE * (combined + pulls);
         let fair = records / u64::from(sms);
         records.min(UNEVEN * fair) + OTHER_RECORDS

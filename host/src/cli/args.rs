@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ferromoe::Result;
 use ferromoe::bench::{BenchShape, Choice, MACHINES, Machine, Plan, SHAPES};
 use ferromoe::cuda::{Gpu, find_gpus};
+use ferromoe::{ExpertFormat, Result};
 
 /// Fused Mixture-of-Experts layers on NVIDIA Hopper GPUs, or on a simulator of them.
 #[derive(Debug, Parser)]
@@ -53,9 +53,15 @@ pub struct RunArgs {
     /// Checkpoint folder: config.json with model.safetensors, or several files and their index [default: the bundled example]
     ///
     /// Families: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2 to V4, Kimi-K2, GLM-4.5 to 5, dots1, MiniMax-M2, ERNIE-4.5, Hunyuan,
-    /// Phi-3.5-MoE, Granite.
+    /// Phi-3.5-MoE, Granite; in bf16, or in FP8 with block scales.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<PathBuf>,
+
+    /// Number format that the experts run in [default: the checkpoint's]
+    ///
+    /// Weights in bf16 are quantised for `fp8`, and FP8 ones multiplied out for `bf16`.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub experts: Option<ExpertsArg>,
 
     /// Layer number [default: the one the input was recorded at, or the first layer with experts]
     #[arg(long, value_name = "N")]
@@ -63,7 +69,7 @@ pub struct RunArgs {
 
     /// Safetensors file, or pipe, with the tokens [default: 64 random tokens, made from the seed]
     ///
-    /// It holds `hidden_states` BF16 [T, H] and, each if you have it, `topk_idx` I64 [T, K] with `topk_weights` F32 [T, K] (the
+    /// It holds `hidden_states` BF16 [T, H], or F8_E4M3 with `hidden_scales` F32 [T, H / 128 rounded up], and, each if you have it, `topk_idx` I64 [T, K] with `topk_weights` F32 [T, K] (the
     /// routing; -1 is no expert), `input_ids` I64 [T] (for hash-routed layers) and `output_f32` F32 [T, H] (what to compare with).
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
@@ -126,6 +132,23 @@ impl MeasureOn {
             Self::Sim | Self::Model => Ok(None),
             Self::Cuda => Ok(Some(find_gpus(ranks)?)),
             Self::Auto => Ok(find_gpus(ranks).ok()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExpertsArg {
+    /// Weights, tokens and intermediate in bf16
+    Bf16,
+    /// In e4m3, with scales; the result is held to a reference that quantises as the kernel does
+    Fp8,
+}
+
+impl From<ExpertsArg> for ExpertFormat {
+    fn from(experts: ExpertsArg) -> Self {
+        match experts {
+            ExpertsArg::Bf16 => Self::Bf16,
+            ExpertsArg::Fp8 => Self::Fp8,
         }
     }
 }

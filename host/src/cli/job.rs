@@ -3,7 +3,10 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use ferromoe::{Checkpoint, Error, HfLayer, MoeConfig, MoeInput, Result, Routing, example, reference, split_tokens};
+use ferromoe::{
+    Checkpoint, Error, ExpertFormat, Fp8Tokens, HfLayer, MoeConfig, MoeInput, Result, Routing, example, reference,
+    split_tokens,
+};
 use half::bf16;
 
 use super::args::{RouteArg, RunArgs};
@@ -40,6 +43,19 @@ pub enum Compared {
     OutputF32,
     /// `reference::forward`.
     Reference,
+    /// `reference::forward_a8`.
+    Fp8Reference,
+}
+
+impl Compared {
+    /// What it is to people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OutputF32 => "output_f32 of the input file",
+            Self::Reference => "the f64 reference",
+            Self::Fp8Reference => "the reference that quantises as the kernel does",
+        }
+    }
 }
 
 impl Job {
@@ -70,7 +86,8 @@ impl Job {
             )
         });
 
-        let config = layer.config(input.tokens.div_ceil(args.ranks.max(1)).max(1));
+        let mut config = layer.config(input.tokens.div_ceil(args.ranks.max(1)).max(1));
+        config.experts_format = args.experts.map_or(config.experts_format, ExpertFormat::from);
         config.validate(args.ranks)?;
         check_fit(&config, &input)?;
         let (routing, route, check) = route_tokens(args.route, &layer, &input)?;
@@ -113,16 +130,36 @@ impl Job {
         self.input.output_f32.as_deref().filter(|_| same_layer && same_routing)
     }
 
-    /// What the output should be: what the file records, or else the reference's.
+    /// What the output should be: in bf16 what the file records, or else the reference's; in FP8 that of the reference that quantises as the
+    /// kernel does.
     pub fn expected(&self) -> Result<(Vec<f64>, Compared)> {
-        match self.recorded_output() {
-            Some(output) => Ok((output.iter().map(|&value| f64::from(value)).collect(), Compared::OutputF32)),
-            None => {
-                let output =
-                    reference::forward(&self.config, &self.layer.weights, &self.input.hidden_states, &self.routing)?;
-                Ok((output, Compared::Reference))
-            }
+        if self.config.experts_format == ExpertFormat::Fp8 {
+            let quantised = || Fp8Tokens::quantise(&self.input.hidden_states, self.config.hidden, self.config.scales);
+            let tokens = self.input.fp8.clone().map_or_else(quantised, Ok)?;
+            let output = reference::forward_a8(&self.config, &self.layer.weights, &tokens, &self.routing)?;
+            return Ok((output, Compared::Fp8Reference));
         }
+        match self.recorded() {
+            Some(output) => Ok((output, Compared::OutputF32)),
+            None => Ok((self.plain()?, Compared::Reference)),
+        }
+    }
+
+    /// What else the distance to is told, for it is no verdict: in FP8 the outputs without quantised tokens.
+    pub fn beside(&self) -> Result<Vec<(Vec<f64>, Compared)>> {
+        if self.config.experts_format != ExpertFormat::Fp8 {
+            return Ok(Vec::new());
+        }
+        let recorded = self.recorded().map(|output| (output, Compared::OutputF32));
+        Ok([(self.plain()?, Compared::Reference)].into_iter().chain(recorded).collect())
+    }
+
+    fn plain(&self) -> Result<Vec<f64>> {
+        reference::forward(&self.config, &self.layer.weights, &self.input.hidden_states, &self.routing)
+    }
+
+    fn recorded(&self) -> Option<Vec<f64>> {
+        Some(self.recorded_output()?.iter().map(|&value| f64::from(value)).collect())
     }
 
     /// Rank `rank`'s tokens: hidden states [T, H], expert ids [T, K] and weights [T, K].
@@ -203,6 +240,28 @@ mod tests {
         assert_eq!((states.len(), ids.len(), weights.len()), (25 * 192, 25 * 4, 25 * 4));
         assert_eq!(ids, &job.routing.topk_idx()[100..]);
         assert_eq!(job.expected().unwrap().1, Compared::OutputF32);
+    }
+
+    #[test]
+    fn experts_run_in_the_checkpoints_format_or_in_the_one_asked_for() {
+        let fp8 = "--checkpoint @/qwen3-moe-fp8 --input @/qwen3-moe-fp8/moe_io.safetensors";
+        for (options, format, compared) in [
+            (fp8.to_owned(), ExpertFormat::Fp8, Compared::Fp8Reference),
+            (format!("{fp8} --experts bf16"), ExpertFormat::Bf16, Compared::OutputF32),
+            ("--experts fp8".into(), ExpertFormat::Fp8, Compared::Fp8Reference),
+            ("--experts bf16".into(), ExpertFormat::Bf16, Compared::OutputF32),
+        ] {
+            let job = prepare(&options).unwrap();
+            assert_eq!((job.config.experts_format, job.expected().unwrap().1), (format, compared), "{options}");
+        }
+        let job = prepare(fp8).unwrap();
+        let (expected, _) = job.expected().unwrap();
+        let beside = job.beside().unwrap();
+        let names: Vec<_> = beside.iter().map(|(_, compared)| *compared).collect();
+        assert_eq!(names, [Compared::Reference, Compared::OutputF32]);
+        let [plain, recorded] = [0, 1].map(|at| reference::relative_l2_f64(&expected, &beside[at].0));
+        assert!(plain > 2e-2 && (plain - recorded).abs() < 1e-5, "{plain} {recorded}");
+        assert!(prepare("").unwrap().beside().unwrap().is_empty());
     }
 
     #[test]

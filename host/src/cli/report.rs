@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 use super::args::RouteArg;
 use super::job::{Compared, Job};
 use super::routing::RoutingCheck;
-use super::verdict::{NotFinite, Place, Verdict};
+use super::verdict::{Distance, NotFinite, Place, Verdict};
 
 /// The largest relative L2 error of a right result.
 pub const ERROR_LIMIT: f64 = 1e-2;
@@ -46,6 +46,10 @@ pub struct Report {
     pub top_k: usize,
     pub shared_experts: usize,
     pub swiglu_limit: Option<f32>,
+    /// The number format that the experts ran in: "bf16" or "fp8".
+    pub experts_format: &'static str,
+    /// The one that the checkpoint has them in.
+    pub checkpoint_format: &'static str,
     pub tokens: usize,
     pub tokens_per_rank: Vec<usize>,
     pub ranks: usize,
@@ -70,6 +74,8 @@ pub struct Report {
     pub relative_l2_error: Option<f64>,
     pub error_limit: f64,
     pub passed: bool,
+    /// How far the output is from what it need not be near to: of FP8 experts, from the results without quantised tokens.
+    pub beside: Vec<Distance>,
     /// Each rank's counters; empty on a GPU.
     #[serde(serialize_with = "costs_by_name")]
     pub cost: Vec<Cost>,
@@ -100,6 +106,8 @@ impl Report {
             top_k: config.top_k,
             shared_experts: config.shared_experts,
             swiglu_limit: config.swiglu_limit,
+            experts_format: config.experts_format.name(),
+            checkpoint_format: job.layer.weights.format().name(),
             tokens: job.input.tokens,
             tokens_per_rank: job.shares.iter().map(ExactSizeIterator::len).collect(),
             ranks: job.shares.len(),
@@ -119,6 +127,7 @@ impl Report {
             relative_l2_error: (verdict.error.is_finite() && verdict.compared_tokens > 0).then_some(verdict.error),
             error_limit: ERROR_LIMIT,
             passed: verdict.error <= ERROR_LIMIT && job.check.as_ref().is_none_or(|check| check.contradictions == 0),
+            beside: verdict.beside,
             cost: execution.cost,
             rank_seconds: execution.rank_elapsed.iter().map(Duration::as_secs_f64).collect(),
             seconds: execution.elapsed.as_secs_f64(),
@@ -134,6 +143,11 @@ impl Display for Report {
         match self.swiglu_limit {
             Some(limit) => writeln!(f, ", SwiGLU limit {limit}")?,
             None => writeln!(f)?,
+        }
+        match (self.experts_format, self.checkpoint_format) {
+            ("bf16", "bf16") => {}
+            (runs, kept) if runs == kept => writeln!(f, "format   {runs}")?,
+            (runs, kept) => writeln!(f, "format   {runs}, made of {kept} weights")?,
         }
         let shares: Vec<String> = self.tokens_per_rank.iter().map(usize::to_string).collect();
         writeln!(f, "tokens   {} on {} ranks: {}", self.tokens, self.ranks, shares.join(" + "))?;
@@ -170,17 +184,19 @@ impl Display for Report {
             let speed = instructions as f64 / 1e6 / self.seconds.max(1e-9);
             writeln!(f, "         {speed:.1} million warp instructions a second")?;
         }
-        write!(f, "result   {}", self.result())
+        write!(f, "result   {}", self.result())?;
+        for Distance { compared_with, relative_l2_error } in &self.beside {
+            let error = relative_l2_error.map_or("not finite".to_owned(), |error| format!("{error:.2e}"));
+            write!(f, "\n         {error} against {}", compared_with.name())?;
+        }
+        Ok(())
     }
 }
 
 impl Report {
     /// The verdict, in words.
     fn result(&self) -> String {
-        let against = match self.compared_with {
-            Compared::OutputF32 => "output_f32 of the input file",
-            Compared::Reference => "the f64 reference",
-        };
+        let against = self.compared_with.name();
         if self.compared_tokens == 0 {
             return "nothing to compare: the input has 0 tokens".into();
         }
@@ -297,6 +313,22 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{text}\nlacks {line:?}");
         }
         assert!(report(1.01e-2).to_string().contains("result   WRONG: relative L2 error 1.01e-2"));
+    }
+
+    #[test]
+    fn fp8_results_are_also_told_from_what_they_need_not_be_near_to() {
+        let distance = |compared_with, relative_l2_error| Distance { compared_with, relative_l2_error };
+        let beside = vec![distance(Compared::Reference, Some(3.4e-2)), distance(Compared::OutputF32, None)];
+        let report = Report { experts_format: "fp8", compared_with: Compared::Fp8Reference, beside, ..report(1e-3) };
+        let text = report.to_string();
+        let end = "result   right: relative L2 error 1.00e-3 against the reference that quantises as the kernel does, limit 1e-2\n         \
+                   3.40e-2 against the f64 reference\n         not finite against output_f32 of the input file";
+        assert!(text.ends_with(end), "{text}");
+        assert!(text.contains("\nformat   fp8, made of bf16 weights\n"), "{text}");
+        let json = serde_json::to_value(report).unwrap();
+        assert_eq!((&json["experts_format"], &json["checkpoint_format"]), (&json!("fp8"), &json!("bf16")));
+        assert_eq!(json["beside"][0], json!({"compared_with": "reference", "relative_l2_error": 3.4e-2}));
+        assert_eq!(json["beside"][1]["relative_l2_error"], Value::Null);
     }
 
     #[test]

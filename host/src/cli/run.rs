@@ -13,6 +13,7 @@ use super::args::{DeviceArg, RouteArg, RunArgs};
 use super::job::Job;
 use super::output::{self, Target};
 use super::report::{Execution, Report};
+use super::verdict::Distance;
 
 /// Runs the layer, compares the result, and writes it where it is asked for.
 pub fn run(args: &RunArgs) -> Result<Report> {
@@ -31,7 +32,10 @@ pub fn run(args: &RunArgs) -> Result<Report> {
     let (outputs, elapsed) = forward(&job, &group).map_err(|error| name_row(&job, error))?;
     let output: Vec<bf16> = outputs.iter().flat_map(|rank| &rank.output).copied().collect();
     let (expected, compared_with) = job.expected()?;
-    let verdict = job.finite.compare(&output, &expected, compared_with);
+    let mut verdict = job.finite.compare(&output, &expected, compared_with);
+    for (other, compared_with) in job.beside()? {
+        verdict.beside.push(Distance::of(&job.finite.compare(&output, &other, compared_with)));
+    }
     if let Some(target) = &target {
         output::write_tensor(target, &output, job.input.tokens, job.config.hidden)?;
     }

@@ -103,6 +103,7 @@ impl FiniteTokens {
             output_not_finite: self.first_not_finite(output.iter().map(|value| value.to_f64())),
             expected_not_finite: self.first_not_finite(expected.iter().copied()),
             error: reference::relative_l2(&ours, &self.only(expected.iter().copied())),
+            beside: Vec::new(),
         }
     }
 }
@@ -120,6 +121,24 @@ pub struct Verdict {
     pub expected_not_finite: Option<Place>,
     /// Relative L2 error over the compared tokens.
     pub error: f64,
+    /// The same against what the output need not be near to.
+    pub beside: Vec<Distance>,
+}
+
+/// How far an output is from what it need not be near to.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Distance {
+    pub compared_with: Compared,
+    /// Null where it is not finite.
+    pub relative_l2_error: Option<f64>,
+}
+
+impl Distance {
+    /// The distance that a comparison found.
+    pub fn of(verdict: &Verdict) -> Self {
+        let error = Some(verdict.error).filter(|error| error.is_finite());
+        Self { compared_with: verdict.compared_with, relative_l2_error: error }
+    }
 }
 
 #[cfg(test)]

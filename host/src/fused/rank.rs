@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{BF16_BYTES, MAX_RANKS, Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::params::Params;
+use ferromoe_kernel::schedule::weight_tasks;
 use ferromoe_kernel::status::Status;
-use ferromoe_kernel::tile::{K_BLOCK, MAX_CLUSTER};
+use ferromoe_kernel::tile::MAX_CLUSTER;
 use ferromoe_kernel::trace::TraceBuffer;
 
 use super::{DEFAULT_DEADLINE, RankBatch, RankInputs};
@@ -14,7 +16,7 @@ use crate::config::MoeConfig;
 use crate::error::Result;
 use crate::maps::tensor_maps;
 use crate::memory::DeviceBuffer;
-use crate::weights::RankWeights;
+use crate::weights::LaidOutWeights;
 
 /// What a layer has on one rank.
 pub(super) struct Rank {
@@ -23,6 +25,8 @@ pub(super) struct Rank {
     pub(super) workspace: DeviceBuffer,
     pub(super) linear1: DeviceBuffer,
     pub(super) linear2: DeviceBuffer,
+    /// The scales of both, in a format with scales.
+    _scales: Option<[DeviceBuffer; 2]>,
     /// Where [`FusedMoe::forward`] puts its batch.
     pub(super) inputs: InputBuffers,
 }
@@ -45,39 +49,55 @@ impl Rank {
         rank: usize,
         symmetric_bases: [u64; MAX_RANKS as usize],
         symmetric: &DeviceBuffer,
-        weights: &RankWeights,
+        weights: &LaidOutWeights,
     ) -> Result<Self> {
-        let layout = WorkspaceLayout::new(&shape);
+        let format = config.experts_format.kernel();
+        let layout = WorkspaceLayout::new(&shape, format);
         // Zeroed: counters start at 0, and the padding rows of the pools hold numbers from the first launch on.
         let workspace = zeroed(backend, rank, layout.bytes, "workspace")?;
         backend.write(rank, workspace.address() + layout.status, bytemuck::bytes_of(&Status::CLEAR))?;
-        let linear1 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear1), "linear 1 weights")?;
-        let linear2 = DeviceBuffer::with(backend, rank, bytemuck::cast_slice(&weights.linear2), "linear 2 weights")?;
+        let [first, second] = weights.matrices();
+        let linear1 = DeviceBuffer::with(backend, rank, first, "linear 1 weights")?;
+        let linear2 = DeviceBuffer::with(backend, rank, second, "linear 2 weights")?;
+        let scales = match weights.scales() {
+            Some([first, second]) => Some([
+                DeviceBuffer::with(backend, rank, bytemuck::cast_slice(first), "linear 1 scales")?,
+                DeviceBuffer::with(backend, rank, bytemuck::cast_slice(second), "linear 2 scales")?,
+            ]),
+            None => None,
+        };
+        let scales_at = |index: usize| scales.as_ref().map_or(0, |scales| scales[index].address());
         let sms = backend.sms(rank);
         let (pools, first, second) = (workspace.address(), linear1.address(), linear2.address());
-        let maps = |cluster| tensor_maps(&**backend, &shape, &layout, cluster, pools, first, second);
+        let maps = |cluster| tensor_maps(&**backend, &shape, format, &layout, cluster, pools, first, second);
         let single = Params {
             maps: maps(1)?,
             symmetric_bases,
             workspace_base: workspace.address(),
+            linear1_scales: scales_at(0),
+            linear2_scales: scales_at(1),
             deadline_ns: DEFAULT_DEADLINE.as_nanos() as u64,
-            symmetric: SymmetricLayout::new(&shape),
+            symmetric: SymmetricLayout::new(&shape, format),
             workspace: layout,
             shape,
             rank: rank as u32,
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
-            wave_tiles: wave_tiles(&shape, sms),
+            wave_tiles: wave_tiles(&shape, format, sms),
             cluster: 1,
-            reserved: 0,
+            scale_kind: config.scales as u32,
             trace: TraceBuffer::NONE,
+            reserved: [0; 7],
         };
-        let cluster = MAX_CLUSTER.min(backend.resident_ctas(rank));
+        // A task of several weight tiles keeps a CTA to itself: with scales, clusters were slower (docs/performance.md).
+        let most = if format.linear1_tiles > 1 { 1 } else { MAX_CLUSTER };
+        let cluster = most.min(backend.resident_ctas(rank));
         Ok(Self {
             params: [single, Params { maps: maps(cluster)?, cluster, ..single }],
             workspace,
             linear1,
             linear2,
-            inputs: InputBuffers::new(backend, rank, &shape, symmetric)?,
+            _scales: scales,
+            inputs: InputBuffers::new(backend, rank, &shape, format, symmetric)?,
         })
     }
 
@@ -101,10 +121,16 @@ impl Rank {
 }
 
 impl InputBuffers {
-    fn new(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape, symmetric: &DeviceBuffer) -> Result<Self> {
+    fn new(
+        backend: &Arc<dyn Backend>,
+        rank: usize,
+        shape: &Shape,
+        format: &Format,
+        symmetric: &DeviceBuffer,
+    ) -> Result<Self> {
         let choices = u64::from(shape.max_tokens) * u64::from(shape.top_k) * 4;
         Ok(Self {
-            hidden_states: symmetric.tail(SymmetricLayout::new(shape).bytes(shape), "hidden states"),
+            hidden_states: symmetric.tail(SymmetricLayout::new(shape, format).bytes(shape, format), "hidden states"),
             topk_idx: DeviceBuffer::new(backend, rank, choices, "expert ids")?,
             topk_weights: DeviceBuffer::new(backend, rank, choices, "routing weights")?,
             tokens: DeviceBuffer::new(backend, rank, 4, "token count")?,
@@ -115,6 +141,7 @@ impl InputBuffers {
     pub(super) fn arguments(&self, most_tokens: u32) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states.address(),
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
@@ -125,8 +152,13 @@ impl InputBuffers {
 }
 
 /// A rank's symmetric buffer, with its hidden states behind what the kernel lays out. Zeroed but for those.
-pub(super) fn symmetric_buffer(backend: &Arc<dyn Backend>, rank: usize, shape: &Shape) -> Result<DeviceBuffer> {
-    let bytes = SymmetricLayout::new(shape).bytes(shape);
+pub(super) fn symmetric_buffer(
+    backend: &Arc<dyn Backend>,
+    rank: usize,
+    shape: &Shape,
+    format: &Format,
+) -> Result<DeviceBuffer> {
+    let bytes = SymmetricLayout::new(shape, format).bytes(shape, format);
     let buffer = DeviceBuffer::new(backend, rank, bytes + states_bytes(shape), "symmetric buffer")?;
     backend.fill(rank, buffer.address(), bytes, 0)?;
     Ok(buffer)
@@ -144,8 +176,8 @@ fn zeroed(backend: &Arc<dyn Backend>, rank: usize, bytes: u64, name: &'static st
 }
 
 /// Token tiles of one wave: enough that their linear 1 gives every SM two tasks.
-pub(crate) fn wave_tiles(shape: &Shape, sms: u32) -> u32 {
-    (2 * sms).div_ceil(shape.intermediate / K_BLOCK).max(1)
+pub(crate) fn wave_tiles(shape: &Shape, format: &Format, sms: u32) -> u32 {
+    (2 * sms).div_ceil(weight_tasks(2 * shape.intermediate, format.linear1_rows(), 1)).max(1)
 }
 
 /// Mean rows of an expert from which on a cluster pays: with fewer, weights are most of the bytes, and CTAs that wait for each other cost

@@ -53,6 +53,6 @@ impl FusedMoe {
             records.truncate(ran.map_or(records.len(), |last| (last + 1) * per_cta));
             ranks.push((rank, state.params[0].wave_tiles, records));
         }
-        Trace::new(ranks, capacity)
+        Trace::new(*self.config.experts_format.kernel(), ranks, capacity)
     }
 }

@@ -55,6 +55,7 @@ impl FusedMoe {
         let state = self.rank(rank)?;
         let params = &state.params[0];
         let (symmetric, workspace) = (&params.symmetric, &params.workspace);
+        let format = self.config.experts_format.kernel();
         let row = u64::from(self.shape.hidden) * BF16_BYTES;
         let choices = tokens * u64::from(self.shape.top_k) * 4;
         let at = |base: u64, from: u64, to: u64| base + from..base + to;
@@ -71,7 +72,8 @@ impl FusedMoe {
             (shared(symmetric.counts, symmetric.flags), Dispatch, Dispatch),
             (shared(symmetric.flags, symmetric.lists), Combine, Linear2),
             (shared(symmetric.lists, symmetric.combine), Dispatch, Dispatch),
-            (shared(symmetric.combine, symmetric.bytes(&self.shape)), Combine, Linear2),
+            (shared(symmetric.combine, symmetric.quantised), Combine, Linear2),
+            (shared(symmetric.quantised, symmetric.bytes(&self.shape, format)), Dispatch, Dispatch),
             (own(workspace.row_meta, workspace.tokens), Linear1, Dispatch),
             (own(workspace.tokens, workspace.intermediate), Linear1, Dispatch),
             (own(workspace.intermediate, workspace.bytes), Linear2, Linear1),

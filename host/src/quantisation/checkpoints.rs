@@ -143,6 +143,28 @@ fn published_forms_are_read_in_place() {
 }
 
 #[test]
+fn scales_may_be_in_another_file_than_their_weights() {
+    for scheme in [V3, V4] {
+        let dir = scheme.checkpoint(|_, _| {});
+        let whole = dir.path().join("model.safetensors");
+        let bytes = fs::read(&whole).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let shard = |name: &str| if name.ends_with(scheme.scale_name) { "scales" } else { "weights" };
+        for part in ["scales", "weights"] {
+            let views = file.iter().filter(|(name, _)| shard(name) == part);
+            fs::write(dir.path().join(part), safetensors::serialize(views, None).unwrap()).unwrap();
+        }
+        let weight_map: BTreeMap<_, _> = file.names().into_iter().map(|name| (name, shard(name))).collect();
+        let index = json!({ "weight_map": weight_map }).to_string();
+        fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+        let expected = open(dir.path(), 0);
+        fs::remove_file(whole).unwrap();
+        let found = open(dir.path(), 0);
+        assert!(matrices(&found).zip(matrices(&expected)).all(|(found, expected)| found.row(3) == expected.row(3)));
+    }
+}
+
+#[test]
 fn matrices_that_were_left_in_bf16_are_read_as_such() {
     let plain = HfLayer::open(&fixture("deepseek-v3"), 0).unwrap();
     let bytes: Vec<u8> =

@@ -3,7 +3,7 @@
 //! A ticket stands for a few rows, a lane for each: their pieces are under way together. What a token has for several experts of this rank comes
 //! once, with the row that leads, which is the first in this order: other lanes store it for the rows that follow, whose own tickets have nothing to do.
 
-use crate::cta::{CountedRows, Cta, Ring};
+use crate::cta::{CountedRows, Cta, FORMAT, Ring};
 use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
@@ -13,18 +13,19 @@ use crate::device::special::ctas;
 use crate::device::warp::{ballot, redux_add, shfl_idx};
 use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
+use crate::main_loop::{Loop, MainLoop};
 use crate::roles::route::claim;
 use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows, shared_row};
-use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
+use crate::shared::PULL_BUFFERS;
 use crate::sources::{Sources, place_of, source_at};
-use crate::tile::tile_of_row;
+use crate::warps::WARP;
 
 /// Pieces are multiples of so many bytes, as rows are: whole lines.
 const PIECE_STEP: u32 = 128;
 
 /// Bytes of a piece when `rows` rows share a pull buffer. As many as the next power of two could: a division takes its time.
 const fn piece_bytes(rows: u32) -> u32 {
-    PULL_BYTES >> rows.next_power_of_two().ilog2()
+    FORMAT.pull_bytes >> rows.next_power_of_two().ilog2()
 }
 
 const _: () = assert!(piece_bytes(MAX_PULL_ROWS).is_multiple_of(PIECE_STEP) && piece_bytes(MAX_PULL_ROWS) > 0);
@@ -42,6 +43,9 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
     let mut puller = Puller { launch, cta, warp, lane, rows, batch, ring: Ring::new() };
     let mut ticket = claim();
+    if shared_rows > 0 {
+        Loop::wait_for_records(launch, lane == 0, launch.params().rank);
+    }
     while ticket < shared_tickets {
         mark!(launch, Pull, ticket * batch);
         puller.copy_shared(ticket * batch + lane);
@@ -50,8 +54,9 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     }
     mark!(launch, WaitForCounts);
     cta.counted().wait(0);
+    Loop::wait_for_records(launch, lane < shape.ranks, lane);
     puller.batch = pull_rows(count_rows(&puller.rows, lane) - shared_rows, ctas());
-    let mut cursor = RowCursor::START;
+    let mut cursor = RowCursor::new(FORMAT.tiles);
     loop {
         let number = shared_rows + (ticket - shared_tickets) * puller.batch + lane;
         let row = if lane < puller.batch { cursor.seek(number, &puller.rows) } else { None };
@@ -118,7 +123,6 @@ fn entry(launch: &Launch, source: u32, expert: u32, slot: u32) -> (RowMeta, u32)
 fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
     let params = launch.params();
     let shape = &params.shape;
-    let bytes = launch.row_bytes() as u64;
     let expert = row.expert - shape.shared_experts;
     let (source, slot) = if shape.ranks == 1 {
         // Its rows are in the order of its list: no counts to wait for.
@@ -128,10 +132,7 @@ fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
         (source_at(params.rank, shape.ranks, place), slot)
     };
     let (meta, followers) = entry(launch, source, expert, slot);
-    // SAFETY: the source has written the distance before its counts.
-    let distance = unsafe { ld_weak_u64(launch.hidden_distance(params.rank, source)) };
-    let token = meta.combine_row / shape.slots();
-    (meta, followers, launch.symmetric_base(source).wrapping_add(distance) + token as u64 * bytes)
+    (meta, followers, Loop::token(launch, source, meta.combine_row / shape.slots()))
 }
 
 /// A dispatch warp that copies rows.
@@ -151,9 +152,13 @@ impl Puller<'_> {
     #[inline(always)]
     fn copy_shared(&mut self, number: u32) {
         let (launch, shape) = (self.launch, &self.launch.params().shape);
-        let row = if self.lane < self.batch { shared_row(shape.shared_experts, launch.tokens(), number) } else { None };
+        let row = if self.lane < self.batch {
+            shared_row(FORMAT.tiles, shape.shared_experts, launch.tokens(), number)
+        } else {
+            None
+        };
         let token = row.map_or(0, |row| row.row);
-        let source = launch.hidden_states() + token as u64 * launch.row_bytes() as u64;
+        let source = Loop::token(launch, launch.params().rank, token);
         let destination = |_: &Self| {
             let row = row?;
             let combine_row = token * shape.slots() + shape.top_k + row.expert;
@@ -229,7 +234,7 @@ impl Puller<'_> {
         let mut position = PoolPosition {
             expert: shfl_idx(row.expert, leader),
             pool_row: shfl_idx(row.pool_row - row.row, leader),
-            tile: shfl_idx(row.tile - tile_of_row(row.row, self.rows.rows(row.expert)), leader),
+            tile: shfl_idx(row.tile - FORMAT.tiles.tile_of_row(row.row, self.rows.rows(row.expert)), leader),
         };
         follower?;
         let token = source * shape.max_tokens + combine_row / shape.slots();
@@ -245,9 +250,9 @@ impl Puller<'_> {
         let (meta, _) = entry(self.launch, source, expert, slot);
         let row = sources_of(self.launch, expert).index_of(place_of(params.rank, shape.ranks, source), slot);
         while position.expert < local {
-            position = position.next(&self.rows);
+            position = position.next(FORMAT.tiles, &self.rows);
         }
-        let tile = position.tile + tile_of_row(row, self.rows.rows(local));
+        let tile = position.tile + FORMAT.tiles.tile_of_row(row, self.rows.rows(local));
         let pool_row = position.pool_row + row;
         Some((meta, Row { expert: local, row, pool_row, tile }))
     }
@@ -263,7 +268,9 @@ impl Puller<'_> {
         destination: impl FnOnce(&Self) -> Option<(RowMeta, Row)>,
     ) {
         let Self { launch, cta, warp, lane, .. } = *self;
-        let (bytes, rows) = (launch.row_bytes(), leaders.count_ones());
+        let hidden = launch.params().shape.hidden;
+        let (bytes, rows) = (FORMAT.record_bytes(hidden), leaders.count_ones());
+        let row_bytes = FORMAT.row_bytes(hidden);
         let piece = piece_bytes(rows);
         let part = |ring: Ring| {
             let number = (leaders & ((1 << leader) - 1)).count_ones();
@@ -300,10 +307,14 @@ impl Puller<'_> {
             }
             cta.pull_full(warp * PULL_BUFFERS + self.ring.slot).wait(self.ring.parity);
             if let Some(Row { pool_row, .. }) = destination {
-                let row: *mut u8 = launch.workspace(workspace.tokens, pool_row as u64 * bytes as u64);
-                // SAFETY: the piece has landed, and the row in the pool is this lane's.
-                unsafe { bulk_store(row.wrapping_add(at as usize), part(self.ring), piece.min(bytes - at)) };
-                bulk_commit_group();
+                let row = launch.pool_row(workspace.tokens, hidden, pool_row);
+                let elements = piece.min(row_bytes.saturating_sub(at));
+                if elements > 0 {
+                    // SAFETY: the piece has landed, and the row in the pool is this lane's.
+                    unsafe { bulk_store(row.wrapping_add(at as usize), part(self.ring), elements) };
+                    bulk_commit_group();
+                }
+                Loop::store_scales(launch, part(self.ring), at, piece.min(bytes - at), pool_row);
             }
             self.ring.advance(PULL_BUFFERS);
             at += piece;

@@ -13,8 +13,8 @@ use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, RowMeta};
 use crate::roles::choice::{Choice, check, lanes_alike, load};
 use crate::schedule::{ROUTE_PASSES, route_chunks, route_step, route_tokens};
-use crate::shared::WARP;
 use crate::status::BadChoice;
+use crate::warps::WARP;
 
 const PASSES: usize = ROUTE_PASSES as usize;
 /// Counts that a lane has under way at once.

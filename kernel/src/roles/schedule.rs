@@ -1,7 +1,7 @@
 //! The scheduler warp: waits for all ranks' counts, and that of a cluster's first CTA claims tickets and hands tasks to the other roles. Before it waits, it hands
 //! out the first, if that does not depend on the counts.
 
-use crate::cta::{CountedRows, Cta, TaskWriter};
+use crate::cta::{CountedRows, Cta, FORMAT, TaskWriter, stages};
 use crate::device::atomic::atom_inc_relaxed_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas};
@@ -9,10 +9,10 @@ use crate::device::global::{ld_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
 use crate::device::warp::{ballot, redux_max};
 use crate::launch::Launch;
-use crate::schedule::{Phase, ScheduleShape, Task, TaskCursor, combine_chunks};
-use crate::shared::{WARP, pipeline_width, stages};
+use crate::schedule::{ScheduleShape, TaskCursor, combine_chunks};
 use crate::status::{Stage, Timeout};
-use crate::tile::tile_index;
+use crate::task::{Phase, Task};
+use crate::warps::WARP;
 
 /// Counts that a lane loads at once.
 const COUNTS_AT_ONCE: usize = 8;
@@ -50,6 +50,7 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
 fn shape_of(launch: &Launch, most_rows: u32) -> ScheduleShape {
     let params = launch.params();
     ScheduleShape {
+        format: FORMAT,
         wave_tiles: params.wave_tiles,
         linear1_rows: 2 * params.shape.intermediate,
         linear2_rows: params.shape.hidden,
@@ -177,7 +178,8 @@ fn hand_out_tasks(
     // SAFETY: this warp wrote them.
     let rows = unsafe { CountedRows::new(cta, launch.params().shape.local_experts()) };
     let mut cursor = TaskCursor::new(shape, &rows);
-    let is_cut_alike = |early: Task| pipeline_width(early.widest) == pipeline_width(tile_index(shape.most_rows));
+    let widest = FORMAT.tiles.index(shape.most_rows);
+    let is_cut_alike = |early: Task| FORMAT.pipeline_width(early.widest) == FORMAT.pipeline_width(widest);
     let mut old_stages = last.map_or(0, |early| if is_cut_alike(early) { 0 } else { stages(early.widest) });
     loop {
         if let Some(last) = last {
