@@ -6,9 +6,10 @@ mod a8;
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::{Error, Result};
 use crate::router::Routing;
+use crate::tokens::Fp8Tokens;
 use crate::weights::{Expert, ExpertWeights};
 
 pub use a8::forward_a8;
@@ -57,6 +58,25 @@ fn sum_of_experts(
         }
     }
     Ok(output)
+}
+
+/// What a layer is held against: [`forward`], or for experts in FP8 [`forward_a8`].
+///
+/// # Errors
+/// As [`forward`].
+pub fn of_format(
+    config: &MoeConfig,
+    weights: &ExpertWeights,
+    hidden_states: &[bf16],
+    routing: &Routing,
+) -> Result<Vec<f64>> {
+    match config.experts_format {
+        ExpertFormat::Bf16 => forward(config, weights, hidden_states, routing),
+        ExpertFormat::Fp8 => {
+            let tokens = Fp8Tokens::quantise(hidden_states, config.hidden, config.scales)?;
+            forward_a8(config, weights, &tokens, routing)
+        }
+    }
 }
 
 /// |actual - expected| / |expected| over all values, in the Euclidean norm; the plain norm of `actual` where

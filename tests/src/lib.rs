@@ -220,13 +220,18 @@ impl Case {
 }
 
 impl Layer {
+    /// What the kernel is held against: the reference that quantises as the layer's format does.
+    pub fn reference(&self, states: &[bf16], routing: &Routing) -> ferromoe::Result<Vec<f64>> {
+        reference::of_format(&self.config, &self.weights, states, routing)
+    }
+
     /// Runs `tokens`, holds every rank's output against the reference, and returns them.
     pub fn check(&mut self, tokens: &Tokens, what: &str) -> Vec<RankOutput> {
         let outputs = self.moe.forward(&tokens.batch()).unwrap_or_else(|error| panic!("{what}: {error}"));
         for (rank, output) in outputs.iter().enumerate() {
             let states = &tokens.hidden_states[rank];
-            let expected = reference::forward(&self.config, &self.weights, states, &tokens.routing[rank])
-                .unwrap_or_else(|error| panic!("{what}: {error}"));
+            let expected =
+                self.reference(states, &tokens.routing[rank]).unwrap_or_else(|error| panic!("{what}: {error}"));
             let error = reference::relative_l2(&output.output, &expected);
             assert!(error <= TOLERANCE, "{what}: rank {rank} has a relative L2 error of {error:.2e}");
         }

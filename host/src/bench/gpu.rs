@@ -185,6 +185,7 @@ fn limit_us(works: &[RankWork], limits: &Limits) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::bench::{BenchShape, Choice};
+    use crate::config::ExpertFormat;
 
     #[test]
     fn the_slower_of_memory_and_arithmetic_is_the_limit() {
@@ -199,7 +200,7 @@ mod tests {
     fn found() -> GpuMeasurement {
         let limits = Limits { copy_gbs: 4000.0, peer_copy_gbs: None, bf16_tflops: Some(800.0), without_cublas: None };
         let shape = BenchShape::find("flash").unwrap();
-        let plan = Plan { shape, experts: 64, choice: Choice::Balanced, tokens: vec![8] };
+        let plan = Plan { shape, experts: 64, format: ExpertFormat::Bf16, choice: Choice::Balanced, tokens: vec![8] };
         let setting = Setting::new(&plan, "GPU".into(), 8, 2, &[RankWork::default(); 2], 1.0, 0.0);
         let works = [1.0, 3.0].map(|share| RankWork {
             operations: share * 1e12,

@@ -16,7 +16,7 @@ mod work;
 
 use serde::Serialize;
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::Result;
 use crate::group::DeviceGroup;
 use inputs::{InputSet, States};
@@ -37,6 +37,8 @@ pub struct Plan {
     pub shape: BenchShape,
     /// Routed experts of all ranks.
     pub experts: usize,
+    /// The number format that they run in.
+    pub format: ExpertFormat,
     /// How tokens choose experts.
     pub choice: Choice,
     /// Tokens of every rank; one measurement each.
@@ -45,7 +47,8 @@ pub struct Plan {
 
 impl Plan {
     fn config(&self) -> MoeConfig {
-        self.shape.config(self.experts, self.tokens.iter().copied().max().unwrap_or(1).max(1))
+        let most = self.tokens.iter().copied().max().unwrap_or(1).max(1);
+        MoeConfig { experts_format: self.format, ..self.shape.config(self.experts, most) }
     }
 }
 
@@ -58,6 +61,8 @@ pub struct Setting {
     pub device: String,
     /// The shape's name.
     pub shape: &'static str,
+    /// The number format of the experts.
+    pub format: &'static str,
     /// H
     pub hidden: usize,
     /// I
@@ -96,6 +101,7 @@ impl Setting {
             implementation: "ferromoe",
             device,
             shape: plan.shape.name,
+            format: plan.format.name(),
             hidden: plan.shape.hidden,
             intermediate: plan.shape.intermediate,
             experts: plan.experts,

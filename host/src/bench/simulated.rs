@@ -86,6 +86,7 @@ pub fn simulated(plan: &Plan, group: &DeviceGroup, mut report: impl FnMut(SimMea
 mod tests {
     use super::*;
     use crate::bench::{BenchShape, Choice};
+    use crate::config::ExpertFormat;
     use crate::fused::Part;
     use crate::group::{Device, SimOptions};
 
@@ -93,7 +94,8 @@ mod tests {
     fn measure([hidden, intermediate]: [usize; 2], tokens: usize) -> SimMeasurement {
         let shape =
             BenchShape { name: "small", hidden, intermediate, experts: 8, top_k: 1, shared_experts: 1, cut: false };
-        let plan = Plan { shape, experts: 8, choice: Choice::Balanced, tokens: vec![tokens] };
+        let plan =
+            Plan { shape, experts: 8, format: ExpertFormat::Bf16, choice: Choice::Balanced, tokens: vec![tokens] };
         let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
         let mut found = None;
         simulated(&plan, &group, |measurement| found = Some(measurement)).unwrap();

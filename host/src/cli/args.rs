@@ -265,6 +265,10 @@ pub struct MeasureArgs {
     #[arg(long, value_name = "N")]
     pub experts_per_rank: Option<usize>,
 
+    /// Number format that the experts run in [default: bf16]
+    #[arg(long, value_enum)]
+    pub experts: Option<ExpertsArg>,
+
     /// How tokens choose experts
     #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
     pub routing: RoutingArg,
@@ -295,7 +299,8 @@ impl MeasureArgs {
         let experts = self
             .experts_per_rank
             .map_or_else(|| shape.experts_on(self.ranks), |experts| experts.saturating_mul(self.ranks));
-        Plan { shape, experts, choice: self.routing.into(), tokens: tokens.to_vec() }
+        let format = self.experts.map_or(ExpertFormat::Bf16, ExpertFormat::from);
+        Plan { shape, experts, format, choice: self.routing.into(), tokens: tokens.to_vec() }
     }
 }
 

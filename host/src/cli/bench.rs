@@ -92,9 +92,11 @@ fn heading(plan: &Plan, ranks: usize, on: &str) -> String {
     let BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } = plan.shape;
     let experts = plan.experts / ranks.max(1);
     format!(
-        "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
+        "{name} in {}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
          {:?} routing\non {}\n",
-        plan.choice, on
+        plan.format.name(),
+        plan.choice,
+        on
     )
 }
 

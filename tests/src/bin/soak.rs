@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
     let mut cases = small_matrix();
     if let Some(name) = &arguments.case {
         let names: Vec<_> = cases.iter().map(|case| case.name).collect();
@@ -136,7 +136,11 @@ fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64, checks: bool) 
 fn done_path(checks: bool) -> Result<PathBuf> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
     let target = binary.ancestors().nth(2).context("this program is not in cargo's target folder")?;
-    let digest = ferromoe::PTX.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
+    let digest = ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false)
+        .lines()
+        .next()
+        .and_then(|line| line.rsplit(' ').next())
+        .unwrap_or_default();
     Ok(target.join("soak").join(format!("{digest:.16}{}.seeds", if checks { "" } else { ".unchecked" })))
 }
 

@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
     println!(
         "The kernel's PTX in the simulator, a second being one of processor time; the fastest of {} runs.\n\
          Goals: {:.0} M thread instructions/s without checks and without wgmma, checks on at most {CHECKS_GOAL}x.\n\n\

@@ -353,6 +353,7 @@ impl Load {
 mod tests {
     use super::*;
     use crate::bench::{BenchShape, simulated};
+    use crate::config::ExpertFormat;
     use crate::fused::Part;
     use crate::group::{Device, DeviceGroup, SimOptions};
 
@@ -381,7 +382,7 @@ mod tests {
     fn the_schedule_s_operations_are_those_that_the_simulator_counts() {
         let options = SimOptions::default();
         let shape = BenchShape::find("flash").unwrap().scaled_down(2);
-        let plan = Plan { shape, experts: 16, choice: Choice::Skewed, tokens: vec![3, 90] };
+        let plan = Plan { shape, experts: 16, format: ExpertFormat::Bf16, choice: Choice::Skewed, tokens: vec![3, 90] };
         let group = DeviceGroup::open(Device::Sim(options), 2).unwrap();
         simulated(&plan, &group, |found| {
             let tokens = found.setting.tokens;

@@ -9,28 +9,24 @@ use crate::device::warp::shfl_idx;
 use crate::quantise::{GROUP, GroupScale};
 use crate::task::Task;
 
-/// Bytes of a staged row.
-pub const ROW_BYTES: u32 = GROUP * 2;
-
 /// Lanes that quantise a row.
 const ROW_LANES: u32 = 8;
 
-/// Where a staged row has one of its sixteen 16-byte chunks of eight columns: rows of 256 bytes, chunks swizzled by row, so that neither eight rows nor eight chunks meet in a bank.
+/// Where a staged row of `chunks` 16-byte chunks of eight columns has one of them: swizzled by row, so that neither eight rows nor eight chunks meet in a bank.
 #[inline(always)]
-pub fn staged(row: u32, chunk: u32) -> u32 {
-    row * ROW_BYTES + (chunk ^ (row % 8)) * 16
+pub const fn staged(chunks: u32, row: u32, chunk: u32) -> u32 {
+    (row * chunks + (chunk ^ (row % 8))) * 16
 }
 
-/// Quantises `rows` rows of `area`, from row `first` of the tile on, and stores them and their scales into the intermediate pool. `threads` threads call this, of which this
-/// is number `thread`; all rows were staged before a barrier. With one weight tile a row has 64 columns.
+/// Quantises `rows` staged rows, from row `first` of the tile on, and stores them and their scales into the intermediate pool. `place` says where one of the sixteen chunks of a row
+/// is: all were staged before a barrier, but for those of the second weight tile where the task has none. `threads` threads call this, of which this is number `thread`.
 #[inline(always)]
 pub fn store(
     consumer: Consumer<'_>,
     task: &Task,
-    area: SharedAddress,
-    first: u32,
-    rows: u32,
+    (first, rows): (u32, u32),
     (thread, threads): (u32, u32),
+    place: impl Fn(u32, u32) -> SharedAddress,
 ) {
     let params = consumer.launch.params();
     let (workspace, intermediate) = (&params.workspace, params.shape.intermediate);
@@ -41,11 +37,11 @@ pub fn store(
         let row = begin + thread / ROW_LANES;
         let source = row.min(rows - 1);
         // SAFETY: the row is staged.
-        let [a, b, c, d] = unsafe { area.offset(staged(source, chunk)).load_v4() };
+        let [a, b, c, d] = unsafe { place(source, chunk).load_v4() };
         let mut upper = [0; 4];
         if whole {
             // SAFETY: as above.
-            upper = unsafe { area.offset(staged(source, chunk + ROW_LANES)).load_v4() };
+            upper = unsafe { place(source, chunk + ROW_LANES).load_v4() };
         }
         let [e, f, g, h] = upper;
         let mut largest = abs_bf16x2(a);

@@ -18,8 +18,10 @@ use crate::warps::WARPGROUP;
 /// Warpgroups that multiply.
 const WARPGROUPS: u32 = 2;
 
-/// Intermediate columns that one warpgroup makes of a tile: half of its rows are gates.
-const COLUMNS: u32 = WARPGROUP_ROWS / 2;
+/// 16-byte chunks of a row that one warpgroup makes of a tile: half of its weight rows are gates.
+const TILE_CHUNKS: u32 = WARPGROUP_ROWS / 2 / 8;
+/// Chunks of a row that one warpgroup stages.
+const CHUNKS: u32 = TILE_CHUNKS * FORMAT.linear1_tiles;
 
 /// A task with a token tile of `8 * QUADS` tokens.
 #[inline(always)]
@@ -43,8 +45,7 @@ where
         linear2::finish(consumer, task, &sums);
         return;
     }
-    // Both warpgroups stage the same rows.
-    let area = consumer.cta.staging(0);
+    let area = consumer.cta.staging(consumer.warpgroup);
     for tile in 0..task.weight_tiles(&FORMAT, shape) {
         let sums = multiply::<QUADS>(consumer, task, ring);
         if tile == 0 {
@@ -57,10 +58,10 @@ where
             let [gate0, gate1, up0, up1] = sums[quad];
             bf16x2(swiglu(gate0, up0, limit) * weight0, swiglu(gate1, up1, limit) * weight1)
         };
-        let chunk = (tile * WARPGROUPS + consumer.warpgroup) * COLUMNS / 8 + consumer.warp;
+        let chunk = tile * TILE_CHUNKS + consumer.warp;
         unroll!(PASS < QUADS.div_ceil(4), {
             // A chunk of each token is this warp's; lanes behind the last token give no address.
-            let row = area.offset(group::staged(PASS as u32 * 32 + consumer.lane, chunk));
+            let row = area.offset(group::staged(CHUNKS, PASS as u32 * 32 + consumer.lane, chunk));
             let quad = 4 * PASS;
             // SAFETY: the area holds every token's row, and this chunk of each is this warp's.
             unsafe {
@@ -77,8 +78,13 @@ where
     }
     bar_sync::<PAIR_BARRIER, { WARPGROUPS * WARPGROUP }>();
     let thread = consumer.warpgroup * WARPGROUP + consumer.thread();
-    group::store(consumer, task, area, 0, task.rows, (thread, WARPGROUPS * WARPGROUP));
-    // The area is written again behind this.
+    // A tile's chunks, by turns: the first warpgroup's, then the second's.
+    group::store(consumer, task, (0, task.rows), (thread, WARPGROUPS * WARPGROUP), |row, chunk| {
+        let (tile, of_tile) = (chunk / (WARPGROUPS * TILE_CHUNKS), chunk % (WARPGROUPS * TILE_CHUNKS));
+        let area = consumer.cta.staging(of_tile / TILE_CHUNKS);
+        area.offset(group::staged(CHUNKS, row, tile * TILE_CHUNKS + of_tile % TILE_CHUNKS))
+    });
+    // The areas are written again behind this.
     bar_sync::<PAIR_BARRIER, { WARPGROUPS * WARPGROUP }>();
 }
 
@@ -122,6 +128,8 @@ where
             scales[QUAD] = unsafe { cta.scales(stage).offset(token * 4).load_v2() }.map(f32::from_bits);
         });
         products.wait();
+        // All lanes have read the scales.
+        bar_warp_sync();
         if lane < cluster_ctas() {
             cta.stage_empty(stage).of(lane).arrive();
         }

@@ -24,8 +24,8 @@ const QUADS: usize = WEIGHT_TILE as usize / 8;
 /// Sums of a warpgroup.
 type Sums = Accumulators<QUADS>;
 
-/// Lanes that store one row of results, 16 bytes each.
-const ROW_LANES: u32 = WEIGHT_TILE * 2 / 16;
+/// 16-byte chunks of a staged row; in linear 2 a lane stores each.
+const CHUNKS: u32 = WEIGHT_TILE * 2 / 16;
 
 /// A task whose tile is wide.
 #[inline(always)]
@@ -49,7 +49,7 @@ pub fn run(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) {
         }
         // Matrices: eight tokens by columns 0..8, the next eight by the same, then both by the next eight columns.
         let row = 16 * consumer.warp + consumer.lane % 16;
-        let place = |chunk: u32| area.offset(group::staged(row, chunk + consumer.lane / 16));
+        let place = |chunk: u32| area.offset(group::staged(CHUNKS, row, chunk + consumer.lane / 16));
         if task.is_linear1() {
             stage_activated(consumer, &sums, |chunk| place(8 * tile + chunk));
         } else {
@@ -63,7 +63,8 @@ pub fn run(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) {
     consumer.sync();
     if task.is_linear1() {
         if rows > 0 {
-            group::store(consumer, task, area, first, rows, (consumer.thread(), WARPGROUP));
+            let place = |row: u32, chunk: u32| area.offset(group::staged(CHUNKS, row, chunk));
+            group::store(consumer, task, (first, rows), (consumer.thread(), WARPGROUP), place);
         }
     } else {
         store_results(consumer, task, rows);
@@ -96,7 +97,7 @@ fn stage_activated(consumer: Consumer<'_>, sums: &Sums, place: impl Fn(u32) -> c
 #[inline(always)]
 fn store_results(consumer: Consumer<'_>, task: &Task, rows: u32) {
     let area = consumer.cta.staging(consumer.warpgroup);
-    let (chunk, mut row) = (consumer.thread() % ROW_LANES, consumer.thread() / ROW_LANES);
+    let (chunk, mut row) = (consumer.thread() % CHUNKS, consumer.thread() / CHUNKS);
     let column = task.weight_row + chunk * 8;
     if column >= consumer.launch.params().shape.hidden {
         return;
@@ -104,10 +105,10 @@ fn store_results(consumer: Consumer<'_>, task: &Task, rows: u32) {
     while row < rows {
         // SAFETY: the row is staged, and its result has no other writer.
         unsafe {
-            let results = area.offset(group::staged(row, chunk)).load_v4();
+            let results = area.offset(group::staged(CHUNKS, row, chunk)).load_v4();
             st_weak_v4((consumer.result_row(row) + column as u64 * 2) as *mut u8, results);
         }
-        row += WARPGROUP / ROW_LANES;
+        row += WARPGROUP / CHUNKS;
     }
 }
 
@@ -147,6 +148,8 @@ fn multiply(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) -> Sums {
         let (first, second) = (f32::from_bits(first), f32::from_bits(second));
         let scales = [[first * gate, second * gate], [first * up, second * up]];
         products.wait();
+        // All lanes have read the scales.
+        bar_warp_sync();
         if lane < cluster_ctas() {
             cta.stage_empty(stage).of(lane).arrive();
         }

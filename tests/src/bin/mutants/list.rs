@@ -1,8 +1,18 @@
 //! The planted bugs.
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::MAX_LOCAL_EXPERTS;
-use ferromoe_kernel::shared::{CONSUMER_WARPS, PASS_BYTES, TASK_FINISHED_OFFSET, stage_bytes};
-use ferromoe_kernel::tile::MAX_TOKEN_TILE;
+use ferromoe_kernel::shared::{PASS_BYTES, SharedLayout};
+
+/// The format whose kernel bugs are planted in.
+const FORMAT: Format = Format::BF16;
+const CONSUMER_WARPS: u32 = FORMAT.consumer_warps();
+const TASK_FINISHED_OFFSET: u32 = SharedLayout::new(&FORMAT).task_finished;
+const MAX_TOKEN_TILE: u32 = FORMAT.tiles.widest();
+
+const fn stage_bytes(width: u32) -> u32 {
+    FORMAT.stage_bytes(width)
+}
 
 use crate::edit::Edit::{
     Add, Become, BecomeRank, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Twice, WithoutBit,

@@ -96,7 +96,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<bool> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let source = Source::read(ferromoe::PTX, &root)?;
+    let source = Source::read(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false), &root)?;
     let mutants = chosen(arguments.only.as_deref())?;
     let modules = mutants.iter().map(|mutant| plant(&source, mutant)).collect::<Vec<_>>();
     let broken: Vec<_> = modules.iter().filter_map(|module| module.as_ref().err()).collect();
@@ -160,7 +160,7 @@ fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
 
 /// Runs the kernel as it is, and returns each case's limit of warp instructions.
 fn right_kernel(cases: &[SmallCase], checks: bool) -> Result<Vec<u64>> {
-    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
     let limit = |case: &SmallCase| match case.run(&module, 0, &run_options(None, checks)) {
         Ok(ran) => Ok(PATIENCE * ran.instructions),
         Err(failure) => bail!(
