@@ -32,6 +32,8 @@ const TOKENS: usize = 12;
 
 /// A matrix by rows.
 type Rows = Vec<Vec<f64>>;
+/// A token's experts and their weights.
+type Chosen = Vec<(usize, f64)>;
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
 /// What the tokens of one layer meet.
@@ -77,7 +79,7 @@ struct Case {
     /// The ways in which the tensors may be stored.
     stored: Vec<fn(&Model, &mut Tensors)>,
     /// The experts of a token and their weights, from its logits and the bias.
-    choose: fn(&[f64], &[f64]) -> Vec<(usize, f64)>,
+    choose: fn(&[f64], &[f64]) -> Chosen,
     limit: f64,
     /// Whether the shared expert has a gate.
     gated: bool,
@@ -289,15 +291,15 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-fn chosen(scores: &[f64], experts: Vec<usize>) -> Vec<(usize, f64)> {
+fn chosen(scores: &[f64], experts: Vec<usize>) -> Chosen {
     experts.into_iter().map(|expert| (expert, scores[expert])).collect()
 }
 
-fn scaled(experts: Vec<(usize, f64)>, factor: f64) -> Vec<(usize, f64)> {
+fn scaled(experts: Vec<(usize, f64)>, factor: f64) -> Chosen {
     experts.into_iter().map(|(expert, weight)| (expert, weight * factor)).collect()
 }
 
-fn renormalised(experts: Vec<(usize, f64)>) -> Vec<(usize, f64)> {
+fn renormalised(experts: Vec<(usize, f64)>) -> Chosen {
     let sum: f64 = experts.iter().map(|(_, weight)| weight).sum();
     scaled(experts, 1.0 / sum)
 }
@@ -317,52 +319,52 @@ fn of_best_groups(scores: &[f64], judged_by: usize) -> Vec<f64> {
         .collect()
 }
 
-fn softmax(logits: &[f64], _: &[f64]) -> Vec<(usize, f64)> {
+fn softmax(logits: &[f64], _: &[f64]) -> Chosen {
     let scores = probabilities(logits);
     chosen(&scores, top(&scores, TOP_K))
 }
 
-fn softmax_renormalised(logits: &[f64], bias: &[f64]) -> Vec<(usize, f64)> {
+fn softmax_renormalised(logits: &[f64], bias: &[f64]) -> Chosen {
     renormalised(softmax(logits, bias))
 }
 
-fn softmax_of_chosen(logits: &[f64], _: &[f64]) -> Vec<(usize, f64)> {
+fn softmax_of_chosen(logits: &[f64], _: &[f64]) -> Chosen {
     let experts = top(logits, TOP_K);
     let weights = probabilities(&experts.iter().map(|&expert| logits[expert]).collect::<Vec<_>>());
     experts.into_iter().zip(weights).collect()
 }
 
-fn softmax_of_best_groups_16(logits: &[f64], _: &[f64]) -> Vec<(usize, f64)> {
+fn softmax_of_best_groups_16(logits: &[f64], _: &[f64]) -> Chosen {
     let scores = probabilities(logits);
     scaled(chosen(&scores, top(&of_best_groups(&scores, 1), TOP_K)), 16.0)
 }
 
-fn softmax_biased_renormalised(logits: &[f64], bias: &[f64]) -> Vec<(usize, f64)> {
+fn softmax_biased_renormalised(logits: &[f64], bias: &[f64]) -> Chosen {
     let scores = probabilities(logits);
     renormalised(chosen(&scores, top(&plus(&scores, bias), TOP_K)))
 }
 
-fn sigmoid_biased(logits: &[f64], bias: &[f64]) -> Vec<(usize, f64)> {
+fn sigmoid_biased(logits: &[f64], bias: &[f64]) -> Chosen {
     let scores: Vec<f64> = logits.iter().map(|&logit| sigmoid(logit)).collect();
     renormalised(chosen(&scores, top(&plus(&scores, bias), TOP_K)))
 }
 
-fn sigmoid_biased_2_5(logits: &[f64], bias: &[f64]) -> Vec<(usize, f64)> {
+fn sigmoid_biased_2_5(logits: &[f64], bias: &[f64]) -> Chosen {
     scaled(sigmoid_biased(logits, bias), 2.5)
 }
 
-fn sigmoid_biased_of_best_groups_2_5(logits: &[f64], bias: &[f64]) -> Vec<(usize, f64)> {
+fn sigmoid_biased_of_best_groups_2_5(logits: &[f64], bias: &[f64]) -> Chosen {
     let scores: Vec<f64> = logits.iter().map(|&logit| sigmoid(logit)).collect();
     scaled(renormalised(chosen(&scores, top(&of_best_groups(&plus(&scores, bias), 2), TOP_K))), 2.5)
 }
 
-fn sqrt_softplus_biased_1_5(logits: &[f64], bias: &[f64]) -> Vec<(usize, f64)> {
+fn sqrt_softplus_biased_1_5(logits: &[f64], bias: &[f64]) -> Chosen {
     let scores: Vec<f64> = logits.iter().map(|logit| (1.0 + logit.exp()).ln().sqrt()).collect();
     scaled(renormalised(chosen(&scores, top(&plus(&scores, bias), TOP_K))), 1.5)
 }
 
 /// The first two by logit; each with its share among those that are near it, the second without the first. Jitter 0.2.
-fn sparse_mixer(logits: &[f64], _: &[f64]) -> Vec<(usize, f64)> {
+fn sparse_mixer(logits: &[f64], _: &[f64]) -> Chosen {
     let share = |best: usize, without: Option<usize>| {
         let far = |logit: f64| (logits[best] - logit) / logit.abs().max(logits[best]) > 0.4;
         let near = (0..EXPERTS).filter(|&expert| Some(expert) != without && !far(logits[expert]));
