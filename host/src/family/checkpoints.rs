@@ -231,7 +231,7 @@ fn cases() -> Vec<Case> {
                 json!({"moe_intermediate_size": INTERMEDIATE,
             "moe_num_experts": EXPERTS, "moe_k": TOP_K, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
             "moe_layer_end_index": 2, "moe_layer_interval": 1, "moe_use_aux_free": true, "use_bias": false}),
-                &[ernie_each],
+                &[ernie_each, ernie_fused],
             )
         },
         Case {
@@ -241,7 +241,7 @@ fn cases() -> Vec<Case> {
                 json!({"intermediate_size": INTERMEDIATE, "moe_intermediate_size": [16, 16, 16],
             "num_experts": EXPERTS, "moe_topk": [2, 2, 2], "num_shared_expert": [1, 1, 1], "use_mixed_mlp_moe": true,
             "norm_topk_prob": true, "group_limited_greedy": false, "moe_layer_num_skipped": 0}),
-                &[hunyuan_each],
+                &[hunyuan_each, hunyuan_fused],
             )
         },
         Case {
@@ -479,6 +479,18 @@ fn mlp_each(model: &Model, tensors: &mut Tensors) {
 fn ernie_each(model: &Model, tensors: &mut Tensors) {
     mlp_each_shared_unbiased(model, tensors);
     put_bias(model, tensors, "mlp.moe_statics.e_score_correction_bias", &[1, EXPERTS]);
+}
+
+fn ernie_fused(model: &Model, tensors: &mut Tensors) {
+    mlp_fused_unbiased(model, tensors);
+    put_shared(model, tensors, "mlp.shared_experts", BY_ROLE);
+    put_bias(model, tensors, "mlp.gate.moe_statics.e_score_correction_bias", &[1, EXPERTS]);
+}
+
+fn hunyuan_fused(model: &Model, tensors: &mut Tensors) {
+    put_rows(tensors, "mlp.gate.wg.weight", &model.router);
+    put_fused(model, tensors, "mlp.experts.gate_up_proj", "mlp.experts.down_proj");
+    put_shared(model, tensors, "mlp.shared_mlp", BY_ROLE);
 }
 
 fn hunyuan_each(model: &Model, tensors: &mut Tensors) {
