@@ -50,10 +50,60 @@ pub enum Error {
         problem: String,
     },
     /// A folder holds no checkpoint.
-    #[error("{dir} has neither model.safetensors nor model.safetensors.index.json")]
+    #[error("{dir} has neither model.safetensors nor model.safetensors.index.json{}", other_files(found))]
     NoModel {
         /// The folder.
         dir: PathBuf,
+        /// The files there that look like weights.
+        found: Vec<String>,
+    },
+    /// A file that Git LFS stands in for.
+    #[error("{path} is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The weights are quantised in a way that is not supported.
+    #[error("{path}: the checkpoint is quantised ({method}), which is not supported")]
+    Quantised {
+        /// The file that says so.
+        path: PathBuf,
+        /// The kind of quantisation.
+        method: String,
+    },
+    /// A layer that the kernel cannot run.
+    #[error("{path}: {what} is not supported yet, and a {family} layer has it")]
+    Unsupported {
+        /// The file that says so.
+        path: PathBuf,
+        /// The model family.
+        family: &'static str,
+        /// What the kernel lacks.
+        what: String,
+    },
+    /// Tensors of the layer that nobody reads.
+    #[error(
+        "{path} has `{}`{}, which a {family} layer with these settings does not have: the result would be without them",
+        first_of(names),
+        more_than(names)
+    )]
+    UnreadTensors {
+        /// The file.
+        path: PathBuf,
+        /// The model family.
+        family: &'static str,
+        /// The tensors.
+        names: Vec<String>,
+    },
+    /// A layer whose experts are there in two forms.
+    #[error("{path} has both `{first}` and `{second}`; a layer has its experts in one place")]
+    TwoLayouts {
+        /// The file.
+        path: PathBuf,
+        /// A tensor of one form.
+        first: String,
+        /// A tensor of the other.
+        second: String,
     },
     /// The checkpoint has fewer layers.
     #[error("layer {layer} does not exist: the model has layers 0 to {}", layers.saturating_sub(1))]
@@ -377,6 +427,24 @@ impl fmt::Display for Excess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { what, layer, workspace } = self;
         write!(f, "{what} {layer}, {} more than the {workspace} it was made for", layer.saturating_sub(*workspace))
+    }
+}
+
+fn other_files(found: &[String]) -> String {
+    match found {
+        [] => String::new(),
+        _ => format!(", only {}; without an index nobody can say which tensors are where", found.join(", ")),
+    }
+}
+
+fn first_of(names: &[String]) -> &str {
+    names.first().map_or("", String::as_str)
+}
+
+fn more_than(names: &[String]) -> String {
+    match names.len() {
+        0 | 1 => String::new(),
+        count => format!(" and {} more up to `{}`", count - 1, names[count - 1]),
     }
 }
 

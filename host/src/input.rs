@@ -32,11 +32,21 @@ pub struct MoeInput {
     pub output_f32: Option<Vec<f32>>,
     /// The layer the input was recorded at.
     pub layer: Option<usize>,
+    /// The tensors of the file that nobody reads.
+    pub unread: Vec<String>,
 }
 
+/// The tensors that are read.
+const READ: [&str; 6] = ["hidden_states", "hidden_scales", "topk_idx", "topk_weights", "input_ids", "output_f32"];
+
 impl MoeInput {
-    /// Reads a safetensors file with `hidden_states` BF16 `[T, H]`, or F8_E4M3 with `hidden_scales` F32 `[T, ceil(H / 128)]`, and, each if it is there, `topk_idx` I64 `[T, K]` with
-    /// `topk_weights` F32 `[T, K]`, `input_ids` I64 `[T]` and `output_f32` F32 `[T, H]`; its metadata may name the `layer`.
+    /// Reads a safetensors file with `hidden_states` BF16 `[T, H]`, or F8_E4M3 with `hidden_scales` F32 `[T, ceil(H / 128)]`, and, each if it
+    /// is there, `topk_idx` I64 `[T, K]` with
+    /// `topk_weights` F32 `[T, K]`, `input_ids` I64 `[T]` and `output_f32` F32 `[T, H]`; its metadata may name the `layer`. Other
+    /// tensors are left in [`MoeInput::unread`].
+    ///
+    /// # Errors
+    /// A file that cannot be read, tensors of other kinds or shapes, and tensors whose names are almost those of the ones that are read.
     pub fn open(path: &Path) -> Result<Self> {
         Self::read(&TensorFile::open(path)?)
     }
@@ -54,10 +64,21 @@ impl MoeInput {
         let input_ids = vocabulary
             .filter(|&ids| ids > 0)
             .map(|ids| (0..tokens).map(|_| random.random_range(0..ids as i64)).collect());
-        Self { tokens, hidden, hidden_states, fp8: None, routing: None, input_ids, output_f32: None, layer: None }
+        Self {
+            tokens,
+            hidden,
+            hidden_states,
+            fp8: None,
+            routing: None,
+            input_ids,
+            output_f32: None,
+            layer: None,
+            unread: Vec::new(),
+        }
     }
 
     fn read(file: &TensorFile) -> Result<Self> {
+        let unread = unread(file)?;
         let states = file.tensor("hidden_states")?;
         let (tokens, hidden) = states.matrix_shape()?;
         let fp8 = read_fp8(file)?;
@@ -82,8 +103,38 @@ impl MoeInput {
             input_ids,
             output_f32,
             layer: read_layer(file)?,
+            unread,
         })
     }
+}
+
+/// The tensors that are not read, none of which may be one of those under another name.
+fn unread(file: &TensorFile) -> Result<Vec<String>> {
+    let unread: Vec<String> = file.names().filter(|name| !READ.contains(name)).map(str::to_owned).collect();
+    for name in &unread {
+        let meant = READ.iter().find(|read| distance(read, name) <= 2);
+        let of_routing = || if name.contains("weight") { "topk_weights" } else { "topk_idx" };
+        if let Some(meant) = meant.copied().or_else(|| name.starts_with("topk").then(of_routing)) {
+            let problem = format!("nobody reads it; what is read is called `{meant}`");
+            return Err(Error::TensorValue { path: file.path().to_owned(), name: name.clone(), problem });
+        }
+    }
+    Ok(unread)
+}
+
+/// How many letters have to be put in, left out or changed to make one name of the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let changed = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
 }
 
 /// The tokens, if they are FP8.
@@ -224,6 +275,27 @@ mod tests {
             None,
         );
         assert_eq!(input.unwrap().routing.unwrap().topk_idx(), [-1, 5, i32::MAX, i32::MIN]);
+    }
+
+    #[test]
+    fn what_is_not_read_is_known_and_what_is_misnamed_refused() {
+        let input = read(&[states(), ("output_bf16", Dtype::BF16, &[2, 3], vec![0; 12])], None).unwrap();
+        assert_eq!(input.unread, ["output_bf16"]);
+        for (name, meant) in [
+            ("topk_ids", "topk_idx"),
+            ("topk_indices", "topk_idx"),
+            ("topk_weights_", "topk_weights"),
+            ("topk_scores_and_weights", "topk_weights"),
+            ("hidden_state", "hidden_states"),
+            ("input_id", "input_ids"),
+            ("output_fp32", "output_f32"),
+        ] {
+            let error = read(&[states(), (name, Dtype::I64, &[1], vec![0; 8])], None).unwrap_err().to_string();
+            let expected =
+                format!("tensor `{name}` of input.safetensors: nobody reads it; what is read is called `{meant}`");
+            assert_eq!(error, expected);
+        }
+        assert_eq!([distance("", "abc"), distance("kitten", "sitting"), distance("topk", "topk")], [3, 3, 0]);
     }
 
     #[test]

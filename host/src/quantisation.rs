@@ -3,13 +3,11 @@
 #[cfg(test)]
 mod checkpoints;
 
-use std::path::Path;
-
 use ferromoe_kernel::quantise::ScaleKind;
 
 use crate::error::Result;
+use crate::fields::Fields;
 use crate::fp8::{self, BLOCKS, Fp8Matrix};
-use crate::model::Fields;
 use crate::tensors::Tensor;
 
 /// The field of `config.json`.
@@ -29,9 +27,8 @@ impl Quantisation {
     ///
     /// # Errors
     /// A quantisation that cannot be read, by its name.
-    pub fn parse(path: &Path, text: &[u8]) -> Result<Option<Self>> {
-        let fields = Fields::parse(path, text)?;
-        let expert_dtype = fields.text_or("expert_dtype", "fp8")?;
+    pub fn read(fields: &Fields) -> Result<Option<Self>> {
+        let expert_dtype = fields.find_text("expert_dtype")?.unwrap_or("fp8");
         if !["fp8", "bf16", "bfloat16"].contains(&expert_dtype) {
             let problem = format!("is {expert_dtype:?}; experts can be \"fp8\" or \"bf16\"");
             return Err(fields.error("expert_dtype", problem));
@@ -43,33 +40,32 @@ impl Quantisation {
     }
 
     fn of_config(fields: &Fields) -> Result<Self> {
-        let name = |field: &str| format!("{FIELD}.{field}");
-        let method = fields.text(&name("quant_method"))?;
+        let method = fields.text("quant_method")?;
         if method != "fp8" {
             let problem =
                 format!("is {method:?}; of quantised checkpoints only \"fp8\" ones with block scales can be read");
-            return Err(fields.error(&name("quant_method"), problem));
+            return Err(fields.error("quant_method", problem));
         }
         for (field, right) in [("fmt", "e4m3"), ("activation_scheme", "dynamic")] {
-            let found = fields.text_or(&name(field), right)?;
+            let found = fields.find_text(field)?.unwrap_or(right);
             if found != right {
-                return Err(fields.error(&name(field), format!("is {found:?}; it must be {right:?}")));
+                return Err(fields.error(field, format!("is {found:?}; it must be {right:?}")));
             }
         }
-        let scales = match fields.text_or(&name("scale_fmt"), "float")? {
+        let scales = match fields.find_text("scale_fmt")?.unwrap_or("float") {
             "float" | "float32" => ScaleKind::F32,
             "ue8m0" => ScaleKind::PowerOfTwo,
             other => {
                 let problem = format!("is {other:?}; it must be \"ue8m0\", or absent");
-                return Err(fields.error(&name("scale_fmt"), problem));
+                return Err(fields.error("scale_fmt", problem));
             }
         };
-        let found = fields.sizes_or_empty(&name("weight_block_size"))?;
+        let found = fields.sizes("weight_block_size")?.unwrap_or_default();
         match BLOCKS.into_iter().find(|&block| found == [block, block]) {
             Some(block) => Ok(Self { block, scales }),
             None => {
                 let found = if found.is_empty() { "is missing".into() } else { format!("is {found:?}") };
-                Err(fields.error(&name("weight_block_size"), format!("{found}; it must be [128, 128] or [32, 32]")))
+                Err(fields.error("weight_block_size", format!("{found}; it must be [128, 128] or [32, 32]")))
             }
         }
     }
@@ -84,12 +80,18 @@ impl Quantisation {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use serde_json::{Value, json};
 
     use super::*;
 
+    fn read(config: &Value) -> Result<Option<Quantisation>> {
+        Quantisation::read(&Fields::parse(Path::new("config.json"), config.to_string().as_bytes()).unwrap())
+    }
+
     fn parse(config: Value) -> Result<Option<Quantisation>> {
-        Quantisation::parse(Path::new("config.json"), json!({ FIELD: config }).to_string().as_bytes())
+        read(&json!({ FIELD: config }))
     }
 
     #[test]
@@ -131,8 +133,7 @@ mod tests {
             let text = parse(config).unwrap_err().to_string();
             assert!(text.contains(expected), "{text:?} lacks {expected:?}");
         }
-        let text =
-            Quantisation::parse(Path::new("config.json"), br#"{"expert_dtype": "fp4"}"#).unwrap_err().to_string();
+        let text = read(&json!({"expert_dtype": "fp4"})).unwrap_err().to_string();
         assert_eq!(text, "config.json: `expert_dtype` is \"fp4\"; experts can be \"fp8\" or \"bf16\"");
         assert!(parse(json!("fp8")).unwrap_err().to_string().contains("it must be an object"));
     }

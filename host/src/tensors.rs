@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensors};
 
@@ -16,6 +17,9 @@ use crate::error::{Error, Result};
 use crate::float8::from_e8m0;
 use crate::fp8;
 use crate::matrix::{Bytes, Matrix};
+
+/// What a file begins with that Git LFS has not fetched.
+pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
 const FLOATS: &str = "BF16, F16 or F32";
 const SCALES: &str = "F32, BF16 or F8_E8M0";
@@ -25,6 +29,8 @@ pub(crate) struct TensorFile {
     path: PathBuf,
     bytes: Bytes,
     header: Metadata,
+    /// In the order in which they lie in the file.
+    names: Vec<String>,
     data_start: usize,
 }
 
@@ -53,9 +59,13 @@ impl TensorFile {
 
     /// A file that is in memory already; `path` names it in errors.
     pub fn new(path: &Path, bytes: Bytes) -> Result<Self> {
+        if (*bytes).as_ref().starts_with(LFS_POINTER) {
+            return Err(Error::LfsPointer { path: path.to_owned() });
+        }
         let (header_bytes, header) = SafeTensors::read_metadata((*bytes).as_ref())
             .map_err(|source| Error::NotSafetensors { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), bytes, header, data_start: size_of::<u64>() + header_bytes })
+        let names = header.offset_keys();
+        Ok(Self { path: path.to_owned(), bytes, header, names, data_start: size_of::<u64>() + header_bytes })
     }
 
     pub fn path(&self) -> &Path {
@@ -65,6 +75,11 @@ impl TensorFile {
     /// A value of the file's own metadata.
     pub fn metadata(&self, key: &str) -> Option<&str> {
         self.header.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// The names of all tensors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(String::as_str)
     }
 
     /// A tensor, if the file has it.
@@ -131,6 +146,19 @@ impl Tensor<'_> {
         }
         let values = tensor.floats(bf16::from_f32, |value| value)?;
         Matrix::new(values, rows, cols)
+    }
+
+    /// The tensor [count, rows, cols] as so many matrices, each as [`Tensor::matrix`] gives it.
+    pub fn stack(self, count: usize, rows: usize, cols: usize) -> Result<Vec<Matrix>> {
+        let tensor = self.shaped(&[count, rows, cols])?;
+        let bytes = tensor.range.len().checked_div(count).unwrap_or(0);
+        let part = |index: usize| Tensor {
+            name: tensor.name.clone(),
+            range: tensor.range.start + index * bytes..tensor.range.start + (index + 1) * bytes,
+            shape: &tensor.shape[1..],
+            ..tensor
+        };
+        (0..count).into_par_iter().map(|index| part(index).matrix(rows, cols)).collect()
     }
 
     /// Whether its elements are BF16, F16 or F32.
@@ -202,6 +230,15 @@ impl Tensor<'_> {
         }
     }
 
+    /// All values of an I32 or I64 tensor.
+    pub fn integers(&self) -> Result<Vec<i64>> {
+        match self.dtype {
+            Dtype::I64 => self.i64(),
+            Dtype::I32 => Ok(self.elements(|bytes| i64::from(i32::from_le_bytes(bytes)))),
+            _ => Err(self.dtype_error("I32 or I64")),
+        }
+    }
+
     fn floats<T>(&self, from_f32: impl Fn(f32) -> T, from_bf16: impl Fn(bf16) -> T) -> Result<Vec<T>> {
         match self.dtype {
             Dtype::BF16 => Ok(self.elements(|bytes| from_bf16(bf16::from_le_bytes(bytes)))),
@@ -255,9 +292,40 @@ mod tests {
     }
 
     #[test]
+    fn a_stack_is_cut_into_its_matrices() {
+        let values: Vec<f32> = (0..12).map(|value| value as f32).collect();
+        let f32_bytes: Vec<u8> = values.iter().flat_map(|&v| v.to_le_bytes()).collect();
+        let bf16_bytes: Vec<u8> = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+        for (dtype, bytes) in [(Dtype::F32, f32_bytes), (Dtype::BF16, bf16_bytes)] {
+            let file = file(dtype, &[2, 3, 2], &bytes);
+            let matrices = file.tensor("w").unwrap().stack(2, 3, 2).unwrap();
+            assert_eq!(matrices.len(), 2);
+            assert_eq!(matrices[1].row(2), [bf16::from_f32(10.0), bf16::from_f32(11.0)]);
+            let error = file.tensor("w").unwrap().stack(3, 2, 2).unwrap_err().to_string();
+            assert!(error.contains("[2, 3, 2]; it must be [3, 2, 2]"), "{error}");
+        }
+    }
+
+    #[test]
+    fn whole_numbers_of_both_widths_are_read() {
+        let bytes: Vec<u8> = [7i32, -1].iter().flat_map(|value| value.to_le_bytes()).collect();
+        let file = file(Dtype::I32, &[2], &bytes);
+        assert_eq!(file.tensor("w").unwrap().integers().unwrap(), [7, -1]);
+        file.tensor("w").unwrap().i64().unwrap_err();
+    }
+
+    #[test]
+    fn a_file_that_git_lfs_has_not_fetched_is_called_that() {
+        let bytes = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n".to_vec();
+        let error = TensorFile::new(Path::new("model.safetensors"), Arc::new(bytes)).err().unwrap().to_string();
+        assert!(error.contains("model.safetensors") && error.contains("git lfs pull"), "{error}");
+    }
+
+    #[test]
     fn wrong_dtype_and_shape_are_named() {
         let file = file(Dtype::I64, &[2], &[0; 16]);
         assert_eq!(file.tensor("w").unwrap().i64().unwrap(), [0, 0]);
+        assert_eq!(file.names().collect::<Vec<_>>(), ["w"]);
         let message = |error: Error| error.to_string();
         let wrong = message(file.tensor("w").unwrap().f32().unwrap_err());
         assert_eq!(wrong, "tensor `w` of t.safetensors is I64; it must be BF16, F16 or F32");

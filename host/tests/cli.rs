@@ -337,3 +337,38 @@ fn options_that_would_be_ignored_are_refused() {
     assert_eq!(output.status.code(), Some(2));
     assert!(printed(&output).contains("--sms is the size of a simulated rank"), "{output:?}");
 }
+
+#[test]
+fn a_router_that_contradicts_the_recording_is_not_right() {
+    let folder = tempfile::tempdir().unwrap();
+    // Every recorded expert is the next one.
+    changed_input(folder.path(), "topk_idx", |bytes| {
+        for value in bytes.chunks_exact_mut(8) {
+            value[0] = (value[0] + 1) % 16;
+        }
+    });
+    let options = ["--device", "sim", "--input", "input", "--route", "compute"];
+    let output = run(folder.path(), &options);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("WRONG: the checkpoint's router contradicts the recorded routing at"), "{text}");
+    assert!(text.contains("first at token 0: recorded experts ["), "{text}");
+    let output = run(folder.path(), &[&options[..], &["--json"]].concat());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["passed"], false);
+    assert!(report["route_check"]["contradictions"].as_u64().unwrap() > 40);
+}
+
+#[test]
+fn a_routing_under_another_name_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(fixture("deepseek-v3/moe_io.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let renamed = |name: String| if name == "topk_idx" { "topk_ids".to_owned() } else { name };
+    let views = file.tensors().into_iter().map(|(name, view)| (renamed(name), view));
+    std::fs::write(folder.path().join("input"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let output = run(folder.path(), &["--device", "sim", "--input", "input"]);
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("`topk_ids`") && error.contains("is called `topk_idx`"), "{error}");
+}

@@ -52,7 +52,8 @@ Exit codes:
 pub struct RunArgs {
     /// Checkpoint folder: config.json with model.safetensors, or several files and their index [default: the bundled example]
     ///
-    /// Families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4; in bf16, or in FP8 with block scales.
+    /// Families: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2 to V4, Kimi-K2, GLM-4.5 to 5, dots1, MiniMax-M2, ERNIE-4.5, Hunyuan,
+    /// Phi-3.5-MoE, Granite; in bf16, or in FP8 with block scales.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<PathBuf>,
 

@@ -10,6 +10,7 @@ use ferromoe::{
 use half::bf16;
 
 use super::args::{RouteArg, RunArgs};
+use super::routing::RoutingCheck;
 use super::verdict::{FiniteTokens, Place};
 
 /// Random tokens where no input is given.
@@ -28,8 +29,8 @@ pub struct Job {
     pub finite: FiniteTokens,
     pub routing: Routing,
     pub route: RouteArg,
-    /// Tokens with the experts that the file records, where the routing is computed though the file has one.
-    pub same_experts: Option<usize>,
+    /// How the routing compares with the file's, where it is computed though the file has one for this layer.
+    pub check: Option<RoutingCheck>,
     /// The tokens of each rank.
     pub shares: Vec<Range<usize>>,
 }
@@ -89,11 +90,10 @@ impl Job {
         config.experts_format = args.experts.map_or(config.experts_format, ExpertFormat::from);
         config.validate(args.ranks)?;
         check_fit(&config, &input)?;
-        let (routing, route, same_experts) = route_tokens(args.route, &layer, &input)?;
+        let (routing, route, check) = route_tokens(args.route, &layer, &input)?;
         let shares = split_tokens(input.tokens, args.ranks);
         let finite = FiniteTokens::find(&input.hidden_states, config.hidden, &routing);
-        let job =
-            Self { checkpoint: name, layer, config, input, input_name, finite, routing, route, same_experts, shares };
+        let job = Self { checkpoint: name, layer, config, input, input_name, finite, routing, route, check, shares };
         job.check_values()?;
         Ok(job)
     }
@@ -131,7 +131,7 @@ impl Job {
     /// The file's `output_f32`, if it belongs to the layer and experts that run.
     fn recorded_output(&self) -> Option<&[f32]> {
         let same_layer = self.input.layer.is_none_or(|layer| layer == self.layer.layer);
-        let same_routing = self.same_experts.is_none_or(|same| same == self.input.tokens);
+        let same_routing = self.check.as_ref().is_none_or(|check| check.same == self.input.tokens);
         self.input.output_f32.as_deref().filter(|_| same_layer && same_routing)
     }
 
@@ -198,12 +198,12 @@ fn check_fit(config: &MoeConfig, input: &MoeInput) -> Result<()> {
     }
 }
 
-/// The routing, where it comes from, and [`Job::same_experts`].
+/// The routing, where it comes from, and [`Job::check`].
 fn route_tokens(
     asked: Option<RouteArg>,
     layer: &HfLayer,
     input: &MoeInput,
-) -> Result<(Routing, RouteArg, Option<usize>)> {
+) -> Result<(Routing, RouteArg, Option<RoutingCheck>)> {
     match (asked, &input.routing) {
         (None | Some(RouteArg::File), Some(recorded)) => Ok((recorded.clone(), RouteArg::File, None)),
         (Some(RouteArg::File), None) => Err(Error::Size {
@@ -211,10 +211,10 @@ fn route_tokens(
             found: "no `topk_idx` and `topk_weights`".into(),
             expected: "both for --route file; --route compute asks the checkpoint's router".into(),
         }),
-        (_, recorded) => {
+        _ => {
             let routing = layer.router.route(&input.hidden_states, input.input_ids.as_deref())?;
-            let same_experts = recorded.as_ref().map(|recorded| routing.same_experts(recorded));
-            Ok((routing, RouteArg::Compute, same_experts))
+            let check = RoutingCheck::new(layer, input, &routing)?;
+            Ok((routing, RouteArg::Compute, check))
         }
     }
 }
@@ -293,7 +293,9 @@ mod tests {
         for name in ["mixtral", "qwen3-moe", "deepseek-v3", "deepseek-v4"] {
             let io = format!("--checkpoint @/{name} --input @/{name}/moe_io.safetensors --ranks 4 --route compute");
             let job = prepare(&io).unwrap();
-            assert!(100 * job.same_experts.unwrap() >= 97 * job.input.tokens, "{name}");
+            let check = job.check.unwrap();
+            assert!(100 * check.same >= 97 * job.input.tokens && check.contradictions == 0, "{name}: {check:?}");
+            assert_eq!(check.same + check.near_ties, job.input.tokens);
         }
     }
 

@@ -7,6 +7,7 @@ mod job;
 mod output;
 mod print;
 mod report;
+mod routing;
 mod run;
 mod trace;
 mod verdict;

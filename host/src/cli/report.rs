@@ -9,6 +9,7 @@ use serde::{Serialize, Serializer};
 
 use super::args::RouteArg;
 use super::job::{Compared, Job};
+use super::routing::RoutingCheck;
 use super::verdict::{Distance, NotFinite, Place, Verdict};
 
 /// The largest relative L2 error of a right result.
@@ -58,8 +59,10 @@ pub struct Report {
     pub seed: u64,
     /// "file" or "compute".
     pub route: &'static str,
-    /// Tokens that got the experts which the input file records; null where that was not compared.
-    pub same_experts: Option<usize>,
+    /// How that compares with the routing of the input file; null where it was not compared.
+    pub route_check: Option<RoutingCheck>,
+    /// Tensors of the input file that nobody reads.
+    pub unread_input: Vec<String>,
     pub compared_with: Compared,
     /// Tokens that were compared: those whose input is finite.
     pub compared_tokens: usize,
@@ -118,7 +121,8 @@ impl Report {
                 RouteArg::File => "file",
                 RouteArg::Compute => "compute",
             },
-            same_experts: job.same_experts,
+            route_check: job.check.clone(),
+            unread_input: job.input.unread.clone(),
             compared_with: verdict.compared_with,
             compared_tokens: verdict.compared_tokens,
             input_not_finite: verdict.input_not_finite,
@@ -126,7 +130,7 @@ impl Report {
             expected_not_finite: verdict.expected_not_finite,
             relative_l2_error: (verdict.error.is_finite() && verdict.compared_tokens > 0).then_some(verdict.error),
             error_limit: ERROR_LIMIT,
-            passed: verdict.error <= ERROR_LIMIT,
+            passed: verdict.error <= ERROR_LIMIT && job.check.as_ref().is_none_or(|check| check.contradictions == 0),
             beside: verdict.beside,
             cost: execution.cost,
             rank_seconds: execution.rank_elapsed.iter().map(Duration::as_secs_f64).collect(),
@@ -162,14 +166,13 @@ impl Display for Report {
                 "         token {token} of the input is not finite ({tensor}, column {column}: {value}){others}; {own}"
             )?;
         }
-        match (self.route, self.same_experts) {
+        if !self.unread_input.is_empty() {
+            writeln!(f, "         not read of the input: {}", self.unread_input.join(", "))?;
+        }
+        match (self.route, &self.route_check) {
             ("file", _) => writeln!(f, "routing  as in the input file")?,
             (_, None) => writeln!(f, "routing  by the checkpoint's router")?,
-            (_, Some(same)) => writeln!(
-                f,
-                "routing  by the checkpoint's router; {same} of {} tokens get the experts that the input file records",
-                self.tokens
-            )?,
+            (_, Some(check)) => writeln!(f, "routing  by the checkpoint's router; {}", check.text(self.tokens))?,
         }
         writeln!(f, "device   {}", self.device)?;
         let mebibytes = self.workspace_bytes as f64 / f64::from(1 << 20);
@@ -207,7 +210,12 @@ impl Report {
             0 => String::new(),
             _ => format!("; over {} of {} tokens, whose input is finite", self.compared_tokens, self.tokens),
         };
-        let verdict = if self.passed { "right" } else { "WRONG" };
+        let wrong = self.route_check.as_ref().and_then(|check| check.wrong(self.tokens));
+        let verdict = match (self.passed, wrong) {
+            (true, _) => "right".to_owned(),
+            (false, Some(wrong)) => format!("WRONG: {wrong}; with the computed routing"),
+            (false, None) => "WRONG".to_owned(),
+        };
         let place = |place: &Place| format!("token {}, column {} is {}", place.token, place.column, place.value);
         match (self.relative_l2_error, &self.output_not_finite, &self.expected_not_finite) {
             (Some(error), ..) => {
