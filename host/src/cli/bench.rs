@@ -93,7 +93,7 @@ fn heading(plan: &Plan, ranks: usize, on: &str) -> String {
     let experts = plan.experts / ranks.max(1);
     format!(
         "{name} in {}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
-         {:?} routing\non {}\n",
+         {} routing\non {}\n",
         plan.format.name(),
         plan.choice,
         on
@@ -106,10 +106,17 @@ fn limits_line(limits: &Limits) -> String {
     if let Some(peer) = limits.peer_copy_gbs {
         let _ = write!(line, ", copy between GPUs {peer:.0} GB/s");
     }
-    let _ = match (limits.bf16_tflops, &limits.without_cublas) {
-        (Some(rate), _) => write!(line, ", bf16 8192^3 by cuBLAS {rate:.0} TFLOP/s"),
-        (None, reason) => write!(line, "; {}", reason.as_deref().unwrap_or("no cuBLAS")),
-    };
+    let products = [
+        ("bf16 8192^3 by cuBLAS", limits.bf16_tflops, &limits.without_cublas),
+        ("e4m3 by cuBLASLt", limits.fp8_tflops, &limits.without_fp8),
+    ];
+    for (what, rate, missing) in products {
+        let _ = match (rate, missing) {
+            (Some(rate), _) => write!(line, ", {what} {rate:.0} TFLOP/s"),
+            (None, Some(reason)) => write!(line, "; {reason}"),
+            (None, None) => Ok(()),
+        };
+    }
     line.push('\n');
     line
 }
