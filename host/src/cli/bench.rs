@@ -192,10 +192,30 @@ mod tests {
         let plans: Vec<_> = args.shapes.iter().map(|&shape| plan(&args, shape, &GPU_TOKENS)).collect();
         assert_eq!(plans.iter().map(|plan| plan.experts).collect::<Vec<_>>(), [64, 128]);
         assert_eq!(plans[0].tokens, [1, 64]);
-        let args = self::args("--shape pro --experts-per-rank 3 --ranks 4 --routing skewed").unwrap();
+        let args = self::args("--shape pro --experts-per-rank 3 --ranks 4 --routing one-expert --experts fp8").unwrap();
         let plan = plan(&args, args.shapes[0], &GPU_TOKENS);
-        assert_eq!((plan.experts, plan.choice), (12, bench::Choice::Skewed));
+        assert_eq!((plan.experts, plan.choice, plan.format.name()), (12, bench::Choice::OneExpert, "fp8"));
         assert_eq!(plan.tokens, GPU_TOKENS);
+    }
+
+    #[test]
+    fn limits_that_could_not_be_measured_say_why() {
+        let limits = Limits {
+            copy_gbs: 4247.2,
+            peer_copy_gbs: None,
+            bf16_tflops: Some(672.0),
+            fp8_tflops: Some(1250.0),
+            without_cublas: None,
+            without_fp8: None,
+        };
+        assert_eq!(
+            limits_line(&limits),
+            "limits measured: copy 4247 GB/s, bf16 8192^3 by cuBLAS 672 TFLOP/s, e4m3 by cuBLASLt 1250 TFLOP/s\n"
+        );
+        let without_fp8 = Limits { fp8_tflops: None, without_fp8: Some("no cuBLASLt".into()), ..limits.clone() };
+        assert!(limits_line(&without_fp8).ends_with("by cuBLAS 672 TFLOP/s; no cuBLASLt\n"));
+        let none = Limits { bf16_tflops: None, fp8_tflops: None, without_cublas: Some("no cuBLAS".into()), ..limits };
+        assert_eq!(limits_line(&none), "limits measured: copy 4247 GB/s; no cuBLAS\n");
     }
 
     #[test]

@@ -92,6 +92,8 @@ pub struct Modelled {
     pub device: &'static str,
     /// The shape's name.
     pub shape: &'static str,
+    /// The number format of the experts.
+    pub format: &'static str,
     /// Tokens of every rank.
     pub tokens: usize,
     /// Number of ranks.
@@ -156,6 +158,7 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
             implementation: "model",
             device: machine.name,
             shape: plan.shape.name,
+            format: plan.format.name(),
             tokens,
             ranks,
             routing: plan.choice,
