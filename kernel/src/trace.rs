@@ -176,7 +176,7 @@ const _: () = assert!(MAX_LOCAL_EXPERTS <= 1 << 10 && Format::BF16.tiles.widest(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schedule::Phase;
+    use crate::task::Phase;
 
     #[test]
     fn a_task_comes_back_from_its_word() {

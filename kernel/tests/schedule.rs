@@ -4,11 +4,13 @@ use std::collections::{HashMap, HashSet};
 
 use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
+use ferromoe_kernel::quantise::groups;
 use ferromoe_kernel::schedule::{
-    MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens,
-    group_tiles, pull_rows, route_chunks, route_step, route_tokens, shared_row,
+    MAX_PULL_ROWS, RowCursor, ScheduleShape, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens, group_tiles,
+    pull_rows, route_chunks, route_step, route_tokens, shared_row,
 };
-use ferromoe_kernel::tile::{MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE, padded_rows, token_tiles};
+use ferromoe_kernel::task::{Phase, Task};
+use ferromoe_kernel::tile::WEIGHT_TILE;
 use proptest::prelude::*;
 
 const LINEAR1: u32 = Phase::Linear1 as u32;
@@ -20,11 +22,17 @@ fn tasks(shape: ScheduleShape, rows: &[u32]) -> Vec<Task> {
     (0..).map(|ticket| cursor.seek(ticket, rows)).take_while(|task| task.phase != Phase::End as u32).collect()
 }
 
+/// A format of any kind.
+fn format() -> impl Strategy<Value = Format> {
+    prop::sample::select(&Format::ALL[..])
+}
+
 fn schedule() -> impl Strategy<Value = (ScheduleShape, Vec<u32>)> {
     let rows = prop::collection::vec(prop_oneof![Just(0u32), 1..40u32, 60..300u32, 900..3000u32], 1..12);
-    (rows, 1..6u32, 1..6u32, prop_oneof![1..9u32, 100..200u32], 0..5u32).prop_map(
-        |(rows, wave_tiles, intermediate, hidden, combine_chunks)| {
+    (format(), rows, 1..6u32, 1..6u32, prop_oneof![1..9u32, 100..200u32], 0..5u32).prop_map(
+        |(format, rows, wave_tiles, intermediate, hidden, combine_chunks)| {
             let shape = ScheduleShape {
+                format,
                 wave_tiles,
                 linear1_rows: 128 * intermediate,
                 linear2_rows: 64 * hidden,
@@ -44,8 +52,8 @@ proptest! {
         for task in tasks(shape, &rows) {
             prop_assert!(seen.insert((task.phase, task.expert, task.weight_row, task.tile)), "{task:?} comes twice");
         }
-        let tiles: u32 = rows.iter().map(|&rows| token_tiles(rows)).sum();
-        let blocks = shape.linear1_rows.div_ceil(WEIGHT_TILE) + shape.linear2_rows.div_ceil(WEIGHT_TILE);
+        let tiles: u32 = rows.iter().map(|&rows| shape.format.tiles.tiles(rows)).sum();
+        let blocks = shape.linear1_rows.div_ceil(shape.format.linear1_rows()) + shape.linear2_rows.div_ceil(WEIGHT_TILE);
         prop_assert_eq!(seen.len() as u32, tiles * blocks + shape.combine_chunks);
     }
 
@@ -68,7 +76,7 @@ proptest! {
     /// When linear 2 of an expert begins, linear 1 has come to the experts that begin less than [`WAVES_AHEAD`] waves of tiles behind it, and not further.
     #[test]
     fn linear_1_is_waves_ahead((shape, rows) in schedule()) {
-        let first_tile = |expert: u32| rows[..expert as usize].iter().map(|&rows| token_tiles(rows)).sum::<u32>();
+        let first_tile = |expert: u32| rows[..expert as usize].iter().map(|&rows| shape.format.tiles.tiles(rows)).sum::<u32>();
         let mut begun = HashSet::new();
         for task in tasks(shape, &rows).iter().filter(|task| task.phase != COMBINE) {
             if task.phase == LINEAR1 {
@@ -99,19 +107,22 @@ proptest! {
         let mut last = None;
         for task in tasks(shape, &rows).iter().filter(|task| task.phase != COMBINE) {
             let columns = if task.phase == LINEAR1 { shape.linear2_rows } else { shape.linear1_rows / 2 };
-            let first_tile: u32 = rows[..task.expert as usize].iter().map(|&rows| token_tiles(rows)).sum();
-            let block = (task.phase, task.expert, (task.tile - first_tile) / group_tiles(columns), task.weight_row);
+            let tiles = shape.format.tiles;
+            let first_tile: u32 = rows[..task.expert as usize].iter().map(|&rows| tiles.tiles(rows)).sum();
+            let group = (task.tile - first_tile) / group_tiles(tiles, shape.format.row_bytes(columns));
+            let block = (task.phase, task.expert, group, task.weight_row);
             prop_assert!(last == Some(block) || blocks.insert(block), "{task:?} comes back to a block of weights");
             last = Some(block);
         }
     }
 
-    /// A group's tokens fill at most 16 MB, a single tile's aside; twice as many tiles, rounded up to a power of two columns, would fill more.
+    /// A group's tokens fill at most 16 MB, a single tile's aside; twice as many tiles, with both sizes rounded up to powers of two, would fill more.
     #[test]
-    fn a_group_s_tokens_stay_in_the_cache(columns in (1..400u32).prop_map(|blocks| 64 * blocks)) {
-        let (group, tile_bytes) = (group_tiles(columns), 2 * MAX_TOKEN_TILE * columns);
-        prop_assert!(group.is_power_of_two() && (group == 1 || group * tile_bytes <= 16 << 20));
-        prop_assert!(2 * group * 2 * MAX_TOKEN_TILE * columns.next_power_of_two() > 16 << 20);
+    fn a_group_s_tokens_stay_in_the_cache(format in format(), columns in (1..400u32).prop_map(|blocks| 64 * blocks)) {
+        let (widest, row_bytes) = (format.tiles.widest(), format.row_bytes(columns));
+        let group = group_tiles(format.tiles, row_bytes);
+        prop_assert!(group.is_power_of_two() && (group == 1 || group * widest * row_bytes <= 16 << 20));
+        prop_assert!(2 * group * widest.next_power_of_two() * row_bytes.next_power_of_two() > 16 << 20);
     }
 
     /// What shared experts have to do is known before the counts are, but for the widest tile.
@@ -127,17 +138,17 @@ proptest! {
         }
         let early = all.iter().filter(|task| task.phase == LINEAR1 && task.expert == 0 && shared_experts > 0).count();
         prop_assert_eq!(found, early);
-        let mut cursor = RowCursor::START;
+        let mut cursor = RowCursor::new(shape.format.tiles);
         for number in 0..shared_experts * tokens {
-            prop_assert_eq!(shared_row(shared_experts, tokens, number), cursor.seek(number, &rows[..]));
+            prop_assert_eq!(shared_row(shape.format.tiles, shared_experts, tokens, number), cursor.seek(number, &rows[..]));
         }
-        prop_assert_eq!(shared_row(shared_experts, tokens, shared_experts * tokens), None);
+        prop_assert_eq!(shared_row(shape.format.tiles, shared_experts, tokens, shared_experts * tokens), None);
     }
 
     /// Tiles cover the pulled rows of their expert, and share no pool row with each other.
     #[test]
     fn tiles_and_rows_agree((shape, rows) in schedule()) {
-        let mut cursor = RowCursor::START;
+        let mut cursor = RowCursor::new(shape.format.tiles);
         let pulled: Vec<_> = (0..rows.iter().sum()).map(|ticket| {
             cursor.seek(ticket, &rows[..]).expect("a row for every ticket")
         }).collect();
@@ -149,21 +160,21 @@ proptest! {
         for (number, tile) in tiles.iter().enumerate() {
             prop_assert_eq!(tile.tile as usize, number);
             prop_assert!(tile.pool_row >= end);
-            end = tile.pool_row + TOKEN_TILES[tile.width as usize];
-            prop_assert!(tile.rows >= 1 && tile.rows <= TOKEN_TILES[tile.width as usize]);
+            end = tile.pool_row + shape.format.tiles.width(tile.width);
+            prop_assert!(tile.rows >= 1 && tile.rows <= shape.format.tiles.width(tile.width));
             for offset in 0..tile.rows {
                 let row = row.next().expect("a pulled row for every row of a tile");
                 prop_assert_eq!((row.expert, row.tile, row.pool_row), (tile.expert, tile.tile, tile.pool_row + offset));
             }
         }
         prop_assert_eq!(row.next(), None);
-        prop_assert_eq!(end, rows.iter().map(|&rows| padded_rows(rows)).sum::<u32>());
+        prop_assert_eq!(end, rows.iter().map(|&rows| shape.format.tiles.padded_rows(rows)).sum::<u32>());
     }
 
     /// A lane of a ticket's rows sees every eighth row, or so; what it makes of them does not depend on which those are.
     #[test]
-    fn a_row_cursor_that_skips_rows_finds_the_same((_, rows) in schedule(), stride in 1..300usize, first in 0..9usize) {
-        let (mut all, mut skipping) = (RowCursor::START, RowCursor::START);
+    fn a_row_cursor_that_skips_rows_finds_the_same((shape, rows) in schedule(), stride in 1..300usize, first in 0..9usize) {
+        let (mut all, mut skipping) = (RowCursor::new(shape.format.tiles), RowCursor::new(shape.format.tiles));
         let numbers = 0..rows.iter().sum::<u32>() + 9;
         let found: Vec<_> = numbers.map(|number| all.seek(number, &rows[..])).collect();
         for number in (first..found.len()).step_by(stride) {
@@ -193,7 +204,7 @@ proptest! {
 
     /// Any routing fits the pools: the one that pads most, and the one that has all tokens at the fewest experts.
     #[test]
-    fn pools_hold_any_routing(shape in shape(), draws in prop::collection::vec(0..1000u32, 1..64)) {
+    fn pools_hold_any_routing(shape in shape(), format in format(), draws in prop::collection::vec(0..1000u32, 1..64)) {
         let routed = shape.routed_experts();
         let choices = shape.ranks * shape.max_tokens * shape.top_k.min(routed);
         let mut left = choices;
@@ -203,8 +214,9 @@ proptest! {
             left -= rows[expert];
         }
         rows.extend(vec![shape.max_tokens; shape.shared_experts as usize]);
-        prop_assert!(rows.iter().map(|&rows| padded_rows(rows)).sum::<u32>() <= shape.pool_rows());
-        prop_assert!(rows.iter().map(|&rows| token_tiles(rows)).sum::<u32>() <= shape.pool_tiles());
+        let tiles = format.tiles;
+        prop_assert!(rows.iter().map(|&rows| tiles.padded_rows(rows)).sum::<u32>() <= shape.pool_rows(&format));
+        prop_assert!(rows.iter().map(|&rows| tiles.tiles(rows)).sum::<u32>() <= shape.pool_tiles(&format));
     }
 
     /// A rank that is at its next layer must write nothing that another still reads of the last.
@@ -252,11 +264,14 @@ proptest! {
         prop_assert!(layout.followers + ranks * tokens * top_k * 4 <= layout.combine);
     }
 
+    /// Pools of a workspace for several formats have the largest of each.
     #[test]
-    fn parts_of_a_layout_do_not_overlap(shape in shape()) {
-        let layout = SymmetricLayout::new(&shape);
+    fn parts_of_a_layout_do_not_overlap(shape in shape(), formats in prop::sample::subsequence(&Format::ALL[..], 1..=Format::ALL.len())) {
+        let most = |size: &dyn Fn(&Format) -> u64| formats.iter().map(size).max().unwrap_or(0);
+        let layout = SymmetricLayout::new(&shape, &formats);
         let (ranks, routed, slots) = (shape.ranks as u64, shape.routed_experts() as u64, shape.slots() as u64);
-        let (tokens, hidden, rows) = (shape.max_tokens as u64, shape.hidden as u64, shape.pool_rows() as u64);
+        let (tokens, hidden) = (shape.max_tokens as u64, shape.hidden as u64);
+        let record = most(&|format| if format.scaled { format.record_bytes(shape.hidden) as u64 } else { 0 });
         in_order(&[
             (layout.counts, 2 * ranks * routed * 8),
             (layout.hidden, 2 * ranks * 8),
@@ -265,21 +280,31 @@ proptest! {
             (layout.lists, ranks * routed * tokens * 8),
             (layout.followers, ranks * tokens * shape.top_k as u64 * 4),
             (layout.combine, tokens * slots * hidden * 2),
-            (layout.bytes(&shape), 0),
+            (layout.quantised, ranks * 4),
+            (layout.records, tokens * record),
+            (layout.bytes(&shape, &formats), 0),
         ])?;
-        let layout = WorkspaceLayout::new(&shape);
-        let counter = layout.counter;
-        let tiles = shape.pool_tiles() as u64 * 4;
+        let layout = WorkspaceLayout::new(&shape, &formats);
+        let rows = most(&|format| shape.pool_rows(format) as u64);
+        prop_assert_eq!(layout.pool_rows, rows);
+        let elements = |columns: u32| most(&|format| format.row_bytes(columns) as u64);
+        let scales = |columns| most(&|format| if format.scaled { groups(columns) as u64 * 4 } else { 0 });
         in_order(&[
             (layout.status, 24),
             (layout.epoch, 8),
-            (layout.counters, 2 * counter.bytes),
-            (layout.row_meta, rows * 8),
-            (layout.tokens, rows * hidden * 2),
-            (layout.intermediate, rows * shape.intermediate as u64 * 2),
+            (layout.counters, 2 * layout.counter.bytes),
+            (layout.row_result, rows * 8),
+            (layout.row_weight, rows * 4),
+            (layout.tokens, rows * elements(shape.hidden)),
+            (layout.token_scales, rows * scales(shape.hidden)),
+            (layout.intermediate, rows * elements(shape.intermediate)),
+            (layout.intermediate_scales, rows * scales(shape.intermediate)),
             (layout.bytes, 0),
         ])?;
+        let (counter, tiles) = (layout.counter, most(&|format| shape.pool_tiles(format) as u64) * 4);
         in_order(&[
+            (counter.quantise_ticket, 4),
+            (counter.quantised, 4),
             (counter.route_ticket, 4),
             (counter.routed_chunks, 4),
             (counter.pull_ticket, 4),
@@ -291,19 +316,6 @@ proptest! {
             (counter.bytes, 0),
         ])?;
     }
-}
-
-/// v3 with tiles of 256 tokens, of which 4 stages fit: linear 1 has 112 k-blocks, linear 2 has 32. With tiles of 8 there are the most, 6.
-#[test]
-fn a_task_is_claimed_two_rounds_of_the_stages_before_the_end_of_the_last() {
-    let shape =
-        Shape { hidden: 7168, intermediate: 2048, experts: 8, shared_experts: 0, top_k: 1, max_tokens: 1, ranks: 1 };
-    let claim_block = |phase, widest| Task { widest, ..Task::plain(phase, 0) }.claim_block(&shape);
-    let widest = TOKEN_TILES.len() as u32 - 1;
-    assert_eq!([claim_block(Phase::Linear1, widest), claim_block(Phase::Linear2, widest)], [104, 24]);
-    assert_eq!([claim_block(Phase::Linear1, 0), claim_block(Phase::Linear2, 0)], [100, 20]);
-    let short = Shape { intermediate: 768, ..shape };
-    assert_eq!(Task::plain(Phase::Linear2, 0).claim_block(&short), 0);
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
