@@ -8,6 +8,8 @@
 
 mod clock;
 mod phases;
+mod reads;
+mod sequential;
 mod shadow;
 
 use std::collections::VecDeque;
@@ -17,6 +19,7 @@ use crate::error::Fault;
 use crate::program::{CopyKind, Space, WgmmaUse};
 use clock::{Clock, Entry};
 use phases::Phases;
+use sequential::Sequential;
 use shadow::{Actor, Agent, FastMap, Shadow, Site};
 pub(crate) use shadow::{Clash, ClashKind, Mode, Record, Scope, is_shared, shared_key, shared_owner};
 
@@ -207,6 +210,7 @@ pub(crate) struct Checker {
     ctas: FastMap<u64, CtaChecks>,
     shadow: Shadow,
     words: FastMap<u64, Vec<Published>>,
+    sequential: Sequential,
     flights: FastMap<u64, Flight>,
     agents: u32,
     /// What the error that is on its way is about.
@@ -256,6 +260,7 @@ impl Checker {
         if self.ctas.values().all(|other| other.cluster != checks.cluster) {
             self.clusters.remove(&checks.cluster);
         }
+        self.forget_sequence(cta, checks.warps);
         self.shadow.forget_shared(cta, checks.shared_bytes);
         self.words.retain(|key, _| !is_shared(*key) || shared_owner(*key) != cta);
         clash
@@ -502,6 +507,7 @@ impl Checker {
             return;
         };
         for word in (key & !3..key + bytes).step_by(4) {
+            self.hear(warp, lanes, me, word);
             let Some(published) = self.words.get(&word) else {
                 continue;
             };
@@ -533,6 +539,8 @@ impl Checker {
         let Some(&site) = self.scopes.get(warp as usize) else {
             return;
         };
+        let words: Vec<u64> = (key & !3..key + bytes).step_by(4).collect();
+        self.carry(warp, lanes, &words, chain);
         let mut news: Vec<Published> = Vec::new();
         if order.releases() {
             news.push(Published { scope, site, clock: self.snapshot(warp, lanes) });
@@ -544,7 +552,7 @@ impl Checker {
                 news.push(Published { scope: aside.scope, site, clock });
             }
         }
-        for word in (key & !3..key + bytes).step_by(4) {
+        for word in words {
             if news.is_empty() {
                 if !chain {
                     self.words.remove(&word);

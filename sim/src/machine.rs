@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::ast::InitialValue;
 use crate::cost::{Cost, Traffic};
-use crate::error::{Fault, SimError};
+use crate::error::{Fault, SimError, lines};
 use crate::execute::LaunchInfo;
 use crate::memory::{CODE_WINDOW, GlobalMemory};
 use crate::profile::Profile;
@@ -104,6 +104,7 @@ pub struct Machine {
     memory: GlobalMemory,
     /// Addresses of each module's variables on each device.
     variables: HashMap<(u64, usize), Vec<u64>>,
+    printed: String,
 }
 
 impl Machine {
@@ -114,7 +115,7 @@ impl Machine {
 
     /// A machine with `devices` devices, all peers of each other.
     pub fn new(devices: usize) -> Self {
-        Self { memory: GlobalMemory::new(devices), variables: HashMap::new() }
+        Self { memory: GlobalMemory::new(devices), variables: HashMap::new(), printed: String::new() }
     }
 
     /// How many devices there are.
@@ -197,7 +198,14 @@ impl Machine {
         let prepared =
             launches.iter().map(|launch| self.prepare(launch, launches, options)).collect::<Result<Vec<_>, _>>()?;
         self.memory.start_run();
-        quanta::run(&mut self.memory, &prepared, options)
+        let (costs, printed) = quanta::run(&mut self.memory, &prepared, options);
+        self.printed.push_str(&printed);
+        costs
+    }
+
+    /// Takes what kernels have printed so far: of each run, what each device did, one after the other.
+    pub fn take_printed(&mut self) -> String {
+        std::mem::take(&mut self.printed)
     }
 
     fn prepare<'a>(
@@ -216,6 +224,9 @@ impl Machine {
             let names: Vec<_> = module.entries().collect();
             fail(format!("no such entry; the module has {names:?}"))
         })?;
+        if !entry.refused.is_empty() {
+            return Err(fail(format!("it has what is not supported:\n{}", lines(&entry.refused))));
+        }
         let size = |dimensions: [u32; 3]| {
             dimensions.iter().try_fold(1u32, |product, size| product.checked_mul(*size)).filter(|product| *product > 0)
         };
@@ -231,7 +242,10 @@ impl Machine {
         if size(launch.grid).is_none() {
             return Err(fail(format!("a grid of {:?} CTAs", launch.grid)));
         }
-        let shared = module.dynamic_shared.saturating_add(launch.shared_bytes);
+        let shared = match launch.shared_bytes {
+            0 => entry.shared.end,
+            bytes => entry.shared.dynamic().saturating_add(bytes),
+        };
         if shared > Self::SHARED_BYTES {
             return Err(fail(format!(
                 "{shared} bytes of shared memory (1024 of the system, static and dynamic); at most {} exist",

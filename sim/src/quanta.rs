@@ -24,7 +24,7 @@ pub(crate) fn run(
     memory: &mut GlobalMemory,
     prepared: &[Prepared<'_>],
     options: &RunOptions,
-) -> Result<Vec<Cost>, SimError> {
+) -> (Result<Vec<Cost>, SimError>, String) {
     let count = memory.devices();
     let is_used = |device: &usize| prepared.iter().any(|launch| launch.info.device == *device);
     let devices: Vec<_> = (0..count).filter(is_used).map(|device| Run::new(device, count, prepared, options)).collect();
@@ -51,8 +51,8 @@ pub(crate) fn run(
         together.drive(helped.then_some(&workers))
     });
     together.exchange();
-    let costs = together.end();
-    result.map(|()| costs)
+    let (costs, printed) = together.end();
+    (result.map(|()| costs), printed)
 }
 
 /// All devices that run, and what they share.
@@ -159,13 +159,14 @@ impl<'a> Together<'a, '_> {
         }
     }
 
-    /// Performs all stores, and gives what the launches have cost.
-    fn end(self) -> Vec<Cost> {
-        let mut costs = vec![];
+    /// Performs all stores, and gives what the launches have cost, and have printed.
+    fn end(self) -> (Vec<Cost>, String) {
+        let (mut costs, mut printed) = (vec![], String::new());
         for mut run in self.devices {
             run.memory.exchange_all(self.memory);
             run.memory.deliver();
             run.memory.exchange_all(self.memory);
+            printed.push_str(&run.printed);
             costs.resize(run.launches.len(), Cost::default());
             for (cost, launch) in costs.iter_mut().zip(&run.launches) {
                 if launch.prepared.info.device == run.device {
@@ -177,7 +178,7 @@ impl<'a> Together<'a, '_> {
             }
         }
         self.memory.settle();
-        costs
+        (costs, printed)
     }
 
     /// Where every group of lanes is, and what it waits for.

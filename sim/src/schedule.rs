@@ -1,7 +1,7 @@
 //! Runs the launches of a device together: which warp goes on, when copies land, what ends a wait.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -92,6 +92,8 @@ pub(crate) struct Run<'a> {
     next_cta_id: u64,
     /// In the order in which they have come.
     parked: Vec<Parked>,
+    /// What kernels have printed.
+    pub printed: String,
     /// The checks of accesses, if they are on.
     pub checker: Option<Box<Checker>>,
     /// What takes how long, if that is asked for.
@@ -129,6 +131,7 @@ impl<'a> Run<'a> {
             resident: 0,
             next_cta_id: device as u64,
             parked: Vec::new(),
+            printed: String::new(),
             checker: None,
             profiler: options.profile.is_some().then(|| Box::new(Profiler::new())),
             idle: (0, 0),
@@ -311,6 +314,7 @@ impl<'a> Run<'a> {
         let launch = &mut self.launches[cta.state.launch];
         let agent = cta.state.first_agent + warp as u32;
         let mut context = Context {
+            printed: &mut self.printed,
             checker: self.checker.as_deref_mut(),
             profiler: self.profiler.as_deref_mut(),
             agent,
@@ -698,6 +702,10 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
     for (register, value) in &module.constants.r64 {
         registers.r64[*register as usize] = [*value; LANES];
     }
+    for (register, offset) in &module.constants.dynamic {
+        let value = i64::from(prepared.entry.shared.dynamic()) + offset;
+        register.write(&mut registers, ALL, &[value as u64; LANES]);
+    }
     Warp {
         registers,
         fragments: vec![Fragment {
@@ -710,7 +718,8 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
             stack: Vec::new(),
         }],
         live,
-        local: TrackedBytes::new(module.local_bytes as usize * LANES),
+        local: TrackedBytes::new(prepared.entry.local_bytes as usize * LANES),
+        saved: HashMap::new(),
         copies: Default::default(),
         wgmma_issued: 0,
         wgmma_commits: Vec::new(),
@@ -719,6 +728,7 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
         queued: true,
         diverged: 0,
         polls: Polls::default(),
+        polled: false,
         unmet: Vec::new(),
         cluster_arrived: 0,
         cluster_passed: 0,

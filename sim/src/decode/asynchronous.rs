@@ -88,13 +88,11 @@ impl Decoder {
             if !opcode.take("arrive") {
                 return Err("`.arrive` is missing".to_owned());
             }
-            if !opcode.take("noinc") {
-                return Err("only the `.noinc` form is supported".to_owned());
-            }
+            let increases = !opcode.take("noinc");
             let named = opcode.take_map(space_of).unwrap_or(Space::Generic);
             opcode.take("b64");
-            let (mbarrier, _) = self.address(operand(operands, 0)?, named)?;
-            self.push(Op::SmallCopyArrive { mbarrier });
+            let (mbarrier, space) = self.address(operand(operands, 0)?, named)?;
+            self.push(Op::SmallCopyArrive { mbarrier, generic: space == Space::Generic, increases });
             return Ok(());
         }
         opcode.ignore(&CACHE_HINTS);
@@ -280,6 +278,9 @@ impl Decoder {
                 1 => Major::MN,
                 other => return Err(format!("a transpose flag of {other}; it must be 0 or 1")),
             });
+        }
+        if !transposed.is_empty() && !matches!(a_type, OperandType::F16 | OperandType::Bf16) {
+            return Err("only matrices of 16-bit types can be transposed, so others have no such operands".to_owned());
         }
         match (&a, &transposed[..]) {
             (_, []) => {}

@@ -147,12 +147,15 @@ impl Decoder {
         let count = match opcode.take_one(&["v2", "v4", "v8"]) {
             Some("v2") => 2,
             Some("v4") => 4,
-            Some(_) => 8,
+            Some(_) => return Err("vectors of 8 are of sm_100 and later".to_owned()),
             None => 1,
         };
         let kind = opcode.need_type()?;
         if matches!(kind, Type::Pred | Type::B128) {
             return Err(format!("type {kind:?}"));
+        }
+        if count as u32 * kind.bytes() > 16 {
+            return Err("vectors have at most 16 bytes before sm_100".to_owned());
         }
         let expected = 2 + usize::from(hint);
         if operands.len() != expected {

@@ -49,6 +49,7 @@ impl Context<'_> {
             return Flow::Next;
         }
         self.cost.polls += 1;
+        self.warp.polled = true;
         self.warp.polls.repeats += 1;
         let repeats = self.warp.polls.repeats;
         if repeats < POLL_REPEATS {

@@ -5,6 +5,7 @@ use super::{Context, Executed, Flow, NEVER};
 use crate::asynchronous::{Completion, CopyPart, Event, Place, Transfer};
 use crate::cta::Wait;
 use crate::error::Fault;
+use crate::mbarrier::Mbarrier;
 use crate::program::{Address, AtomicOperation, AtomicType, BulkCopy, CopyKind, SmallCopy, Space, TensorCopy};
 use crate::registers::{LANES, Slot, lanes};
 use crate::tensor_map::{TensorMap, TensorMapDataType};
@@ -244,11 +245,21 @@ impl Context<'_> {
     }
 
     /// Arrives on an mbarrier once all earlier `cp.async` of each lane are done.
-    pub(super) fn small_copy_arrive(&mut self, mbarrier: Address, active: u32) -> Executed {
-        let addresses = self.shared_addresses(mbarrier, false, active)?;
+    pub(super) fn small_copy_arrive(
+        &mut self,
+        mbarrier: Address,
+        generic: bool,
+        increases: bool,
+        active: u32,
+    ) -> Executed {
+        let addresses = self.shared_addresses(mbarrier, generic, active)?;
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             let address = addresses[lane];
+            if increases {
+                super::update_mbarrier(self.state, address, false, Mbarrier::add_pending)?;
+                *self.progress += 1;
+            }
             let groups = self.warp.groups(CopyKind::Small, lane);
             let after: Vec<u64> = groups.committed.iter().flatten().chain(&groups.open).copied().collect();
             let issuer = self.issuer(1 << lane);

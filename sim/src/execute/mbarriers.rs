@@ -173,6 +173,12 @@ impl Context<'_> {
             }
         }
         self.fault_lanes = 0;
+        if let Some(checker) = &mut self.checker
+            && matches!(operation.action, MbarrierAction::Arrive { .. })
+            && !active.is_power_of_two()
+        {
+            checker.end_reads(self.agent, active);
+        }
         *self.progress += 1;
         self.warp.polls.reset();
         Ok(Flow::Next)
@@ -253,6 +259,7 @@ impl Context<'_> {
                 return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
             }
             self.cost.polls += 1;
+            self.warp.polled = true;
         } else {
             let met = !self.forget_unmet(addresses, phase, active);
             let waits = &mut self.cost.warps[self.warp_index];
@@ -270,6 +277,7 @@ impl Context<'_> {
                 checker.wait_mbarrier((self.agent, same, self.pc), (self.state.id, address), scope, relaxed);
                 rest &= !same;
             }
+            checker.end_reads(self.agent, complete);
         }
         if blocking.is_some() && !suspends {
             return Ok(self.poll(index, u64::from(complete)));

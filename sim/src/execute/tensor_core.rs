@@ -105,6 +105,7 @@ impl Context<'_> {
         }
         if let Some(checker) = &mut self.checker {
             checker.wait_wgmma(self.agent, pending);
+            checker.end_reads(self.agent, active);
         }
         Ok(Flow::Next)
     }
