@@ -486,7 +486,9 @@ impl Decoder {
             "bar" | "barrier" | "membar" | "fence" | "mbarrier" | "nanosleep" | "setmaxnreg" | "griddepcontrol" => {
                 self.decode_synchronisation(opcode, operands)
             }
-            "cp" | "wgmma" | "ldmatrix" | "stmatrix" | "mma" => self.decode_asynchronous(opcode, operands),
+            "cp" | "wgmma" | "ldmatrix" | "stmatrix" | "mma" | "tensormap" => {
+                self.decode_asynchronous(opcode, operands)
+            }
             _ => Err("no such instruction is known".to_owned()),
         }
     }

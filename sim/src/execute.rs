@@ -11,6 +11,7 @@ mod mbarriers;
 mod peers;
 mod special;
 mod tensor_core;
+mod tensor_maps;
 
 pub(crate) use access::shared_place;
 pub(crate) use atomic::combine;
@@ -365,6 +366,9 @@ impl Context<'_> {
             Op::BulkCopy(copy) => self.bulk_copy(copy, active),
             Op::TensorCopy(copy) => self.tensor_copy(copy, active),
             Op::SmallCopy(copy) => self.small_copy(copy, active),
+            Op::AsyncStore(store) => self.async_store(store, active),
+            Op::TensorMapReplace(operation) => self.replace_in_map(operation, active),
+            Op::TensorMapPublish { to, from, scope } => self.publish_map(*to, *from, *scope, active),
             Op::SmallCopyArrive { mbarrier, generic, increases } => {
                 self.small_copy_arrive(*mbarrier, *generic, *increases, active)
             }
@@ -567,6 +571,8 @@ impl Op {
                 | Self::BulkCopy(_)
                 | Self::TensorCopy(_)
                 | Self::SmallCopy(_)
+                | Self::AsyncStore(_)
+                | Self::TensorMapReplace(_)
                 | Self::CommitGroup(_)
                 | Self::Exit
                 | Self::Trap

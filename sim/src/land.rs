@@ -148,8 +148,20 @@ impl Run<'_> {
             match part.to {
                 Place::Fill(_) => {}
                 Place::Shared(at) => {
-                    if let Some(cta) = &mut cta {
-                        cta.state.shared.copy_in(at as usize, copied, start, length);
+                    let Some(cta) = &mut cta else {
+                        continue;
+                    };
+                    let (shared, at) = (&mut cta.state.shared, at as usize);
+                    match transfer.reduction {
+                        None => shared.copy_in(at, copied, start, length),
+                        Some(reduction) => {
+                            if !shared.is_written(at, length) {
+                                let place = shared_place(shared, at as u64);
+                                return Err(Fault::Uninitialised { place, bytes: length as u64 });
+                            }
+                            let data = &mut shared.data_mut()[at..at + length];
+                            reduce(reduction, data, &copied.data[start..start + length]);
+                        }
                     }
                 }
                 Place::Global(address) => {

@@ -88,6 +88,9 @@ impl Kind {
             Op::BulkCopy(_)
             | Op::TensorCopy(_)
             | Op::SmallCopy(_)
+            | Op::AsyncStore(_)
+            | Op::TensorMapReplace(_)
+            | Op::TensorMapPublish { .. }
             | Op::SmallCopyArrive { .. }
             | Op::CommitGroup(_)
             | Op::WaitGroup { .. } => Self::Copy,

@@ -429,6 +429,41 @@ pub(crate) struct SmallCopy {
     pub ignore_source: Option<Condition>,
 }
 
+/// `st.async` and `red.async`: to shared memory of the cluster, completing bytes on an mbarrier there.
+#[derive(Debug)]
+pub(crate) struct AsyncStore {
+    /// What an `st` would be.
+    pub access: Access,
+    pub mbarrier: Address,
+    pub reduction: Option<(AtomicOperation, AtomicType, u32)>,
+}
+
+/// A field of a tensor map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TensorMapField {
+    GlobalAddress,
+    Rank,
+    BoxDim,
+    GlobalDim,
+    GlobalStride,
+    ElementStride,
+    ElementType,
+    Interleave,
+    Swizzle,
+    Fill,
+}
+
+/// `tensormap.replace`.
+#[derive(Debug)]
+pub(crate) struct TensorMapReplace {
+    pub address: Address,
+    pub space: Space,
+    pub field: TensorMapField,
+    /// The dimension, for fields that have one value for each.
+    pub ordinal: usize,
+    pub value: Register,
+}
+
 /// Which asynchronous copies a group instruction is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CopyKind {
@@ -624,6 +659,14 @@ pub(crate) enum Op {
     BulkCopy(Box<BulkCopy>),
     TensorCopy(Box<TensorCopy>),
     SmallCopy(Box<SmallCopy>),
+    AsyncStore(Box<AsyncStore>),
+    TensorMapReplace(Box<TensorMapReplace>),
+    /// `tensormap.cp_fenceproxy`.
+    TensorMapPublish {
+        to: Address,
+        from: Address,
+        scope: Scope,
+    },
     /// `cp.async.mbarrier.arrive`
     SmallCopyArrive {
         mbarrier: Address,

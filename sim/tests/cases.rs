@@ -3,7 +3,8 @@
 mod common;
 
 use common::{Setup, error, kernel, lanes, run};
-use ptx_sim::{Arg, Launch, Machine, Module, RunOptions, SimError};
+use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
+use ptx_sim::{Arg, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
 
 fn seed(seed: u64) -> RunOptions {
     RunOptions { seed, step_limit: Some(1_000_000), ..RunOptions::default() }
@@ -454,4 +455,81 @@ fn what_ptxas_refuses_is_refused() {
         let message = Module::parse(&kernel("", &body)).unwrap_err().to_string();
         assert!(message.contains(reason), "{message}");
     }
+}
+
+/// Each lane of CTA 0 stores to, and adds in, CTA 1's shared memory; CTA 1 waits for 32 * (8 + 4) bytes.
+#[test]
+fn asynchronous_stores_complete_on_an_mbarrier() {
+    let globals = ".shared .align 8 .b8 place[256]; .shared .align 8 .b64 full; .shared .align 4 .u32 sum;";
+    let wait = "WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r9], 0; @!%p3 bra WAIT;";
+    let body = "mov.u32 %r2, %cluster_ctarank; mul.lo.u32 %r20, %r2, 384; mov.u32 %r9, full; mov.u32 %r10, place; mov.u32 %r11, sum;
+        setp.ne.u32 %p1, %r1, 0; @%p1 bra READY; mbarrier.init.shared.b64 [%r9], 1; fence.mbarrier_init.release.cluster;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], %r20; st.shared.u32 [%r11], 100;
+        READY: barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; setp.eq.u32 %p2, %r2, 1; @%p2 bra WAIT;
+        mapa.shared::cluster.u32 %r12, %r9, 1; mad.lo.u32 %r13, %r1, 8, %r10; mapa.shared::cluster.u32 %r13, %r13, 1;
+        mapa.shared::cluster.u32 %r14, %r11, 1; add.u32 %r15, %r1, 7;
+        st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%r13], {%r1, %r15}, [%r12];
+        red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%r14], %r1, [%r12];
+        bra.uni DONE;
+        WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r9], 0; @!%p3 bra WAIT;
+        xor.b32 %r16, %r1, 31; mad.lo.u32 %r16, %r16, 8, %r10; ld.shared.v2.u32 {%r17, %r18}, [%r16];
+        ld.shared.u32 %r19, [%r11]; st.global.u32 [%rd1], %r17; st.global.u32 [%rd1+128], %r18;
+        st.global.u32 [%rd1+256], %r19;
+        DONE: barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;";
+    for number in 0..30 {
+        let setup = Setup { ctas: 2, cluster: 2, options: seed(number), ..Setup::default() };
+        let (words, _) = run(&kernel(globals, body), &setup).unwrap_or_else(|error| panic!("seed {number}: {error}"));
+        assert_eq!(words[..32], (0..32).rev().collect::<Vec<u32>>());
+        assert_eq!(words[32..64], (7..39).rev().collect::<Vec<u32>>());
+        assert_eq!(words[64..96], [100 + 496; 32]);
+    }
+    // Without the wait nothing orders the reads after the stores.
+    let unordered = body.replace(wait, "WAIT:");
+    assert!(unordered != body);
+    for number in 0..10 {
+        let setup = Setup { ctas: 2, cluster: 2, options: seed(number), ..Setup::default() };
+        run(&kernel(globals, &unordered), &setup).unwrap_err();
+    }
+}
+
+/// A map of 64 words gets other dimensions and another address in shared memory, goes to global memory, and a copy through it
+/// reads the 8 words from the second half that its box has.
+#[test]
+fn tensor_maps_are_changed_by_kernels() {
+    let spec = TensorMapSpec {
+        data_type: TensorMapDataType::U32,
+        global_address: 0,
+        dims: vec![64],
+        strides: vec![],
+        box_dims: vec![4],
+        element_strides: vec![1],
+        swizzle: Swizzle::None,
+        fill: OutOfBoundsFill::Zero,
+    };
+    let mut input = TensorMap::encode(&spec).unwrap().to_vec();
+    input.extend((0..64u32).flat_map(u32::to_le_bytes));
+    let globals = ".shared .align 128 .b8 map[128]; .shared .align 128 .b8 tile[128]; .shared .align 8 .b64 full;
+        .global .align 128 .b8 kept[128];";
+    let body = "mov.u32 %r9, full; mov.u32 %r10, map; mov.u32 %r11, tile; mov.u64 %rd9, kept; shl.b32 %r2, %r1, 2;
+        cvt.u64.u32 %rd5, %r2; add.u64 %rd6, %rd3, %rd5; ld.global.u32 %r3, [%rd6]; add.u32 %r4, %r10, %r2;
+        st.shared.u32 [%r4], %r3; add.u64 %rd7, %rd3, 256; bar.sync 0; setp.ne.u32 %p1, %r1, 0; @%p1 bra PUBLISH;
+        tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%r10], %rd7;
+        tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%r10], 0, 6;
+        tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%r10], 0, 8;
+        mbarrier.init.shared.b64 [%r9], 1; fence.proxy.async.shared::cta;
+        PUBLISH: bar.warp.sync 0xffffffff;
+        tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%rd9], [%r10], 128;
+        @%p1 bra WAIT; fence.proxy.tensormap::generic.acquire.gpu [%rd9], 128;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], 32;
+        cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r11], [%rd9, {0}], [%r9];
+        WAIT: bar.warp.sync 0xffffffff; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r9], 0; @!%p3 bra AGAIN;
+        setp.ge.u32 %p2, %r1, 8; @%p2 ret; add.u32 %r4, %r11, %r2; ld.shared.u32 %r5, [%r4]; st.global.u32 [%rd1], %r5;";
+    for number in 0..10 {
+        let setup = Setup { input: input.clone(), options: seed(number), ..Setup::default() };
+        let (words, _) = run(&kernel(globals, body), &setup).unwrap_or_else(|error| panic!("seed {number}: {error}"));
+        // The words of the input's second half from byte 256 on, 32 to 37, and zeros where the map now ends.
+        assert_eq!(words[..8], [32, 33, 34, 35, 36, 37, 0, 0]);
+    }
+    let message = error(globals, &body.replace("[%r10], 0, 8;", "[%r10], 3, 8;"), &Setup { input, ..Setup::default() });
+    assert!(message.contains("8 is no BoxDim of a tensor map"), "{message}");
 }

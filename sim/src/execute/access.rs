@@ -411,7 +411,7 @@ fn read_word(bytes: &[u8]) -> u64 {
 }
 
 #[inline]
-fn pack(registers: &Registers, access: &Access, lane: usize, buffer: &mut [u8; 64]) {
+pub(super) fn pack(registers: &Registers, access: &Access, lane: usize, buffer: &mut [u8; 64]) {
     let element = access.element as usize;
     for (index, register) in access.registers.iter().enumerate() {
         let value = register.lane(registers, lane);
