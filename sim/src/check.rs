@@ -11,17 +11,20 @@ mod phases;
 mod reads;
 mod sequential;
 mod shadow;
+mod verdicts;
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::error::Fault;
 use crate::program::{CopyKind, Space, WgmmaUse};
+use crate::waiver::Policy;
 use clock::{Clock, Entry};
 use phases::Phases;
 use sequential::Sequential;
 use shadow::{Actor, Agent, FastMap, Shadow, Site};
 pub(crate) use shadow::{Clash, ClashKind, Mode, Record, Scope, is_shared, shared_key, shared_owner};
+pub(crate) use verdicts::Verdicts;
 
 /// Lanes with the same clock.
 #[derive(Debug, Clone)]
@@ -213,11 +216,14 @@ pub(crate) struct Checker {
     sequential: Sequential,
     flights: FastMap<u64, Flight>,
     agents: u32,
-    /// What the error that is on its way is about.
-    pub clash: Option<Clash>,
+    pub verdicts: Verdicts,
 }
 
 impl Checker {
+    pub fn new(policy: Policy) -> Self {
+        Self { verdicts: Verdicts::new(policy), ..Self::default() }
+    }
+
     /// A CTA starts: gives its first warp's number. `live` are the lanes of each warp.
     pub fn start_cta(&mut self, home: Home, live: &[u32], groups: usize, shared_bytes: u64) -> u32 {
         let first = self.homes.len() as u32;
@@ -288,7 +294,7 @@ impl Checker {
             let record = Record::new(Agent::Warp(warp), state.tick, lanes, pc, strong, false, warp);
             let actor = Actor { key, record, clock: &view.clock, mode, observes, homes: &self.scopes };
             if let Err(clash) = self.shadow.access(bytes, &actor) {
-                return Err(note(&mut self.clash, clash));
+                self.verdicts.judge(clash, &self.ctas)?;
             }
         }
         if !self.shadow.observed.is_empty() {
@@ -656,7 +662,7 @@ impl Checker {
         for range in ranges {
             let (key, bytes) = (range.start, range.end - range.start);
             let actor = Actor { key, record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
-            self.shadow.access(bytes, &actor).map_err(|clash| note(&mut self.clash, clash))?;
+            self.shadow.access(bytes, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))?;
         }
         Ok(())
     }
@@ -669,7 +675,7 @@ impl Checker {
         let record = flight.record(flight.writes, Some(Scope::Cluster));
         let key = shared_key(cta, u64::from(address));
         let actor = Actor { key, record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
-        self.shadow.access(8, &actor).map_err(|clash| note(&mut self.clash, clash))
+        self.shadow.access(8, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))
     }
 
     pub fn commit_group(&mut self, warp: u32, lane: usize, kind: CopyKind) {
@@ -834,14 +840,9 @@ impl Checker {
         for range in ranges {
             let key = shared_key(cta, u64::from(range.start));
             let actor = Actor { key, record, clock: &clock, mode: Mode::Read, observes: false, homes: &self.scopes };
-            self.shadow.access(range.len() as u64, &actor).map_err(|clash| note(&mut self.clash, clash))?;
+            let found = self.shadow.access(range.len() as u64, &actor);
+            found.or_else(|clash| self.verdicts.judge(clash, &self.ctas))?;
         }
         Ok(())
     }
-}
-
-/// Keeps a clash for the scheduler, which knows all modules' lines (see `Run::failed`).
-fn note(kept: &mut Option<Clash>, clash: Clash) -> Fault {
-    *kept = Some(clash);
-    Fault::Synchronisation("two accesses clash".to_owned())
 }

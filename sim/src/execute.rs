@@ -31,6 +31,7 @@ use crate::profile::{Kind, Profiler};
 use crate::program::{Address, Base, Instruction, Module, Op, Space};
 use crate::random::Random;
 use crate::registers::{LANES, R32, lanes};
+use crate::waiver::Findings;
 
 /// What a launch gives all of its CTAs.
 #[derive(Debug)]
@@ -72,6 +73,8 @@ pub(crate) struct Context<'a> {
     pub progress: &'a mut u64,
     /// Lanes that a fault is about; all active ones if 0.
     pub fault_lanes: u32,
+    /// What checks have found and the run goes on after.
+    pub findings: &'a mut Findings,
     /// What the device's kernels have printed.
     pub printed: &'a mut String,
     pub checker: Option<&'a mut Checker>,
@@ -172,7 +175,9 @@ impl Context<'_> {
             };
             if !instruction.wgmma_registers.is_empty() && active != 0 && self.checker.is_some() {
                 self.pc = pc;
-                self.check_wgmma_registers(instruction).map_err(|fault| Failure { fault, pc, lanes: active })?;
+                self.check_wgmma_registers(instruction)
+                    .or_else(|fault| self.findings.judge(fault, pc, active))
+                    .map_err(|fault| Failure { fault, pc, lanes: active })?;
             }
             self.executed += 1;
             *threads += u64::from(active.count_ones());

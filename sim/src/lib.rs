@@ -28,6 +28,8 @@ mod registers;
 mod schedule;
 mod store_buffer;
 pub mod tensor_map;
+
+mod waiver;
 pub mod wgmma;
 mod workers;
 
@@ -37,3 +39,4 @@ pub use machine::{Arg, Launch, Machine, RunOptions};
 pub use profile::{Kind, KindCost, Profile};
 pub use program::Module;
 pub use tensor_map::{TensorMap, TensorMapSpec};
+pub use waiver::{Check, Checks, UnknownCheck};

@@ -14,6 +14,7 @@ use crate::profile::Profile;
 use crate::program::{Entry, Module, Reference};
 use crate::quanta;
 use crate::schedule::Prepared;
+use crate::waiver::{Checks, Policy};
 
 /// A kernel argument.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,6 +78,10 @@ pub struct RunOptions {
     /// Whether accesses that nothing orders are errors: data races, missing proxy fences, early reuse. By default where
     /// debug assertions are on, as in tests; it takes a few times as long.
     pub checks: bool,
+    /// Checks that are waived, one by one.
+    pub allow: Checks,
+    /// Whether a run goes on after what a check that could be waived has found: [`Machine::take_reports`] has it.
+    pub keep_going: bool,
     /// Threads that devices run on, one for each device at most; as many as there are cores if absent. The run does not depend
     /// on it. With checks it is one.
     pub threads: Option<NonZeroUsize>,
@@ -92,9 +97,17 @@ impl Default for RunOptions {
             step_limit: None,
             check_matrix_operands: true,
             checks: cfg!(debug_assertions),
+            allow: Checks::default(),
+            keep_going: false,
             threads: None,
             profile: None,
         }
+    }
+}
+
+impl RunOptions {
+    pub(crate) fn policy(&self) -> Policy {
+        Policy { allow: self.allow, keep_going: self.keep_going }
     }
 }
 
@@ -105,6 +118,7 @@ pub struct Machine {
     /// Addresses of each module's variables on each device.
     variables: HashMap<(u64, usize), Vec<u64>>,
     printed: String,
+    reports: Vec<SimError>,
 }
 
 impl Machine {
@@ -115,7 +129,12 @@ impl Machine {
 
     /// A machine with `devices` devices, all peers of each other.
     pub fn new(devices: usize) -> Self {
-        Self { memory: GlobalMemory::new(devices), variables: HashMap::new(), printed: String::new() }
+        Self {
+            memory: GlobalMemory::new(devices),
+            variables: HashMap::new(),
+            printed: String::new(),
+            reports: Vec::new(),
+        }
     }
 
     /// How many devices there are.
@@ -198,9 +217,16 @@ impl Machine {
         let prepared =
             launches.iter().map(|launch| self.prepare(launch, launches, options)).collect::<Result<Vec<_>, _>>()?;
         self.memory.start_run();
-        let (costs, printed) = quanta::run(&mut self.memory, &prepared, options);
-        self.printed.push_str(&printed);
-        costs
+        let outcome = quanta::run(&mut self.memory, &prepared, options);
+        self.printed.push_str(&outcome.printed);
+        self.reports.extend(outcome.reports);
+        outcome.costs
+    }
+
+    /// Takes what was reported so far, in runs that go on ([`RunOptions::keep_going`]): once for each kind and place in the
+    /// text.
+    pub fn take_reports(&mut self) -> Vec<SimError> {
+        std::mem::take(&mut self.reports)
     }
 
     /// Takes what kernels have printed so far: of each run, what each device did, one after the other.

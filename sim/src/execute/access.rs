@@ -9,6 +9,7 @@ use crate::error::Fault;
 use crate::memory::{Copied, GlobalMemory, TrackedBytes, Window, window_offset};
 use crate::program::{Access, Space};
 use crate::registers::{LANES, Registers, Slot, lanes};
+use crate::waiver::Check;
 
 /// Repeats of the same read that make it a poll, after which a warp pauses.
 const POLL_REPEATS: u32 = 2;
@@ -73,10 +74,9 @@ impl Context<'_> {
                     let shared = &state_at(self.state, self.peers, place).shared;
                     let at = shared_range(shared, place.address, bytes)?;
                     if !shared.is_written(at, bytes) {
-                        return Err(Fault::Uninitialised {
-                            place: shared_place(shared, place.address),
-                            bytes: bytes as u64,
-                        });
+                        let fault =
+                            Fault::Uninitialised { place: shared_place(shared, place.address), bytes: bytes as u64 };
+                        self.findings.judge(fault, self.pc, 1 << lane)?;
                     }
                     let data = &shared.data()[at..at + bytes];
                     unpack(&mut self.warp.registers, access, lane, data);
@@ -90,10 +90,11 @@ impl Context<'_> {
                     self.fault_lanes = 1 << lane;
                     let at = self.local_range(lane, addresses[lane], bytes)?;
                     if !self.warp.local.is_partly_written(at, bytes) {
-                        return Err(Fault::Uninitialised {
+                        let fault = Fault::Uninitialised {
                             place: format!("local memory + {}", addresses[lane]),
                             bytes: bytes as u64,
-                        });
+                        };
+                        self.findings.judge(fault, self.pc, 1 << lane)?;
                     }
                     let data = &self.warp.local.data()[at..at + bytes];
                     unpack(&mut self.warp.registers, access, lane, data);
@@ -217,8 +218,10 @@ impl Context<'_> {
                 }
                 let offset = offset as usize;
                 if !allocation.bytes.is_written(offset, bytes) {
-                    unwritten = Some(lane);
-                    break;
+                    unwritten.get_or_insert(lane);
+                    if self.findings.fails(Check::UninitialisedRead) {
+                        break;
+                    }
                 }
                 let data = &allocation.bytes.data()[offset..offset + bytes];
                 unpack(&mut self.warp.registers, access, lane, data);
@@ -231,7 +234,8 @@ impl Context<'_> {
             }
             if let Some(lane) = unwritten {
                 self.fault_lanes = 1 << lane;
-                return Err(Fault::Uninitialised { place: self.memory.place(addresses[lane]), bytes: bytes as u64 });
+                let fault = Fault::Uninitialised { place: self.memory.place(addresses[lane]), bytes: bytes as u64 };
+                self.findings.judge(fault, self.pc, 1 << lane)?;
             }
         }
         Ok(())

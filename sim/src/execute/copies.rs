@@ -146,7 +146,18 @@ impl Context<'_> {
         let places = self.addresses(copy.shared);
         let mbarriers = copy.mbarrier.map(|address| self.addresses(address));
         let space = if mbarriers.is_some() { Space::Cluster } else { Space::Shared };
-        for lane in lanes(active) {
+        let mut issued = active;
+        if mbarriers.is_none() && copy.reduction.is_none() {
+            // Lanes that store the same tile to the same place do so once: CUTLASS has a whole warp execute its stores.
+            let registers = &self.warp.registers;
+            let same = |one: usize, other: usize| {
+                (maps[one], places[one]) == (maps[other], places[other])
+                    && copy.coordinates.iter().all(|by| by.get(registers)[one] == by.get(registers)[other])
+            };
+            let first = |lane: &usize| !lanes(active).take_while(|other| other < lane).any(|other| same(other, *lane));
+            issued = lanes(active).filter(first).fold(0, |all, lane| all | 1 << lane);
+        }
+        for lane in lanes(issued) {
             self.fault_lanes = 1 << lane;
             let map = self.tensor_map(maps[lane])?;
             let coordinates: Vec<i32> =
