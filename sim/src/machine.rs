@@ -67,10 +67,10 @@ pub struct Launch<'a> {
 pub struct RunOptions {
     /// Chooses every interleaving and every moment of an asynchronous operation.
     pub seed: u64,
-    /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole; all of the grid if
-    /// absent.
+    /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole. If absent, as many as fit
+    /// by their threads and shared memory on the [`Machine::SMS`] SMs of a device; a kernel's registers are not known.
     pub residency: Option<u32>,
-    /// Ends the run with an error after so many warp instructions.
+    /// Ends the run with an error after so many warp instructions; [`RunOptions::STEP_LIMIT`] by default.
     pub step_limit: Option<u64>,
     /// Whether a matrix product that reads shared memory which nothing has written is an error. Copies carry the
     /// mark along, so a tile with rows that no one needs may have it.
@@ -94,7 +94,7 @@ impl Default for RunOptions {
         Self {
             seed: 0,
             residency: None,
-            step_limit: None,
+            step_limit: Some(Self::STEP_LIMIT),
             check_matrix_operands: true,
             checks: cfg!(debug_assertions),
             allow: Checks::default(),
@@ -106,6 +106,9 @@ impl Default for RunOptions {
 }
 
 impl RunOptions {
+    /// Warp instructions that a run has by default: some minutes' worth.
+    pub const STEP_LIMIT: u64 = 10_000_000_000;
+
     pub(crate) fn policy(&self) -> Policy {
         Policy { allow: self.allow, keep_going: self.keep_going }
     }
@@ -124,6 +127,11 @@ pub struct Machine {
 impl Machine {
     /// Most shared memory a CTA can have, in bytes: static, dynamic, and 1 KiB for the system.
     pub const SHARED_BYTES: u32 = 228 * 1024;
+    /// SMs of a device: an H100's or H200's.
+    pub const SMS: u32 = 132;
+    /// Threads and CTAs that an SM takes.
+    const SM_THREADS: u32 = 2048;
+    const SM_CTAS: u32 = 32;
     /// Most CTAs of a cluster (a kernel can ask for 16, which is not portable and not supported).
     pub const CLUSTER_CTAS: u32 = 8;
 
@@ -288,7 +296,9 @@ impl Machine {
             .filter(|other| other.device == launch.device)
             .map(|other| size(other.grid).unwrap_or(0))
             .fold(0, u32::saturating_add);
-        let places = options.residency.unwrap_or(places).min(places) / members * members;
+        let by_threads = Self::SM_THREADS / threads.next_multiple_of(32);
+        let fitting = Self::SMS * by_threads.min(Self::SHARED_BYTES / shared).clamp(1, Self::SM_CTAS);
+        let places = options.residency.unwrap_or(fitting).min(places) / members * members;
         if places == 0 {
             return Err(fail(format!(
                 "a residency of {} CTAs, but its clusters have {members}",
@@ -326,7 +336,7 @@ impl Machine {
         }
         for (variable, address) in module.variables.iter().zip(&addresses) {
             // Variables without an initialiser are zero (PTX ISA, "Initializers").
-            self.fill(*address, variable.bytes.max(1), 0)?;
+            self.memory.zero(*address);
             let mut references = variable.references.iter();
             let element = variable.element_bytes as usize;
             for (index, value) in variable.initial.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! Runs the launches of a device together: which warp goes on, when copies land, what ends a wait.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -93,6 +93,9 @@ pub(crate) struct Run<'a> {
     pub time: u64,
     /// CTAs that are resident.
     resident: u32,
+    /// Slots that CTAs have left, and places among the SMs.
+    free_slots: BTreeSet<usize>,
+    free_sms: BTreeSet<u32>,
     next_cta_id: u64,
     /// In the order in which they have come.
     parked: Vec<Parked>,
@@ -136,6 +139,8 @@ impl<'a> Run<'a> {
             timers: BinaryHeap::new(),
             time: 0,
             resident: 0,
+            free_slots: BTreeSet::new(),
+            free_sms: BTreeSet::new(),
             next_cta_id: device as u64,
             parked: Vec::new(),
             printed: String::new(),
@@ -518,7 +523,10 @@ impl<'a> Run<'a> {
             let fault = Fault::ExitRace { place, before, earlier: Box::new(earlier) };
             self.judge(fault, last)?;
         }
-        self.ctas[slot] = None;
+        if let Some(cta) = self.ctas[slot].take() {
+            self.free_sms.insert(cta.state.sm);
+        }
+        self.free_slots.insert(slot);
         self.start_ctas();
         Ok(())
     }
@@ -612,8 +620,11 @@ impl<'a> Run<'a> {
         let number = running.next_cta / u64::from(count);
         running.next_cta += u64::from(count);
         let first = place_of(number, [x, y]);
-        let mut free: Vec<usize> = (0..self.ctas.len()).filter(|slot| self.ctas[*slot].is_none()).collect();
-        free.extend(self.ctas.len()..self.ctas.len() + count as usize);
+        // The lowest that are free.
+        let slots = self.ctas.len();
+        let mut free: Vec<usize> = self.free_slots.iter().take(count as usize).copied().collect();
+        free.iter().for_each(|slot| _ = self.free_slots.remove(slot));
+        free.extend((slots..).take(count as usize - free.len()));
         let devices = self.memory.devices();
         let ids = (self.next_cta_id..).step_by(devices);
         let members: Arc<[(usize, u64)]> = free.into_iter().zip(ids).take(count as usize).collect();
@@ -629,8 +640,7 @@ impl<'a> Run<'a> {
         let prepared = self.launches[launch].prepared;
         let device = self.device;
         let (slot, id) = cluster.members[cluster.rank as usize];
-        let used: Vec<u32> = self.ctas.iter().flatten().map(|cta| cta.state.sm).collect();
-        let sm = (0..).find(|sm| !used.contains(sm)).unwrap_or(0);
+        let sm = self.free_sms.pop_first().unwrap_or(self.resident);
         let warp_count = prepared.threads.div_ceil(32) as usize;
         let registers = initial_registers(prepared.threads);
         let warps: Vec<Warp> = (0..warp_count).map(|warp| new_warp(prepared, warp as u32, registers)).collect();
