@@ -188,3 +188,16 @@ fn checks_are_waived_and_reported() {
     let output = run(&["run", &ptx, "--entry", "bad"]);
     assert!(output.status.code() == Some(2) && text(&output.stderr).contains("`wild.u32` is not supported"));
 }
+
+/// The example's plan: 10 * (1, 2, 3, 4) + (5, 6, 7, 8), and 10 * (5, 6, 7, 8).
+#[test]
+fn the_example_of_a_plan_runs() {
+    let directory = env!("CARGO_MANIFEST_DIR");
+    let output = Command::new(env!("CARGO_BIN_EXE_ptx-sim"))
+        .args(["plan", "examples/saxpy.plan"])
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    let stdout = text(&output.stdout);
+    assert!(stdout.contains("y: 15 26 37 48\n") && stdout.contains("y1: 50 60 70 80\n"), "{stdout}{output:?}");
+}

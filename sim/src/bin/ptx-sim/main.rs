@@ -25,7 +25,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Run a kernel. Exit code 0 if all is right, 1 if the kernel has an error or a result is not as expected, 2 for bad input.
-    Run(Run),
+    Run(Box<Run>),
     /// Run several launches, on several devices: a file with a step a line, of which --help is `plan-help`.
     Plan(Plan),
     /// Say what the lines of a plan can be.
