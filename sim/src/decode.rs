@@ -118,7 +118,7 @@ impl Decoder {
             scopes: Scopes::default(),
             functions: Vec::new(),
             known_functions: HashSet::new(),
-            bodies: ast.functions.iter().filter(|f| f.body.is_some()).map(|f| f.name.clone()).collect(),
+            bodies: ast.functions.iter().filter(|f| f.body.is_some() && !f.is_entry).map(|f| f.name.clone()).collect(),
             files: ast.files.iter().cloned().collect(),
             constants: HashMap::new(),
             locations: HashMap::new(),
@@ -553,6 +553,10 @@ impl Decoder {
         }
         let mut refused = Vec::new();
         for entry in &mut self.module.entries {
+            if self.calls.number(&entry.name).is_some_and(|number| self.calls.calls_indirectly(number)) {
+                // Whatever a register may hold.
+                entry.local_bytes = self.module.local_bytes;
+            }
             for function in self.calls.number(&entry.name).map_or_else(Vec::new, |number| self.calls.reached(number)) {
                 let Some(info) = self.functions.get(function) else {
                     continue;

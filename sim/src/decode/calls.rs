@@ -194,12 +194,22 @@ impl Calls {
 
     /// A function and all that it may call.
     pub fn reached(&self, from: usize) -> Vec<usize> {
+        let mut list = self.search(from);
+        list.retain(|function| *function + 1 < self.edges.len());
+        list
+    }
+
+    /// Whether a function may lead to a call through a register.
+    pub fn calls_indirectly(&self, from: usize) -> bool {
+        self.search(from).contains(&(self.edges.len() - 1))
+    }
+
+    fn search(&self, from: usize) -> Vec<usize> {
         let (mut seen, mut list, mut next) = (HashSet::from([from]), vec![from], 0);
         while let Some(&at) = list.get(next) {
             next += 1;
             list.extend(self.edges[at].iter().filter(|to| seen.insert(**to)));
         }
-        list.retain(|function| *function + 1 < self.edges.len());
         list
     }
 

@@ -204,7 +204,7 @@ impl Context<'_> {
     fn text_at(&mut self, address: u64, lane: usize) -> Result<String, Fault> {
         let mut bytes = Vec::new();
         while bytes.len() < LONGEST_TEXT {
-            match self.bytes_at(address + bytes.len() as u64, 1, lane)?[..] {
+            match self.bytes_at(address.wrapping_add(bytes.len() as u64), 1, lane)?[..] {
                 [0] => break,
                 [byte] => bytes.push(byte),
                 _ => break,
