@@ -19,8 +19,8 @@ use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use ferromoe::cuda::CapturedGraph;
 use ferromoe::{
-    Device, DeviceBuffer, DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, RankInputs, RendezvousAddress,
-    SimOptions, Stream,
+    Device, DeviceBuffer, DeviceGroup, Error, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankInputs,
+    RendezvousAddress, ScaleKind, SimOptions, Stream, Workspace, WorkspaceSizes,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -62,7 +62,7 @@ enum DeviceArgument {
 /// What the engine has for one rank.
 struct EngineRank {
     rank: usize,
-    /// Where the hidden states are: the layer's own memory, for processes can read no other rank's but that.
+    /// Where the hidden states are: the workspace's memory, for processes can read no other rank's but that.
     hidden_states: u64,
     topk_idx: DeviceBuffer,
     topk_weights: DeviceBuffer,
@@ -82,7 +82,7 @@ impl EngineRank {
         let choices = (config.max_tokens_per_rank * config.top_k * size_of::<f32>()) as u64;
         Ok(Self {
             rank,
-            hidden_states: moe.hidden_states(rank)?.address(),
+            hidden_states: moe.workspace().hidden_states(rank)?.address(),
             topk_idx: group.alloc(rank, choices, "expert ids")?,
             topk_weights: group.alloc(rank, choices, "routing weights")?,
             tokens: group.alloc(rank, 4, "token count")?,
@@ -98,6 +98,7 @@ impl EngineRank {
     fn inputs(&self) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states,
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
@@ -125,7 +126,7 @@ impl EngineRank {
             .flat_map(|_| index::sample(random, config.experts, config.top_k).into_iter().map(|id| id as i32))
             .collect();
         let weights = vec![1.0 / config.top_k as f32; ids.len()];
-        moe.hidden_states(self.rank)?.write(bytemuck::cast_slice(&states))?;
+        moe.workspace().hidden_states(self.rank)?.write(bytemuck::cast_slice(&states))?;
         self.topk_idx.write(bytemuck::cast_slice(&ids))?;
         self.topk_weights.write(bytemuck::cast_slice(&weights))?;
         self.tokens.write(&(tokens as u32).to_ne_bytes())?;
@@ -160,10 +161,13 @@ fn main() -> anyhow::Result<()> {
         max_tokens_per_rank: 16,
         swiglu_limit: None,
         shared_experts: 1,
+        experts_format: ExpertFormat::Bf16,
+        scales: ScaleKind::F32,
     };
     let group = open(&arguments)?;
     println!("{}", group.description());
-    let moe = FusedMoe::new(&group, &config, &ExpertWeights::random(&config, 1))?;
+    let workspace = Workspace::new(&group, &WorkspaceSizes::of([&config]))?;
+    let moe = FusedMoe::new(&workspace, &config, &ExpertWeights::random(&config, 1))?;
     let mut ranks: Vec<_> =
         group.local_ranks().map(|rank| EngineRank::new(&group, &moe, rank)).collect::<Result<_, _>>()?;
     if !group.is_simulated() {
@@ -195,7 +199,7 @@ fn decode(moe: &FusedMoe, ranks: &mut [EngineRank]) -> anyhow::Result<()> {
     ranks.iter().try_for_each(|engine| engine.launch(moe))?;
     ranks.iter().try_for_each(|engine| engine.stream.synchronize())?;
     let elapsed = started.elapsed();
-    moe.check()?;
+    moe.workspace().check()?;
     for (engine, tokens) in ranks.iter().zip(tokens) {
         let (rank, output) = (engine.rank, engine.output(moe.config(), tokens)?);
         ensure!(output.iter().all(|value| value.is_finite()), "rank {rank} has a value that is no number");

@@ -59,9 +59,9 @@ pub(crate) trait Backend: Send + Sync {
     /// The 128-byte tensor map that `cp.async.bulk.tensor` takes on this backend.
     fn encode_tensor_map(&self, spec: &TensorMapSpec) -> Result<[u8; 128], Error>;
 
-    /// Readies `entry` on every rank for launches with up to `shared_bytes` of dynamic shared memory. Every entry is
-    /// prepared once before it is launched.
-    fn prepare(&self, entry: &'static str, shared_bytes: u32) -> Result<(), Error>;
+    /// Readies `entry` of the module `ptx` on every rank for launches with up to `shared_bytes` of dynamic shared memory. Every entry is
+    /// prepared before it is launched; a module is loaded when its first entry is.
+    fn prepare(&self, entry: &'static str, ptx: &str, shared_bytes: u32) -> Result<(), Error>;
 
     /// Launches on all ranks named without waiting in between, then waits for all; reports in launch order.
     fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>, Error>;

@@ -1,32 +1,36 @@
 //! Hugging Face checkpoint folders: one layer's experts and router.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::Path;
 
+use ferromoe_kernel::quantise::ScaleKind;
+use half::bf16;
 use rayon::prelude::*;
 
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
-use crate::matrix::Bytes;
-use crate::model::{Family, Fields, LayerKind, ModelConfig};
+use crate::family::{BLOCKS, Experts, Family, LAYER_PREFIXES, Layout, Parts, SHARED_GATE, Shared, Stored};
+use crate::files::{Files, LayerTensors, read};
+use crate::matrix::{Bytes, Matrix};
+use crate::model::{LayerKind, ModelConfig, Parsed};
+use crate::recognise;
 use crate::router::Router;
-use crate::tensors::{Tensor, TensorFile};
+use crate::tensors::Tensor;
+use crate::weight_matrix::WeightMatrix;
 use crate::weights::{Expert, ExpertWeights};
 
 const CONFIG: &str = "config.json";
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
-/// A checkpoint folder as `save_pretrained` of `transformers` 5.23 writes it: `config.json`, and
+/// A checkpoint folder as `save_pretrained` of `transformers` writes it, or as the model's makers publish it: `config.json`, and
 /// `model.safetensors` or several files with `model.safetensors.index.json`.
 ///
-/// Supported families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4.
+/// The families are those of README's table. Weights may be FP8: e4m3 with block scales, as published.
 pub struct Checkpoint {
     config: ModelConfig,
     files: Files,
 }
 
-/// The MoE block of one layer. Its weights stay in the mapped files where those are bf16: the files must not be
+/// The MoE block of one layer. Its weights stay in the mapped files where those are bf16 or e4m3: the files must not be
 /// changed while the layer is in use.
 #[derive(Debug)]
 pub struct HfLayer {
@@ -41,14 +45,15 @@ pub struct HfLayer {
     hidden: usize,
     intermediate: usize,
     swiglu_limit: Option<f32>,
+    scales: ScaleKind,
 }
 
 impl HfLayer {
     /// Reads the MoE block of layer `layer` of the checkpoint in the folder `dir`.
     ///
     /// # Errors
-    /// Files that are missing, truncated or of another kind, an unknown family, a layer that does not exist or is
-    /// dense, tensors that are missing or of a wrong dtype or shape.
+    /// Files that are missing, truncated or of another kind, an unknown family, settings that are not supported, a layer that does not
+    /// exist or is dense, tensors that are missing, of a wrong dtype or shape, or that nobody reads.
     pub fn open(dir: &Path, layer: usize) -> Result<Self> {
         Checkpoint::open(dir)?.layer(layer)
     }
@@ -63,6 +68,8 @@ impl HfLayer {
             max_tokens_per_rank,
             swiglu_limit: self.swiglu_limit,
             shared_experts: self.weights.shared.len(),
+            experts_format: self.weights.format(),
+            scales: self.scales,
         }
     }
 }
@@ -71,15 +78,26 @@ impl Checkpoint {
     /// Reads a folder's configuration; tensors are read with the layer.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        let config = ModelConfig::parse(&path, &read(&path)?)?;
-        Ok(Self { config, files: Files::open(dir)? })
+        let config = read(&path)?;
+        let parsed = ModelConfig::parse(&path, &config)?;
+        Self::new(&path, parsed, Files::open(dir))
     }
 
     /// A checkpoint of one file that is in memory; `name` stands for its folder in errors.
     pub(crate) fn embedded(name: &str, config: &[u8], model: Bytes) -> Result<Self> {
         let dir = Path::new(name);
-        let config = ModelConfig::parse(&dir.join(CONFIG), config)?;
-        Ok(Self { config, files: Files::Single(TensorFile::new(&dir.join(SINGLE), model)?) })
+        let path = dir.join(CONFIG);
+        Self::new(&path, ModelConfig::parse(&path, config)?, Files::embedded(dir, model))
+    }
+
+    fn new(path: &Path, parsed: Parsed, files: Result<Files>) -> Result<Self> {
+        match parsed {
+            Parsed::Known(config) => Ok(Self { config, files: files? }),
+            Parsed::Unknown { model_type } => {
+                let fits = files.map_or(Vec::new(), |files| recognise::families_that_fit(&files));
+                Err(recognise::unknown_model_type(path, &model_type, &fits))
+            }
+        }
     }
 
     /// The model family.
@@ -94,15 +112,28 @@ impl Checkpoint {
 
     /// Reads the MoE block of one layer; see [`HfLayer::open`].
     pub fn layer(&self, layer: usize) -> Result<HfLayer> {
+        let read = self.read(layer)?;
+        match read.router.shared_gate {
+            None => Ok(read),
+            Some(_) => Err(Error::Unsupported {
+                path: self.files.path().to_owned(),
+                family: read.family.name(),
+                what: format!("the shared expert's sigmoid gate (`{SHARED_GATE}`), a weight for each token,"),
+            }),
+        }
+    }
+
+    /// As [`Checkpoint::layer`], with what the kernel cannot do yet.
+    pub(crate) fn read(&self, layer: usize) -> Result<HfLayer> {
         let config = &self.config;
         let layers = config.layers.len();
         let kind = *config.layers.get(layer).ok_or(Error::NoSuchLayer { layer, layers })?;
         if kind == LayerKind::Dense {
             return Err(Error::DenseLayer { layer, first_moe: config.first_moe() });
         }
-        let prefix = format!("model.layers.{layer}.{}.", config.family.tensor_names().block);
-        let block = Block { config, tensors: self.files.of_block(&prefix)?, prefix };
-        Ok(HfLayer {
+        let (tensors, layout) = self.find_block(layer)?;
+        let block = Block { config, tensors, layout };
+        let read = HfLayer {
             family: config.family,
             layer,
             weights: ExpertWeights { experts: block.experts()?, shared: block.shared_experts()? },
@@ -110,137 +141,211 @@ impl Checkpoint {
             hidden: config.hidden,
             intermediate: config.intermediate,
             swiglu_limit: config.swiglu_limit,
-        })
-    }
-}
-
-/// Where the tensors of a checkpoint are.
-enum Files {
-    Single(TensorFile),
-    Sharded { index: PathBuf, file_of: HashMap<String, PathBuf> },
-}
-
-impl Files {
-    fn open(dir: &Path) -> Result<Self> {
-        let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
-        if single.exists() {
-            return Ok(Files::Single(TensorFile::open(&single)?));
-        }
-        if !index.exists() {
-            return Err(Error::NoModel { dir: dir.to_owned() });
-        }
-        let fields = Fields::parse(&index, &read(&index)?)?;
-        let mut file_of = HashMap::new();
-        for (tensor, file) in fields.object("weight_map")? {
-            let wrong = || fields.error("weight_map", format!("has {file} for {tensor:?}; it must be a file name"));
-            file_of.insert(tensor.clone(), dir.join(file.as_str().ok_or_else(wrong)?));
-        }
-        Ok(Files::Sharded { index, file_of })
-    }
-
-    /// The tensors whose names begin with `prefix`; of a sharded checkpoint, only their files are opened.
-    fn of_block(&self, prefix: &str) -> Result<BlockTensors<'_>> {
-        match self {
-            Files::Single(file) => Ok(BlockTensors::Single(file)),
-            Files::Sharded { index, file_of } => {
-                let mut opened = HashMap::new();
-                let within = file_of.iter().filter(|(name, _)| name.starts_with(prefix));
-                for (_, path) in within {
-                    if !opened.contains_key(path.as_path()) {
-                        opened.insert(path.as_path(), TensorFile::open(path)?);
-                    }
-                }
-                Ok(BlockTensors::Sharded { index, file_of, opened })
+            scales: config.quantisation.map_or(ScaleKind::F32, |quantisation| quantisation.scales),
+        };
+        let names = block.tensors.unread();
+        match names.is_empty() {
+            true => Ok(read),
+            false => {
+                let path = block.tensors.path().to_owned();
+                Err(Error::UnreadTensors { path, family: config.family.name(), names })
             }
         }
     }
-}
 
-enum BlockTensors<'a> {
-    Single(&'a TensorFile),
-    Sharded { index: &'a Path, file_of: &'a HashMap<String, PathBuf>, opened: HashMap<&'a Path, TensorFile> },
-}
-
-impl BlockTensors<'_> {
-    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
-        match self {
-            BlockTensors::Single(file) => file.tensor(name),
-            BlockTensors::Sharded { index, file_of, opened } => {
-                let file = file_of.get(name).and_then(|path| opened.get(path.as_path()));
-                let missing = || Error::TensorMissing { path: index.to_path_buf(), name: name.to_owned() };
-                file.ok_or_else(missing)?.tensor(name)
+    /// The tensors of a layer, under the one prefix that the checkpoint has, and how its experts are stored. Where they are not there at
+    /// all, what the family has first, for an error that names a tensor.
+    fn find_block(&self, layer: usize) -> Result<(LayerTensors<'_>, &'static Layout)> {
+        let layouts = self.config.family.spec.layouts;
+        let prefixes = LAYER_PREFIXES.map(|prefix| format!("{prefix}{layer}."));
+        let names: BTreeSet<&str> = self.files.names().collect();
+        let places = prefixes.iter().flat_map(|prefix| layouts.iter().map(move |layout| (prefix, layout)));
+        let mut found =
+            places.filter(|(prefix, layout)| names.contains(format!("{prefix}{}", layout.experts.first()).as_str()));
+        let (prefix, layout) = match (found.next(), found.next()) {
+            (Some((prefix, layout)), Some((other_prefix, other))) => {
+                return Err(Error::TwoLayouts {
+                    path: self.files.path().to_owned(),
+                    first: format!("{prefix}{}", layout.experts.first()),
+                    second: format!("{other_prefix}{}", other.experts.first()),
+                });
             }
-        }
+            (Some(place), None) => place,
+            (None, _) => {
+                let in_block = |name: &str| BLOCKS.iter().any(|block| name.starts_with(block));
+                let used = |prefix: &&String| {
+                    names.iter().any(|name| name.strip_prefix(prefix.as_str()).is_some_and(in_block))
+                };
+                (prefixes.iter().find(used).unwrap_or(&prefixes[0]), &layouts[0])
+            }
+        };
+        Ok((self.files.of_layer(prefix)?, layout))
     }
 }
 
 /// The MoE block of one layer, in its files.
 struct Block<'a> {
     config: &'a ModelConfig,
-    prefix: String,
-    tensors: BlockTensors<'a>,
+    tensors: LayerTensors<'a>,
+    layout: &'static Layout,
 }
 
 impl Block<'_> {
     fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
-        self.tensors.tensor(&format!("{}{name}", self.prefix))
+        self.tensors.tensor(name)
     }
 
-    fn expert(&self, name: &str, intermediate: usize) -> Result<Expert> {
+    /// An expert that is stored as three matrices.
+    fn expert(&self, prefix: &str, parts: &Parts, intermediate: usize) -> Result<Expert> {
         let hidden = self.config.hidden;
-        let [gate, up, down] = self.config.family.tensor_names().expert.map(|part| format!("{name}.{part}.weight"));
+        let [gate, up, down] = parts.map(|part| format!("{prefix}.{part}"));
         Ok(Expert {
-            gate: self.tensor(&gate)?.matrix(intermediate, hidden)?,
-            up: self.tensor(&up)?.matrix(intermediate, hidden)?,
-            down: self.tensor(&down)?.matrix(hidden, intermediate)?,
+            gate: self.matrix(&gate, intermediate, hidden)?,
+            up: self.matrix(&up, intermediate, hidden)?,
+            down: self.matrix(&down, hidden, intermediate)?,
         })
     }
 
+    /// A weight matrix [rows, cols]: `name.weight`, and its block scales where it is e4m3 of a quantised checkpoint.
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix> {
+        let weight = self.tensor(&format!("{name}.weight"))?;
+        match self.config.quantisation {
+            Some(quantisation) if weight.is_e4m3() => {
+                // DeepSeek-V4's own release calls them `scale`.
+                let short = format!("{name}.scale");
+                let is_short = self.tensors.has(&short);
+                let scales = self.tensor(&if is_short { short } else { format!("{name}.weight_scale_inv") })?;
+                Ok(quantisation.matrix(weight, scales, rows, cols)?.into())
+            }
+            Some(_) if !weight.is_float() => Err(weight.dtype_error("F8_E4M3, BF16, F16 or F32")),
+            None if weight.is_e4m3() => {
+                Err(weight.dtype_error("BF16, F16 or F32 where config.json has no `quantization_config`"))
+            }
+            _ => Ok(weight.matrix(rows, cols)?.into()),
+        }
+    }
+
     fn experts(&self) -> Result<Vec<Expert>> {
-        let expert = |id: usize| self.expert(&format!("experts.{id}"), self.config.intermediate);
-        (0..self.config.experts).into_par_iter().map(expert).collect()
+        let ModelConfig { hidden, intermediate, experts, .. } = *self.config;
+        match &self.layout.experts {
+            Experts::Each { prefix, parts } => {
+                let expert = |id: usize| self.expert(&format!("{prefix}.{id}"), parts, intermediate);
+                (0..experts).into_par_iter().map(expert).collect()
+            }
+            Experts::Fused { gate_up, down } => {
+                let gate_up = self.tensor(gate_up)?.stack(experts, 2 * intermediate, hidden)?;
+                let down = self.tensor(down)?.stack(experts, hidden, intermediate)?;
+                Ok(gate_up.iter().zip(down).map(|(gate_up, down)| fused(gate_up, down)).collect())
+            }
+            Experts::Transposed { gate_up, down } => {
+                let gate_up = self.tensor(gate_up)?.stack(experts, hidden, 2 * intermediate)?;
+                let down = self.tensor(down)?.stack(experts, intermediate, hidden)?;
+                let expert = |(gate_up, down)| fused(&transposed(gate_up), transposed(down));
+                Ok(gate_up.par_iter().zip(&down).map(expert).collect())
+            }
+        }
     }
 
     fn shared_experts(&self) -> Result<Vec<Expert>> {
-        let (count, intermediate) = (self.config.shared_experts, self.config.intermediate);
+        let ModelConfig { hidden, intermediate, shared_experts: count, .. } = *self.config;
         if count == 0 {
             return Ok(Vec::new());
         }
-        Ok(self.expert("shared_experts", count * intermediate)?.cut(count, intermediate))
+        let width = count * intermediate;
+        let whole = match &self.layout.shared {
+            Stored::Apart { prefix, parts } => self.expert(prefix, parts, width)?,
+            Stored::Fused { gate_up, down } => {
+                let gate_up = self.tensor(gate_up)?.matrix(2 * width, hidden)?;
+                fused(&gate_up, self.tensor(down)?.matrix(hidden, width)?)
+            }
+        };
+        whole.cut(count, intermediate).map_err(|error| match error {
+            Error::BlockCut { block, .. } => Error::SharedBlocks { count, intermediate, block },
+            other => other,
+        })
     }
 
     fn router(&self, kind: LayerKind) -> Result<Router> {
         let config = self.config;
         let by_id = kind == LayerKind::HashMoe;
-        let bias = |name: &str| self.tensor(name)?.shaped(&[config.experts])?.f32();
-        let bias_name = config.family.tensor_names().correction_bias.filter(|_| !by_id);
+        let weight = self.tensor(self.layout.router)?.shaped(&[config.experts, config.hidden])?;
+        let biased = config.family.spec.router.bias && !by_id;
         Ok(Router {
             hidden: config.hidden,
-            weight: self.tensor("gate.weight")?.shaped(&[config.experts, config.hidden])?.f32()?,
+            weight: finite(&weight)?,
             top_k: config.top_k,
             scoring: config.scoring,
-            correction_bias: bias_name.map(bias).transpose()?,
+            correction_bias: if biased { Some(self.correction_bias()?) } else { None },
             groups: config.groups,
             normalize: config.normalize,
+            least_sum: config.least_sum,
+            shared_gate: match config.family.spec.shared {
+                Shared::Gated(_) if config.shared_experts > 0 => {
+                    Some(finite(&self.tensor(SHARED_GATE)?.shaped(&[1, config.hidden])?)?)
+                }
+                _ => None,
+            },
             scaling: config.scaling,
             expert_of_id: if by_id { Some(self.expert_table()?) } else { None },
         })
     }
 
+    fn correction_bias(&self) -> Result<Vec<f32>> {
+        let tensor = self.tensor(self.layout.bias)?;
+        let experts = self.config.experts;
+        if tensor.shape() == [1, experts] { finite(&tensor) } else { finite(&tensor.shaped(&[experts])?) }
+    }
+
     /// The table [vocabulary, K] of a hash-routed layer.
     fn expert_table(&self) -> Result<Vec<i32>> {
         let config = self.config;
-        let tensor = self.tensor("gate.tid2eid")?.shaped(&[config.vocabulary, config.top_k])?;
+        let tensor = self.tensor(&table_name(self.layout))?.shaped(&[config.vocabulary, config.top_k])?;
         let id = |id: i64| match usize::try_from(id) {
             Ok(expert) if expert < config.experts => Ok(expert as i32),
             _ => Err(tensor.value_error(format!("it has expert {id}; ids must be 0 to {}", config.experts - 1))),
         };
-        tensor.i64()?.into_iter().map(id).collect()
+        tensor.integers()?.into_iter().map(id).collect()
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|source| Error::Io { action: "read", path: path.to_owned(), source })
+/// An expert whose gate and up matrices lie below each other.
+fn fused(gate_up: &Matrix, down: Matrix) -> Expert {
+    let intermediate = gate_up.rows() / 2;
+    let [gate, up] = [0..intermediate, intermediate..2 * intermediate].map(|rows| gate_up.rows_view(rows).into());
+    Expert { gate, up, down: down.into() }
+}
+
+fn transposed(matrix: &Matrix) -> Matrix {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let mut values = vec![bf16::ZERO; rows * cols];
+    for row in 0..rows {
+        for (col, &value) in matrix.row(row).iter().enumerate() {
+            values[col * rows + row] = value;
+        }
+    }
+    Matrix::from_rows(values, cols, rows)
+}
+
+/// The values of a router's tensor, all of which must be finite.
+fn finite(tensor: &Tensor) -> Result<Vec<f32>> {
+    let values = tensor.f32()?;
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(values),
+        Some(place) => {
+            let mut rest = place;
+            let mut index: Vec<usize> = Vec::new();
+            for &size in tensor.shape().iter().rev() {
+                index.insert(0, rest % size);
+                rest /= size;
+            }
+            Err(tensor.value_error(format!("it has {} at {index:?}; all values must be finite", values[place])))
+        }
+    }
+}
+
+/// The name of a hash-routed layer's table: it lies beside the router's matrix.
+fn table_name(layout: &Layout) -> String {
+    format!("{}tid2eid", layout.router.strip_suffix("weight").unwrap_or(layout.router))
 }
 
 #[cfg(test)]
@@ -254,6 +359,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::files::{INDEX, SINGLE};
     use crate::testing::{FIXTURES, fixture};
 
     /// A copy of a fixture's checkpoint, for a test to break.
@@ -323,10 +429,17 @@ mod tests {
         assert_eq!(HfLayer::open(&fixture("deepseek-v4"), 0).unwrap().router.vocabulary(), Some(256));
     }
 
+    fn in_place(matrix: &WeightMatrix) -> bool {
+        match matrix {
+            WeightMatrix::Bf16(matrix) => matrix.is_in_place(),
+            WeightMatrix::Fp8(matrix) => matrix.values().is_in_place(),
+        }
+    }
+
     #[test]
     fn bf16_weights_stay_in_the_mapped_file() {
         let open = HfLayer::open(&fixture("mixtral"), 0).unwrap();
-        assert!(open.weights.experts.iter().all(|expert| expert.gate.is_in_place() && expert.down.is_in_place()));
+        assert!(open.weights.experts.iter().all(|expert| in_place(&expert.gate) && in_place(&expert.down)));
     }
 
     #[test]
@@ -410,7 +523,20 @@ mod tests {
         assert!(message(&dir, 0).contains("config.json"));
         fs::copy(fixture("mixtral").join(CONFIG), dir.path().join(CONFIG)).unwrap();
         let error = message(&dir, 0);
-        assert!(error.contains("neither model.safetensors nor model.safetensors.index.json"), "{error}");
+        assert!(error.ends_with("neither model.safetensors nor model.safetensors.index.json"), "{error}");
+        for name in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "moe_io.safetensors"] {
+            fs::write(dir.path().join(name), b"").unwrap();
+        }
+        let error = message(&dir, 0);
+        let shards = "only model-00001-of-00002.safetensors, model-00002-of-00002.safetensors; without an index";
+        assert!(error.contains(shards), "{error}");
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+        for name in [SINGLE, INDEX] {
+            fs::write(dir.path().join(name), pointer).unwrap();
+            let error = message(&dir, 0);
+            assert!(error.contains(name) && error.contains("Git LFS pointer"), "{error}");
+            fs::remove_file(dir.path().join(name)).unwrap();
+        }
         let bytes = fs::read(fixture("mixtral").join(SINGLE)).unwrap();
         fs::write(dir.path().join(SINGLE), &bytes[..bytes.len() / 2]).unwrap();
         assert!(message(&dir, 0).contains("not a complete safetensors file"));

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use ferromoe_kernel::{layout, tile};
+use ferromoe_kernel::format::Format;
+use ferromoe_kernel::layout;
+use ferromoe_kernel::quantise::ScaleKind;
 
 use crate::error::{Error, Result};
 
@@ -14,6 +16,32 @@ pub const MAX_TOP_K: usize = layout::MAX_TOP_K as usize;
 pub const MAX_LOCAL_EXPERTS: usize = layout::MAX_LOCAL_EXPERTS as usize;
 /// Hidden and intermediate sizes are multiples of this: a tile's width in weight rows.
 pub const SIZE_STEP: usize = 64;
+
+/// The number format that experts run in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExpertFormat {
+    /// Weights, tokens and intermediate in bf16.
+    #[default]
+    Bf16,
+    /// Weights in e4m3 with a scale for each block of 128 x 128; tokens and intermediate in e4m3 with a scale for each token and 128 columns.
+    Fp8,
+}
+
+impl ExpertFormat {
+    /// What of it the kernel knows.
+    pub fn kernel(self) -> &'static Format {
+        match self {
+            Self::Bf16 => &Format::BF16,
+            Self::Fp8 => &Format::FP8,
+        }
+    }
+
+    /// "bf16" or "fp8".
+    pub fn name(self) -> &'static str {
+        self.kernel().name
+    }
+}
 
 /// The shape of one MoE layer, the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +60,10 @@ pub struct MoeConfig {
     pub swiglu_limit: Option<f32>,
     /// Experts that every token goes to with weight 1, each of width `intermediate`.
     pub shared_experts: usize,
+    /// The number format that the experts run in.
+    pub experts_format: ExpertFormat,
+    /// What a scale may be that FP8 experts quantise tokens, intermediate or bf16 weights with.
+    pub scales: ScaleKind,
 }
 
 impl MoeConfig {
@@ -67,7 +99,7 @@ impl MoeConfig {
     fn most_tokens_per_rank(&self, ranks: usize, local_experts: usize) -> usize {
         let combine_rows = layout::MAX_COMBINE_ROWS as usize / (self.top_k + self.shared_experts);
         let pool_rows_per_token = ranks * self.top_k.min(self.experts / ranks) + self.shared_experts;
-        let padding = local_experts * tile::MAX_PADDING as usize;
+        let padding = local_experts * self.experts_format.kernel().tiles.max_padding() as usize;
         combine_rows.min(layout::MAX_TOKENS as usize).min((u32::MAX as usize - padding) / pool_rows_per_token)
     }
 
@@ -119,6 +151,8 @@ mod tests {
             max_tokens_per_rank: 16,
             swiglu_limit: None,
             shared_experts: 1,
+            experts_format: ExpertFormat::Bf16,
+            scales: ScaleKind::F32,
         }
     }
 

@@ -1,5 +1,6 @@
 //! Everything that can go wrong, as one enum: what was wrong, the value, and what would be right.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -49,10 +50,60 @@ pub enum Error {
         problem: String,
     },
     /// A folder holds no checkpoint.
-    #[error("{dir} has neither model.safetensors nor model.safetensors.index.json")]
+    #[error("{dir} has neither model.safetensors nor model.safetensors.index.json{}", other_files(found))]
     NoModel {
         /// The folder.
         dir: PathBuf,
+        /// The files there that look like weights.
+        found: Vec<String>,
+    },
+    /// A file that Git LFS stands in for.
+    #[error("{path} is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The weights are quantised in a way that is not supported.
+    #[error("{path}: the checkpoint is quantised ({method}), which is not supported")]
+    Quantised {
+        /// The file that says so.
+        path: PathBuf,
+        /// The kind of quantisation.
+        method: String,
+    },
+    /// A layer that the kernel cannot run.
+    #[error("{path}: {what} is not supported yet, and a {family} layer has it")]
+    Unsupported {
+        /// The file that says so.
+        path: PathBuf,
+        /// The model family.
+        family: &'static str,
+        /// What the kernel lacks.
+        what: String,
+    },
+    /// Tensors of the layer that nobody reads.
+    #[error(
+        "{path} has `{}`{}, which a {family} layer with these settings does not have: the result would be without them",
+        first_of(names),
+        more_than(names)
+    )]
+    UnreadTensors {
+        /// The file.
+        path: PathBuf,
+        /// The model family.
+        family: &'static str,
+        /// The tensors.
+        names: Vec<String>,
+    },
+    /// A layer whose experts are there in two forms.
+    #[error("{path} has both `{first}` and `{second}`; a layer has its experts in one place")]
+    TwoLayouts {
+        /// The file.
+        path: PathBuf,
+        /// A tensor of one form.
+        first: String,
+        /// A tensor of the other.
+        second: String,
     },
     /// The checkpoint has fewer layers.
     #[error("layer {layer} does not exist: the model has layers 0 to {}", layers.saturating_sub(1))]
@@ -112,6 +163,12 @@ pub enum Error {
         /// What is wrong with it, and what would be right.
         problem: String,
     },
+    /// A kernel that no layer has asked for.
+    #[error("the kernel {entry} was not prepared before its launch")]
+    NotPrepared {
+        /// Its entry.
+        entry: &'static str,
+    },
     /// A slice or a matrix given by the caller has another size than the configuration needs.
     #[error("{what} has {found}; it must have {expected}")]
     Size {
@@ -121,6 +178,36 @@ pub enum Error {
         found: String,
         /// The size that would be right.
         expected: String,
+    },
+    /// A block scale that is no scale.
+    #[error("{problem}")]
+    BlockScale {
+        /// Which scale, its value, and what would be right.
+        problem: String,
+    },
+    /// A cut of a matrix of e4m3 numbers that would part a block.
+    #[error(
+        "a matrix with a scale for each block of {block} x {block} cannot be cut at {what} {cut}; cuts must be at multiples of {block}"
+    )]
+    BlockCut {
+        /// "row" or "column".
+        what: &'static str,
+        /// Where it was to be cut.
+        cut: usize,
+        /// Rows and columns of a block.
+        block: usize,
+    },
+    /// Shared experts that lie in one matrix whose blocks span two of them.
+    #[error(
+        "the {count} shared experts of width {intermediate} cannot be cut from their common matrices, which have a scale for each {block} rows or columns; their width must be a multiple of {block}"
+    )]
+    SharedBlocks {
+        /// Number of shared experts.
+        count: usize,
+        /// Width of one.
+        intermediate: usize,
+        /// Rows and columns of a block.
+        block: usize,
     },
     /// A trace was asked of a group whose kernel records nothing.
     #[error("the group's kernel records no trace; DeviceGroup::open_traced opens one whose kernel does")]
@@ -229,6 +316,41 @@ pub enum Error {
         /// The expert id, where it is known: not after a queued launch.
         expert: Option<i32>,
     },
+    /// A layer that is larger than what its workspace was made for.
+    #[error("the layer does not fit its workspace: it has {}", excesses.iter().map(Excess::to_string).collect::<Vec<_>>().join(", and "))]
+    NotInWorkspace {
+        /// The sizes that do not fit.
+        excesses: Vec<Excess>,
+    },
+    /// A layer in a number format that its workspace was not made for.
+    #[error("the layer's experts run in {format}, and its workspace was made for {formats}")]
+    NotThatFormat {
+        /// The layer's.
+        format: &'static str,
+        /// The workspace's.
+        formats: String,
+    },
+    /// More layers than a workspace can tell apart.
+    #[error("a workspace has at most {most} layers")]
+    TooManyLayers {
+        /// The most layers.
+        most: u32,
+    },
+    /// Two ranks have launched different layers of a workspace at the same time.
+    #[error(
+        "rank {rank} launched layer {layer} of the workspace when rank {other} launched layer {other_layer}; all ranks must launch its layers in \
+         the same order"
+    )]
+    LayerOrder {
+        /// The rank that noticed.
+        rank: usize,
+        /// The number of its layer.
+        layer: usize,
+        /// The other rank.
+        other: usize,
+        /// The number of its layer.
+        other_layer: usize,
+    },
     /// A wait of the kernel ran past its deadline.
     #[error("rank {rank} waited in vain for rank {missing}: {}; did every rank launch?", waited_for(*stage, *subject))]
     Deadline {
@@ -261,10 +383,8 @@ pub enum Error {
         /// What would be right.
         expected: String,
     },
-    /// A launch after one that ended with [`Error::Deadline`], in a group of several processes.
-    #[error(
-        "the ranks are out of step after a launch that ran past its deadline; every process must call `FusedMoe::recover` first"
-    )]
+    /// A launch after one that ended with [`Error::Deadline`] or [`Error::LayerOrder`], in a group of several processes.
+    #[error("the ranks are out of step after a launch that failed; every process must call `Workspace::recover` first")]
     NotRecovered,
     /// GPUs are missing, or the CUDA driver failed.
     #[error(transparent)]
@@ -292,9 +412,47 @@ pub enum Error {
     },
 }
 
+/// A size of a layer that its workspace has no room for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Excess {
+    /// "a hidden size of", ...
+    pub what: &'static str,
+    /// The layer's.
+    pub layer: usize,
+    /// What the workspace was made for.
+    pub workspace: usize,
+}
+
+impl fmt::Display for Excess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, layer, workspace } = self;
+        write!(f, "{what} {layer}, {} more than the {workspace} it was made for", layer.saturating_sub(*workspace))
+    }
+}
+
+fn other_files(found: &[String]) -> String {
+    match found {
+        [] => String::new(),
+        _ => format!(", only {}; without an index nobody can say which tensors are where", found.join(", ")),
+    }
+}
+
+fn first_of(names: &[String]) -> &str {
+    names.first().map_or("", String::as_str)
+}
+
+fn more_than(names: &[String]) -> String {
+    match names.len() {
+        0 | 1 => String::new(),
+        count => format!(" and {} more up to `{}`", count - 1, names[count - 1]),
+    }
+}
+
 fn waited_for(stage: ferromoe_kernel::status::Stage, subject: u32) -> String {
     use ferromoe_kernel::status::Stage;
     match stage {
+        Stage::Layer => format!("it launched layer {subject}"),
+        Stage::Records => "dispatch had not all of its quantised tokens".into(),
         Stage::Counts => format!("dispatch had no token counts for expert {subject}"),
         Stage::Rows => format!("linear 1 had not all rows of tile {subject}"),
         Stage::Columns => format!("linear 2 had not all columns of tile {subject}"),

@@ -5,15 +5,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferromoe_kernel::{shared, trace};
 use ptx_sim::{Module, RunOptions};
 
 use crate::backend::Backend;
-use crate::config::MAX_RANKS;
+use crate::config::{ExpertFormat, MAX_RANKS};
 use crate::cuda::{CudaBackend, Gpu, find_gpus, gpu_of, share_gpu};
 use crate::error::{Error, Result};
 use crate::memory::{DeviceBuffer, Stream};
-use crate::ptx::{PTX, TRACED_PTX, source_digest};
+use crate::ptx::{kernel_ptx, source_digest};
 use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
 use crate::simulated::SimBackend;
 
@@ -56,24 +55,26 @@ pub struct DeviceGroup {
     choice: String,
     simulated: bool,
     traced: bool,
+    /// Another module than [`kernel_ptx`], for tests.
+    ptx: Option<&'static str>,
 }
 
 impl DeviceGroup {
     /// Opens `ranks` ranks (1 to [`MAX_RANKS`]), all driven by this process.
     pub fn open(device: Device, ranks: usize) -> Result<Self> {
-        Self::open_with(device, ranks, PTX)
+        Self::open_with(device, ranks)
     }
 
     /// As [`Self::open`], with a kernel that records what its roles do when, and takes a little longer for it: see
     /// [`crate::FusedMoe::record_trace`].
     pub fn open_traced(device: Device, ranks: usize) -> Result<Self> {
-        Ok(Self::open_with(device, ranks, TRACED_PTX)?.traced())
+        Ok(Self::open_with(device, ranks)?.traced())
     }
 
-    fn open_with(device: Device, ranks: usize, ptx: &str) -> Result<Self> {
+    fn open_with(device: Device, ranks: usize) -> Result<Self> {
         check_ranks(ranks)?;
-        let simulated = |options, why: &str| Ok(Self::new(SimBackend::new(ranks, options, ptx)?, true, why));
-        let on_gpus = |gpus: Vec<Gpu>, why| Ok(Self::new(CudaBackend::open(gpus, ptx)?, false, why));
+        let simulated = |options, why: &str| Ok(Self::new(SimBackend::new(ranks, options)?, true, why));
+        let on_gpus = |gpus: Vec<Gpu>, why| Ok(Self::new(CudaBackend::open(gpus)?, false, why));
         match device {
             Device::Sim(options) => simulated(options, AS_ASKED),
             Device::Cuda => on_gpus(find_gpus(ranks)?, AS_ASKED),
@@ -85,19 +86,19 @@ impl DeviceGroup {
         }
     }
 
-    /// Opens `ranks` simulated ranks that run another build of the kernel than [`crate::PTX`], with launches as `run` says but for
-    /// their seed and residency: for tests of the kernel and of the simulator's checks.
+    /// Opens `ranks` simulated ranks with launches as `run` says but for their seed and residency, and, if there is one, another `module` than that of [`crate::kernel_ptx`]:
+    /// for tests of the kernel and of the simulator's checks.
     ///
     /// # Errors
     /// As [`Self::open`]; a `module` without the kernel's entry is an error of the first launch.
-    pub fn simulated(module: Arc<Module>, ranks: usize, options: SimOptions, run: RunOptions) -> Result<Self> {
+    pub fn simulated(module: Option<Arc<Module>>, ranks: usize, options: SimOptions, run: RunOptions) -> Result<Self> {
         check_ranks(ranks)?;
         Ok(Self::new(SimBackend::with_module(ranks, options, module, run)?, true, AS_ASKED))
     }
 
     /// Opens rank `rank` of `ranks`, whose other ranks are other processes. All meet at `address`: rank 0 listens there, and all
-    /// wait for each other for at most `timeout`, now and whenever they do something together: [`crate::FusedMoe::new`],
-    /// [`crate::FusedMoe::recover`], and the release of a layer. So it is longer than weights take to load, and than the deadline
+    /// wait for each other for at most `timeout`, now and whenever they do something together: [`crate::Workspace::new`],
+    /// [`crate::FusedMoe::new`], [`crate::Workspace::recover`], and the release of a workspace. So it is longer than weights take to load, and than the deadline
     /// of a launch.
     ///
     /// A rank takes the GPU of its number, or the only one that `CUDA_VISIBLE_DEVICES` leaves it; with [`Device::SharedGpu`] ranks
@@ -116,7 +117,7 @@ impl DeviceGroup {
         check_ranks(ranks)?;
         let mut others = Rendezvous::join(address, Member { rank, ranks, digest: source_digest() }, timeout)?;
         let simulated = |others, options, why: &str| Ok(Self::new(SimBackend::join(others, options)?, true, why));
-        let on_gpu = |others, gpu, why| Ok(Self::new(CudaBackend::open_process(gpu, PTX, others)?, false, why));
+        let on_gpu = |others, gpu, why| Ok(Self::new(CudaBackend::open_process(gpu, others)?, false, why));
         match device {
             Device::Sim(options) => simulated(others, options, AS_ASKED),
             Device::Cuda => on_gpu(others, gpu_of(rank, ranks, false)?, AS_ASKED),
@@ -135,22 +136,28 @@ impl DeviceGroup {
 
     pub(crate) fn new(backend: impl Backend + 'static, simulated: bool, why: &str) -> Self {
         let choice = format!("{} ({why})", backend.description());
-        Self { backend: Arc::new(backend), choice, simulated, traced: false }
+        Self { backend: Arc::new(backend), choice, simulated, traced: false, ptx: None }
     }
 
-    /// Says that the group's kernel is [`TRACED_PTX`], or another build of it that records.
+    /// Says that the group's kernels are those that record.
     pub fn traced(self) -> Self {
         Self { traced: true, ..self }
+    }
+
+    /// The PTX of a format's kernel.
+    pub(crate) fn ptx(&self, format: ExpertFormat) -> &'static str {
+        self.ptx.unwrap_or_else(|| kernel_ptx(format, self.traced))
+    }
+
+    /// As it is, with kernels from another module.
+    #[cfg(test)]
+    pub(crate) fn with_ptx(self, ptx: &'static str) -> Self {
+        Self { ptx: Some(ptx), ..self }
     }
 
     /// Whether the kernel records what its roles do.
     pub fn is_traced(&self) -> bool {
         self.traced
-    }
-
-    /// Dynamic shared memory that a CTA of the kernel needs.
-    pub(crate) fn shared_bytes(&self) -> u32 {
-        if self.traced { trace::SHARED_BYTES } else { shared::SHARED_BYTES }
     }
 
     /// Number of ranks, those of other processes included.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ferromoe_kernel::quantise::GROUP;
 use half::bf16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -10,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Bytes;
 use crate::router::Routing;
 use crate::tensors::TensorFile;
+use crate::tokens::Fp8Tokens;
 
 /// The tokens of one forward pass over all ranks, and what is known about them.
 #[derive(Clone, Debug)]
@@ -18,8 +20,10 @@ pub struct MoeInput {
     pub tokens: usize,
     /// Width of a hidden state, H.
     pub hidden: usize,
-    /// `[T, H]` what enters the layer.
+    /// `[T, H]` what enters the layer. Of FP8 tokens, what they stand for, rounded.
     pub hidden_states: Vec<bf16>,
+    /// The same as FP8 tokens, where the file has them so.
+    pub fp8: Option<Fp8Tokens>,
     /// The recorded routing. Ids are as in the file, those beyond i32 at its nearest end; the device checks them.
     pub routing: Option<Routing>,
     /// `[T]` token ids, which hash-routed layers route by.
@@ -28,11 +32,21 @@ pub struct MoeInput {
     pub output_f32: Option<Vec<f32>>,
     /// The layer the input was recorded at.
     pub layer: Option<usize>,
+    /// The tensors of the file that nobody reads.
+    pub unread: Vec<String>,
 }
 
+/// The tensors that are read.
+const READ: [&str; 6] = ["hidden_states", "hidden_scales", "topk_idx", "topk_weights", "input_ids", "output_f32"];
+
 impl MoeInput {
-    /// Reads a safetensors file with `hidden_states` BF16 `[T, H]` and, each if it is there, `topk_idx` I64 `[T, K]` with
-    /// `topk_weights` F32 `[T, K]`, `input_ids` I64 `[T]` and `output_f32` F32 `[T, H]`; its metadata may name the `layer`.
+    /// Reads a safetensors file with `hidden_states` BF16 `[T, H]`, or F8_E4M3 with `hidden_scales` F32 `[T, ceil(H / 128)]`, and, each if it
+    /// is there, `topk_idx` I64 `[T, K]` with
+    /// `topk_weights` F32 `[T, K]`, `input_ids` I64 `[T]` and `output_f32` F32 `[T, H]`; its metadata may name the `layer`. Other
+    /// tensors are left in [`MoeInput::unread`].
+    ///
+    /// # Errors
+    /// A file that cannot be read, tensors of other kinds or shapes, and tensors whose names are almost those of the ones that are read.
     pub fn open(path: &Path) -> Result<Self> {
         Self::read(&TensorFile::open(path)?)
     }
@@ -50,12 +64,24 @@ impl MoeInput {
         let input_ids = vocabulary
             .filter(|&ids| ids > 0)
             .map(|ids| (0..tokens).map(|_| random.random_range(0..ids as i64)).collect());
-        Self { tokens, hidden, hidden_states, routing: None, input_ids, output_f32: None, layer: None }
+        Self {
+            tokens,
+            hidden,
+            hidden_states,
+            fp8: None,
+            routing: None,
+            input_ids,
+            output_f32: None,
+            layer: None,
+            unread: Vec::new(),
+        }
     }
 
     fn read(file: &TensorFile) -> Result<Self> {
+        let unread = unread(file)?;
         let states = file.tensor("hidden_states")?;
         let (tokens, hidden) = states.matrix_shape()?;
+        let fp8 = read_fp8(file)?;
         let output_f32 = match file.find("output_f32") {
             Some(tensor) => Some(tensor.shaped(&[tokens, hidden])?.f32_exactly()?),
             None => None,
@@ -67,12 +93,72 @@ impl MoeInput {
         Ok(Self {
             tokens,
             hidden,
-            hidden_states: states.bf16()?,
+            hidden_states: match &fp8 {
+                Some(tokens) => tokens.to_bf16(),
+                None if states.is_float() => states.bf16()?,
+                None => return Err(states.dtype_error("BF16, or F8_E4M3 with `hidden_scales` beside it")),
+            },
+            fp8,
             routing: read_routing(file, tokens)?,
             input_ids,
             output_f32,
             layer: read_layer(file)?,
+            unread,
         })
+    }
+}
+
+/// The tensors that are not read, none of which may be one of those under another name.
+fn unread(file: &TensorFile) -> Result<Vec<String>> {
+    let unread: Vec<String> = file.names().filter(|name| !READ.contains(name)).map(str::to_owned).collect();
+    for name in &unread {
+        let meant = READ.iter().find(|read| distance(read, name) <= 2);
+        let of_routing = || if name.contains("weight") { "topk_weights" } else { "topk_idx" };
+        if let Some(meant) = meant.copied().or_else(|| name.starts_with("topk").then(of_routing)) {
+            let problem = format!("nobody reads it; what is read is called `{meant}`");
+            return Err(Error::TensorValue { path: file.path().to_owned(), name: name.clone(), problem });
+        }
+    }
+    Ok(unread)
+}
+
+/// How many letters have to be put in, left out or changed to make one name of the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let changed = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The tokens, if they are FP8.
+fn read_fp8(file: &TensorFile) -> Result<Option<Fp8Tokens>> {
+    let states = file.tensor("hidden_states")?;
+    let (tokens, hidden) = states.matrix_shape()?;
+    let shape = [tokens, hidden.div_ceil(GROUP as usize)];
+    match (states.is_e4m3(), file.find("hidden_scales")) {
+        (false, None) => Ok(None),
+        (false, Some(scales)) => {
+            Err(scales.value_error("`hidden_states` has no use for it; only F8_E4M3 ones have scales".into()))
+        }
+        (true, None) => {
+            let problem = format!("it is F8_E4M3, and there is no `hidden_scales`; it must be F32, of shape {shape:?}");
+            Err(states.value_error(problem))
+        }
+        (true, Some(scales)) => {
+            scales.is_f32()?;
+            let scales = scales.scales(shape[0], shape[1])?;
+            let scales = (0..tokens).flat_map(|token| scales.row(token)).copied().collect();
+            let values = states.e4m3(tokens, hidden)?;
+            let values = (0..tokens).flat_map(|token| values.row(token)).copied().collect();
+            Fp8Tokens::new(values, scales, hidden).map(Some)
+        }
     }
 }
 
@@ -143,6 +229,36 @@ mod tests {
     }
 
     #[test]
+    fn fp8_tokens_come_with_their_scales() {
+        let states = |dtype, bytes| ("hidden_states", dtype, &[2, 192][..], vec![0x38u8; bytes]);
+        let scales = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+        let found = |dtype, shape: &[usize], data| {
+            read(&[states(Dtype::F8_E4M3, 384), ("hidden_scales", dtype, shape, data)], None)
+        };
+        let input = found(Dtype::F32, &[2, 2], scales(&[1.0, 2.0, 3.0, 0.5])).unwrap();
+        // 0x38 is 1.
+        let values = [0, 128, 192, 383].map(|at| input.hidden_states[at].to_f32());
+        assert_eq!(values, [1.0, 2.0, 3.0, 0.5]);
+        assert_eq!(input.fp8.unwrap().scales(), [1.0, 2.0, 3.0, 0.5]);
+
+        let message = |input: Result<MoeInput>| input.unwrap_err().to_string();
+        let text = message(read(&[states(Dtype::F8_E4M3, 384)], None));
+        let expected = "it is F8_E4M3, and there is no `hidden_scales`; it must be F32, of shape [2, 2]";
+        assert!(text.contains("`hidden_states`") && text.contains(expected), "{text}");
+        let text = message(found(Dtype::F32, &[4], scales(&[1.0; 4])));
+        assert!(text.contains("`hidden_scales`") && text.contains("has shape [4]; it must be [2, 2]"), "{text}");
+        let text = message(found(Dtype::F32, &[2, 2], scales(&[1.0, 2.0, f32::NAN, 1.0])));
+        assert!(text.contains("`hidden_scales`") && text.contains("the scale [1, 0] is NaN"), "{text}");
+        let text = message(found(Dtype::BF16, &[2, 2], vec![0; 8]));
+        assert!(text.contains("`hidden_scales`") && text.contains("is BF16; it must be F32"), "{text}");
+        let text = message(read(&[states(Dtype::F8_E5M2, 384)], None));
+        assert!(text.contains("is F8_E5M2; it must be BF16, or F8_E4M3 with `hidden_scales`"), "{text}");
+        let data = scales(&[1.0; 4]);
+        let text = message(read(&[states(Dtype::BF16, 768), ("hidden_scales", Dtype::F32, &[2, 2], data)], None));
+        assert!(text.contains("`hidden_scales`") && text.contains("no use for it"), "{text}");
+    }
+
+    #[test]
     fn hidden_states_are_enough() {
         let input = read(&[states()], None).unwrap();
         assert_eq!((input.tokens, input.hidden, input.layer), (2, 3, None));
@@ -159,6 +275,27 @@ mod tests {
             None,
         );
         assert_eq!(input.unwrap().routing.unwrap().topk_idx(), [-1, 5, i32::MAX, i32::MIN]);
+    }
+
+    #[test]
+    fn what_is_not_read_is_known_and_what_is_misnamed_refused() {
+        let input = read(&[states(), ("output_bf16", Dtype::BF16, &[2, 3], vec![0; 12])], None).unwrap();
+        assert_eq!(input.unread, ["output_bf16"]);
+        for (name, meant) in [
+            ("topk_ids", "topk_idx"),
+            ("topk_indices", "topk_idx"),
+            ("topk_weights_", "topk_weights"),
+            ("topk_scores_and_weights", "topk_weights"),
+            ("hidden_state", "hidden_states"),
+            ("input_id", "input_ids"),
+            ("output_fp32", "output_f32"),
+        ] {
+            let error = read(&[states(), (name, Dtype::I64, &[1], vec![0; 8])], None).unwrap_err().to_string();
+            let expected =
+                format!("tensor `{name}` of input.safetensors: nobody reads it; what is read is called `{meant}`");
+            assert_eq!(error, expected);
+        }
+        assert_eq!([distance("", "abc"), distance("kitten", "sitting"), distance("topk", "topk")], [3, 3, 0]);
     }
 
     #[test]

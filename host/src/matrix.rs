@@ -1,9 +1,10 @@
-//! A bf16 matrix that is read by rows: owned, or still where the checkpoint file is mapped.
+//! A matrix that is read by rows: owned, or still where the checkpoint file is mapped.
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytemuck::Pod;
 use half::bf16;
 
 use crate::error::{Error, Result};
@@ -14,25 +15,25 @@ const _: () = assert!(cfg!(target_endian = "little"), "safetensors files are lit
 pub(crate) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 #[derive(Clone)]
-enum Elements {
-    Owned(Arc<[bf16]>),
-    /// The byte range starts at an address that suits bf16.
+enum Elements<T> {
+    Owned(Arc<[T]>),
+    /// The byte range starts at an address that suits the elements.
     InPlace(Bytes, Range<usize>),
 }
 
-/// A row-major bf16 matrix, or a view of some of the rows and columns of one. Cloning and cutting copy nothing.
+/// A row-major matrix, of bf16 unless said otherwise, or a view of some of the rows and columns of one. Cloning and cutting copy nothing.
 #[derive(Clone)]
-pub struct Matrix {
-    elements: Elements,
+pub struct Matrix<T = bf16> {
+    elements: Elements<T>,
     offset: usize,
     stride: usize,
     rows: usize,
     cols: usize,
 }
 
-impl Matrix {
+impl<T: Pod> Matrix<T> {
     /// A matrix [rows, cols] of row-major values.
-    pub fn new(values: Vec<bf16>, rows: usize, cols: usize) -> Result<Self> {
+    pub fn new(values: Vec<T>, rows: usize, cols: usize) -> Result<Self> {
         if rows.checked_mul(cols) != Some(values.len()) {
             return Err(Error::Size {
                 what: format!("a matrix of shape [{rows}, {cols}]"),
@@ -44,21 +45,21 @@ impl Matrix {
     }
 
     /// As `new`, for a caller that has made exactly rows x cols values.
-    pub(crate) fn from_rows(values: Vec<bf16>, rows: usize, cols: usize) -> Self {
+    pub(crate) fn from_rows(values: Vec<T>, rows: usize, cols: usize) -> Self {
         debug_assert_eq!(values.len(), rows * cols);
         Self { elements: Elements::Owned(values.into()), offset: 0, stride: cols, rows, cols }
     }
 
-    /// A matrix [rows, cols] over little-endian bf16 `range` of `bytes`, in place where it is aligned.
+    /// A matrix [rows, cols] over the little-endian elements in `range` of `bytes`, in place where they are aligned.
     ///
     /// `range` holds exactly rows x cols elements: its caller has it from a checked safetensors header.
     pub(crate) fn in_place(bytes: &Bytes, range: Range<usize>, rows: usize, cols: usize) -> Self {
         let data = &(**bytes).as_ref()[range.clone()];
-        debug_assert_eq!(data.len(), 2 * rows * cols);
-        let elements = if bytemuck::try_cast_slice::<u8, bf16>(data).is_ok() {
+        debug_assert_eq!(data.len(), size_of::<T>() * rows * cols);
+        let elements = if bytemuck::try_cast_slice::<u8, T>(data).is_ok() {
             Elements::InPlace(bytes.clone(), range)
         } else {
-            Elements::Owned(data.chunks_exact(2).map(|pair| bf16::from_le_bytes([pair[0], pair[1]])).collect())
+            Elements::Owned(bytemuck::pod_collect_to_vec(data).into())
         };
         Self { elements, offset: 0, stride: cols, rows, cols }
     }
@@ -82,7 +83,7 @@ impl Matrix {
     ///
     /// # Panics
     /// If there is no such row.
-    pub fn row(&self, row: usize) -> &[bf16] {
+    pub fn row(&self, row: usize) -> &[T] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         let elements = match &self.elements {
             Elements::Owned(values) => values,
@@ -111,7 +112,7 @@ impl Matrix {
     }
 }
 
-impl fmt::Debug for Matrix {
+impl<T> fmt::Debug for Matrix<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Matrix[{}, {}]", self.rows, self.cols)
     }

@@ -1,29 +1,12 @@
 //! `config.json` of the supported model families: sizes, router settings, and which layers have experts.
 
-use std::path::{Path, PathBuf};
-
-use serde_json::{Map, Value};
+use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::router::{ExpertGroups, Scoring};
-
-/// A model family, which decides tensor names and the router.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// `mixtral`
-    Mixtral,
-    /// `qwen3_moe`
-    Qwen3Moe,
-    /// `deepseek_v3`
-    DeepseekV3,
-    /// `deepseek_v4`
-    DeepseekV4,
-}
-
-/// Beyond any model; keeps products of sizes within a usize.
-const MAX_SIZE: usize = 1 << 24;
-
-const FAMILIES: [Family; 4] = [Family::Mixtral, Family::Qwen3Moe, Family::DeepseekV3, Family::DeepseekV4];
+use crate::family::{Family, Groups, Layers, Normalize, SETTINGS, ScoringSpec, Shared, Size};
+use crate::fields::{Fields, Plain};
+use crate::quantisation::Quantisation;
+use crate::router::{ExpertGroups, GroupScore, Scoring};
 
 /// What a layer's feed-forward block is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,81 +17,53 @@ pub(crate) enum LayerKind {
     HashMoe,
 }
 
-/// Where a family keeps the tensors of a block.
-pub(crate) struct TensorNames {
-    /// The block within `model.layers.N`.
-    pub block: &'static str,
-    /// The gate, up and down matrices of an expert.
-    pub expert: [&'static str; 3],
-    /// The router's correction bias within the block.
-    pub correction_bias: Option<&'static str>,
-}
-
 /// What `config.json` says about the MoE layers.
 #[derive(Debug)]
 pub(crate) struct ModelConfig {
     pub family: Family,
+    pub quantisation: Option<Quantisation>,
     pub layers: Vec<LayerKind>,
     pub hidden: usize,
     pub intermediate: usize,
     pub experts: usize,
     pub top_k: usize,
+    /// How many experts of the routed ones' width the shared expert is.
     pub shared_experts: usize,
     pub swiglu_limit: Option<f32>,
     pub scoring: Scoring,
     pub normalize: bool,
     pub scaling: f32,
+    pub least_sum: f32,
     pub groups: Option<ExpertGroups>,
     pub vocabulary: usize,
 }
 
-impl Family {
-    /// The family's `model_type` in `config.json`.
-    pub fn model_type(self) -> &'static str {
-        match self {
-            Family::Mixtral => "mixtral",
-            Family::Qwen3Moe => "qwen3_moe",
-            Family::DeepseekV3 => "deepseek_v3",
-            Family::DeepseekV4 => "deepseek_v4",
-        }
-    }
-
-    pub(crate) fn tensor_names(self) -> TensorNames {
-        const BY_NUMBER: [&str; 3] = ["w1", "w3", "w2"];
-        const BY_ROLE: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
-        let (block, expert, correction_bias) = match self {
-            Family::Mixtral => ("block_sparse_moe", BY_NUMBER, None),
-            Family::Qwen3Moe => ("mlp", BY_ROLE, None),
-            Family::DeepseekV3 => ("mlp", BY_ROLE, Some("gate.e_score_correction_bias")),
-            Family::DeepseekV4 => ("ffn", BY_NUMBER, Some("gate.bias")),
-        };
-        TensorNames { block, expert, correction_bias }
-    }
+/// What `config.json` says: a model that can be read, or a `model_type` that nobody knows.
+#[derive(Debug)]
+pub(crate) enum Parsed {
+    Known(ModelConfig),
+    Unknown { model_type: String },
 }
 
 impl ModelConfig {
-    /// Reads `config.json`; absent fields have the defaults of `transformers` 5.23.
-    pub fn parse(path: &Path, text: &[u8]) -> Result<Self> {
-        let fields = Fields::parse(path, text)?;
-        let model_type = fields.text("model_type")?;
-        let family = FAMILIES.into_iter().find(|family| family.model_type() == model_type).ok_or_else(|| {
-            let known = FAMILIES.map(Family::model_type).join(", ");
-            fields.error("model_type", format!("is {model_type:?}; supported are {known}"))
-        })?;
-        let activation = fields.text_or("hidden_act", "silu")?;
-        if activation != "silu" {
-            return Err(fields.error("hidden_act", format!("is {activation:?}; only \"silu\" is supported")));
-        }
-        let config = match family {
-            Family::Mixtral => Self::mixtral(&fields),
-            Family::Qwen3Moe => Self::qwen3_moe(&fields),
-            Family::DeepseekV3 => Self::deepseek_v3(&fields),
-            Family::DeepseekV4 => Self::deepseek_v4(&fields),
-        }?;
-        if !(1..=config.experts).contains(&config.top_k) {
-            return Err(Error::TopK { top_k: config.top_k, experts: config.experts });
-        }
-        Ok(config)
+    /// Reads `config.json`; absent fields have the defaults of `transformers`. A model with several parts has its language model's settings
+    /// in `text_config`.
+    pub fn parse(path: &Path, text: &[u8]) -> Result<Parsed> {
+        let whole = Fields::parse(path, text)?;
+        let nested = whole.nested("text_config")?;
+        let fields = nested.as_ref().unwrap_or(&whole);
+        let model_type = match fields.find_text("model_type")? {
+            Some(model_type) if nested.is_none() || Family::find(model_type).is_some() => model_type,
+            _ => whole.text("model_type")?,
+        };
+        let Some(family) = Family::find(model_type) else {
+            return Ok(Parsed::Unknown { model_type: model_type.to_owned() });
+        };
+        let quantisation = match (Quantisation::read(&whole)?, &nested) {
+            (None, Some(nested)) => Quantisation::read(nested)?,
+            (quantisation, _) => quantisation,
+        };
+        Self::read(fields, family, quantisation).map(Parsed::Known)
     }
 
     /// The first layer with experts.
@@ -116,109 +71,152 @@ impl ModelConfig {
         self.layers.iter().position(|&kind| kind != LayerKind::Dense)
     }
 
-    fn mixtral(fields: &Fields) -> Result<Self> {
-        Ok(Self {
-            intermediate: fields.positive("intermediate_size")?,
-            experts: fields.size_or("num_local_experts", 8)?,
-            top_k: fields.size_or("num_experts_per_tok", 2)?,
-            ..Self::softmax(fields, Family::Mixtral)?
-        })
-    }
-
-    fn qwen3_moe(fields: &Fields) -> Result<Self> {
-        let dense = fields.sizes_or_empty("mlp_only_layers")?;
-        let step = fields.size_or("decoder_sparse_step", 1)?.max(1);
-        // Saved by transformers 5 as `num_local_experts`, by earlier versions as `num_experts`.
-        let name = if fields.has("num_local_experts") { "num_local_experts" } else { "num_experts" };
-        let base = Self::softmax(fields, Family::Qwen3Moe)?;
-        let kind = |layer| match dense.contains(&layer) || (layer + 1) % step != 0 {
-            true => LayerKind::Dense,
-            false => LayerKind::Moe,
+    fn read(fields: &Fields, family: Family, quantisation: Option<Quantisation>) -> Result<Self> {
+        let spec = family.spec;
+        let unsupported = |what: &str| Error::Unsupported {
+            path: fields.path().to_owned(),
+            family: spec.name,
+            what: what.to_owned(),
         };
-        Ok(Self {
-            layers: (0..base.layers.len()).map(kind).collect(),
-            intermediate: fields.positive("moe_intermediate_size")?,
-            experts: fields.size(name)?,
-            top_k: fields.size_or("num_experts_per_tok", 8)?,
-            normalize: fields.flag_or("norm_topk_prob", false)?,
-            ..base
-        })
-    }
-
-    fn deepseek_v3(fields: &Fields) -> Result<Self> {
-        let first_moe = fields.size_or("first_k_dense_replace", 3)?;
-        let base = Self::deepseek(fields, Family::DeepseekV3)?;
-        let kind = |layer| if layer < first_moe { LayerKind::Dense } else { LayerKind::Moe };
-        let top_k = fields.size_or("num_experts_per_tok", 8)?;
-        Ok(Self {
-            layers: (0..base.layers.len()).map(kind).collect(),
-            top_k,
-            scoring: Scoring::Sigmoid,
-            normalize: fields.flag_or("norm_topk_prob", true)?,
-            scaling: fields.number_or("routed_scaling_factor", 2.5)?,
-            groups: Some(expert_groups(fields, base.experts, top_k)?),
-            ..base
-        })
-    }
-
-    fn deepseek_v4(fields: &Fields) -> Result<Self> {
-        if fields.flag_or("mlp_bias", false)? {
-            return Err(fields.error("mlp_bias", "is true; experts with a bias are not supported".into()));
+        if let Some(what) = spec.unsupported {
+            return Err(unsupported(what));
         }
-        let scoring = match fields.text_or("scoring_func", "sqrtsoftplus")? {
-            "sqrtsoftplus" => Scoring::SqrtSoftplus,
-            "sigmoid" => Scoring::Sigmoid,
-            other => {
-                return Err(fields
-                    .error("scoring_func", format!("is {other:?}; supported are \"sqrtsoftplus\" and \"sigmoid\"")));
-            }
+        for (field, allowed) in spec.only {
+            fields.is(field, allowed)?;
+        }
+        let intermediate = spec.intermediate.positive(fields)?;
+        let experts = spec.experts.read(fields)?;
+        let top_k = spec.top_k.read(fields)?;
+        if !(1..=experts).contains(&top_k) {
+            return Err(Error::TopK { top_k, experts });
+        }
+        let of_width = |field: &str, width: usize| {
+            let what = format!("a shared expert of width {width} (`{field}`) beside experts of width {intermediate}");
+            if width.is_multiple_of(intermediate) { Ok(width / intermediate) } else { Err(unsupported(&what)) }
         };
-        let base = Self::deepseek(fields, Family::DeepseekV4)?;
-        Ok(Self {
-            layers: deepseek_v4_layers(fields, base.layers.len())?,
-            top_k: fields.size_or("num_experts_per_tok", 6)?,
-            swiglu_limit: Some(fields.number_or("swiglu_limit", 10.0)?),
-            scoring,
-            scaling: fields.number_or("routed_scaling_factor", 1.5)?,
-            vocabulary: fields.size_or("vocab_size", 129280)?,
-            ..base
-        })
-    }
-
-    /// What Mixtral and Qwen3-MoE have in common; sizes of experts are left to the caller.
-    fn softmax(fields: &Fields, family: Family) -> Result<Self> {
-        Ok(Self {
+        let shared_experts = match &spec.shared {
+            Shared::None => 0,
+            Shared::Count(size) if size.fields.iter().any(|field| fields.is_null(field)) => 0,
+            Shared::Count(size) => size.read(fields)?,
+            Shared::Width(field) => of_width(field, fields.find_size(field)?.unwrap_or(0))?,
+            Shared::Gated(field) => of_width(field, fields.size(field, None)?)?,
+        };
+        let router = &spec.router;
+        let config = Self {
             family,
-            layers: vec![LayerKind::Moe; fields.positive("num_hidden_layers")?],
+            quantisation,
+            layers: layer_kinds(&spec.layers, fields)?,
             hidden: fields.positive("hidden_size")?,
-            intermediate: 0,
-            experts: 0,
-            top_k: 0,
-            shared_experts: 0,
-            swiglu_limit: None,
-            scoring: Scoring::Softmax,
-            normalize: true,
-            scaling: 1.0,
-            groups: None,
-            vocabulary: 0,
-        })
-    }
-
-    /// What the DeepSeek models have in common.
-    fn deepseek(fields: &Fields, family: Family) -> Result<Self> {
-        Ok(Self {
-            intermediate: fields.positive("moe_intermediate_size")?,
-            experts: fields.size_or("n_routed_experts", 256)?,
-            shared_experts: fields.size_or("n_shared_experts", 1)?,
-            ..Self::softmax(fields, family)?
-        })
+            intermediate,
+            experts,
+            top_k,
+            shared_experts,
+            swiglu_limit: match spec.limit {
+                Some(_) if fields.is_null("swiglu_limit") => None,
+                Some(default) => Some(fields.number("swiglu_limit", Some(default))?),
+                None => None,
+            },
+            scoring: scoring(fields, family)?,
+            normalize: match router.normalize {
+                Normalize::Field(default) => fields.flag("norm_topk_prob", default)?,
+                Normalize::Fixed(always) => {
+                    fields.is("norm_topk_prob", &[Plain::Flag(always)])?;
+                    always
+                }
+            },
+            scaling: match router.scaling {
+                Some(default) => fields.number("routed_scaling_factor", Some(default))?,
+                None => 1.0,
+            },
+            least_sum: match router.least_sum {
+                Some(field) => fields.number(field, Some(1e-12))?,
+                None => 0.0,
+            },
+            groups: expert_groups(fields, &router.groups, experts, top_k)?,
+            vocabulary: match spec.layers {
+                Layers::Hashed { .. } => fields.size("vocab_size", Some(129280))?,
+                _ => 0,
+            },
+        };
+        let settings = SETTINGS.iter().filter(|(field, _)| !spec.ignored.contains(field));
+        for (field, allowed) in settings {
+            fields.unread_is(field, allowed)?;
+        }
+        Ok(config)
     }
 }
 
-/// DeepSeek-V3's group-limited choice, checked so that every token finds its top-k.
-fn expert_groups(fields: &Fields, experts: usize, top_k: usize) -> Result<ExpertGroups> {
-    let groups = ExpertGroups { count: fields.size_or("n_group", 8)?, kept: fields.size_or("topk_group", 4)? };
-    let ExpertGroups { count, kept } = groups;
+impl Size {
+    /// The field that counts: the first that has a value, else the first that is there, else the first.
+    fn field(&self, fields: &Fields) -> &'static str {
+        let valued = self.fields.iter().find(|field| fields.has(field));
+        let there = || self.fields.iter().find(|field| fields.is_null(field));
+        valued.or_else(there).unwrap_or(&self.fields[0])
+    }
+
+    fn read(&self, fields: &Fields) -> Result<usize> {
+        let field = self.field(fields);
+        if self.of_layers { fields.size_of_layers(field, self.default) } else { fields.size(field, self.default) }
+    }
+
+    fn positive(&self, fields: &Fields) -> Result<usize> {
+        match self.read(fields)? {
+            0 => Err(fields.error(self.field(fields), "is 0; it must be at least 1".into())),
+            size => Ok(size),
+        }
+    }
+}
+
+fn scoring(fields: &Fields, family: Family) -> Result<Scoring> {
+    let router = &family.spec.router;
+    let scoring = match router.scoring {
+        ScoringSpec::Fixed(scoring) => scoring,
+        ScoringSpec::SparseMixer { jitter } => {
+            Scoring::SparseMixer { jitter: fields.number("router_jitter_noise", Some(jitter))? }
+        }
+        ScoringSpec::SqrtSoftplusOrSigmoid => match fields.find_text("scoring_func")?.unwrap_or("sqrtsoftplus") {
+            "sqrtsoftplus" => Scoring::SqrtSoftplus,
+            "sigmoid" => Scoring::Sigmoid,
+            other => {
+                let problem = format!("is {other:?}; supported are \"sqrtsoftplus\" and \"sigmoid\"");
+                return Err(fields.error("scoring_func", problem));
+            }
+        },
+    };
+    let same = Plain::Text(match scoring {
+        Scoring::Softmax => "softmax",
+        Scoring::Sigmoid => "sigmoid",
+        Scoring::SqrtSoftplus => "sqrtsoftplus",
+        Scoring::SparseMixer { .. } => "sparsemixer",
+    });
+    match router.scoring_alias {
+        Some(alias) => fields.is("scoring_func", &[same, Plain::Text(alias)])?,
+        None => fields.is("scoring_func", &[same])?,
+    }
+    Ok(scoring)
+}
+
+/// The group-limited choice, checked so that every token finds its top-k.
+fn expert_groups(fields: &Fields, groups: &Groups, experts: usize, top_k: usize) -> Result<Option<ExpertGroups>> {
+    let (score, default) = match *groups {
+        Groups::None => return Ok(None),
+        Groups::BestTwo(default) => (GroupScore::BestTwo, default),
+        Groups::ByMethod => match fields.find_text("topk_method")?.unwrap_or("greedy") {
+            "greedy" => return Ok(None),
+            "group_limited_greedy" => (GroupScore::Best, None),
+            other => {
+                let problem = format!("is {other:?}; supported are \"greedy\" and \"group_limited_greedy\"");
+                return Err(fields.error("topk_method", problem));
+            }
+        },
+    };
+    // Null is no limit, where an absent field has a default.
+    let unlimited = fields.is_null("n_group") || (default.is_none() && !fields.has("n_group"));
+    if unlimited && score == GroupScore::BestTwo {
+        return Ok(None);
+    }
+    let count = fields.size("n_group", default.map(|(count, _)| count))?;
+    let kept = fields.size("topk_group", default.map(|(_, kept)| kept))?;
     if count == 0 || !experts.is_multiple_of(count) {
         return Err(fields.error("n_group", format!("is {count}; it must divide the {experts} experts")));
     }
@@ -226,124 +224,102 @@ fn expert_groups(fields: &Fields, experts: usize, top_k: usize) -> Result<Expert
         let problem = format!("is {kept}; that many of {count} groups must exist and hold {top_k} experts or more");
         return Err(fields.error("topk_group", problem));
     }
-    Ok(groups)
+    Ok(Some(ExpertGroups { count, kept, score }))
 }
 
-/// DeepSeek-V4's layers: `mlp_layer_types`, or the number of hash-routed layers at the start.
-fn deepseek_v4_layers(fields: &Fields, layers: usize) -> Result<Vec<LayerKind>> {
-    let Some(types) = fields.texts("mlp_layer_types")? else {
-        let hashed = fields.size_or("num_hash_layers", 3)?;
-        return Ok((0..layers).map(|layer| if layer < hashed { LayerKind::HashMoe } else { LayerKind::Moe }).collect());
+fn layer_kinds(layers: &Layers, fields: &Fields) -> Result<Vec<LayerKind>> {
+    let count = fields.positive("num_hidden_layers")?;
+    let kinds = |moe: &dyn Fn(usize) -> bool| {
+        (0..count).map(|layer| if moe(layer) { LayerKind::Moe } else { LayerKind::Dense }).collect()
     };
-    if types.len() != layers {
-        let problem = format!("has {} entries; it must have one for each of the {layers} layers", types.len());
+    Ok(match *layers {
+        Layers::All => kinds(&|_| true),
+        Layers::AfterDense { default } => {
+            let said = fields.find_size("first_k_dense_replace")?;
+            match named_kinds(fields, count, &[("sparse", LayerKind::Moe), ("moe", LayerKind::Moe)])? {
+                Some(kinds) => kinds,
+                None => {
+                    let dense = fields.or_default("first_k_dense_replace", said, Some(default))?;
+                    kinds(&|layer| layer >= dense)
+                }
+            }
+        }
+        Layers::Stepped => {
+            let dense = fields.sizes("mlp_only_layers")?.unwrap_or_default();
+            let step = fields.size("decoder_sparse_step", Some(1))?.max(1);
+            kinds(&|layer| !dense.contains(&layer) && (layer + 1) % step == 0)
+        }
+        Layers::Hashed { default } => {
+            let said = fields.find_size("num_hash_layers")?;
+            match named_kinds(fields, count, &[("hash_moe", LayerKind::HashMoe), ("moe", LayerKind::Moe)])? {
+                Some(kinds) => kinds,
+                None => {
+                    let hashed = fields.or_default("num_hash_layers", said, Some(default))?;
+                    let kind = |layer| if layer < hashed { LayerKind::HashMoe } else { LayerKind::Moe };
+                    (0..count).map(kind).collect()
+                }
+            }
+        }
+        Layers::Interval => {
+            let first = fields.size("moe_layer_start_index", Some(1))?;
+            let last = match fields.integer("moe_layer_end_index", -1)? {
+                -1 => count as i64 - 1,
+                last => last,
+            };
+            let interval = fields.size("moe_layer_interval", Some(1))?.max(1);
+            kinds(&|layer| layer >= first && layer as i64 <= last && (layer + 1) % interval == 0)
+        }
+    })
+}
+
+/// `mlp_layer_types`, if it is there: `dense`, or one of these names.
+fn named_kinds(fields: &Fields, count: usize, names: &[(&str, LayerKind)]) -> Result<Option<Vec<LayerKind>>> {
+    let Some(types) = fields.texts("mlp_layer_types")? else { return Ok(None) };
+    if types.len() != count {
+        let problem = format!("has {} entries; it must have one for each of the {count} layers", types.len());
         return Err(fields.error("mlp_layer_types", problem));
     }
-    let kind =
-        |name: &&str| match *name {
-            "hash_moe" => Ok(LayerKind::HashMoe),
-            "moe" => Ok(LayerKind::Moe),
-            "dense" => Ok(LayerKind::Dense),
-            other => Err(fields
-                .error("mlp_layer_types", format!("has {other:?}; known are \"hash_moe\", \"moe\" and \"dense\""))),
-        };
-    types.iter().map(kind).collect()
-}
-
-/// The fields of a JSON object, with errors that name file and field. A field that is null counts as absent.
-pub(crate) struct Fields {
-    path: PathBuf,
-    fields: Map<String, Value>,
-}
-
-impl Fields {
-    pub fn parse(path: &Path, text: &[u8]) -> Result<Self> {
-        let fields = serde_json::from_slice(text).map_err(|source| Error::Json { path: path.to_owned(), source })?;
-        Ok(Self { path: path.to_owned(), fields })
-    }
-
-    pub fn error(&self, field: &str, problem: String) -> Error {
-        Error::Field { path: self.path.clone(), field: field.to_owned(), problem }
-    }
-
-    fn has(&self, field: &str) -> bool {
-        self.fields.get(field).is_some_and(|value| !value.is_null())
-    }
-
-    /// A field converted, or none where it is absent.
-    fn get<'a, T>(&'a self, field: &str, what: &str, convert: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>> {
-        let Some(value) = self.fields.get(field).filter(|value| !value.is_null()) else { return Ok(None) };
-        convert(value).map(Some).ok_or_else(|| self.error(field, format!("is {value}; it must be {what}")))
-    }
-
-    fn required<T>(&self, field: &str, value: Option<T>) -> Result<T> {
-        value.ok_or_else(|| self.error(field, "is missing".into()))
-    }
-
-    fn find_size(&self, field: &str) -> Result<Option<usize>> {
-        self.get(field, &format!("a whole number, at most {MAX_SIZE}"), as_size)
-    }
-
-    fn size(&self, field: &str) -> Result<usize> {
-        self.required(field, self.find_size(field)?)
-    }
-
-    /// A size that cannot be 0.
-    fn positive(&self, field: &str) -> Result<usize> {
-        match self.size(field)? {
-            0 => Err(self.error(field, "is 0; it must be at least 1".into())),
-            size => Ok(size),
+    let kind = |name: &&str| match names.iter().find(|(known, _)| known == name) {
+        Some(&(_, kind)) => Ok(kind),
+        None if *name == "dense" => Ok(LayerKind::Dense),
+        None => {
+            let known: Vec<String> = names.iter().map(|(known, _)| format!("{known:?}")).collect();
+            let problem = format!("has {name:?}; known are {} and \"dense\"", known.join(", "));
+            Err(fields.error("mlp_layer_types", problem))
         }
-    }
-
-    fn size_or(&self, field: &str, default: usize) -> Result<usize> {
-        Ok(self.find_size(field)?.unwrap_or(default))
-    }
-
-    fn sizes_or_empty(&self, field: &str) -> Result<Vec<usize>> {
-        let sizes = |value: &Value| value.as_array()?.iter().map(as_size).collect();
-        Ok(self.get(field, "a list of whole numbers", sizes)?.unwrap_or_default())
-    }
-
-    fn number_or(&self, field: &str, default: f32) -> Result<f32> {
-        Ok(self.get(field, "a number", Value::as_f64)?.map_or(default, |number| number as f32))
-    }
-
-    fn flag_or(&self, field: &str, default: bool) -> Result<bool> {
-        Ok(self.get(field, "true or false", Value::as_bool)?.unwrap_or(default))
-    }
-
-    fn text(&self, field: &str) -> Result<&str> {
-        self.required(field, self.get(field, "a string", Value::as_str)?)
-    }
-
-    fn text_or<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str> {
-        Ok(self.get(field, "a string", Value::as_str)?.unwrap_or(default))
-    }
-
-    fn texts(&self, field: &str) -> Result<Option<Vec<&str>>> {
-        self.get(field, "a list of strings", |value| value.as_array()?.iter().map(Value::as_str).collect())
-    }
-
-    /// An object field.
-    pub fn object(&self, field: &str) -> Result<&Map<String, Value>> {
-        self.required(field, self.get(field, "an object", Value::as_object)?)
-    }
-}
-
-fn as_size(value: &Value) -> Option<usize> {
-    value.as_u64().map(|size| size as usize).filter(|&size| size <= MAX_SIZE)
+    };
+    types.iter().map(kind).collect::<Result<_>>().map(Some)
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::family::FAMILIES;
+    use crate::recognise::unknown_model_type;
     use crate::testing::{FIXTURES, fixture};
 
     fn parse(value: &Value) -> Result<ModelConfig> {
-        ModelConfig::parse(Path::new("config.json"), value.to_string().as_bytes())
+        let path = Path::new("config.json");
+        match ModelConfig::parse(path, value.to_string().as_bytes())? {
+            Parsed::Known(config) => Ok(config),
+            Parsed::Unknown { model_type } => Err(unknown_model_type(path, &model_type, &[])),
+        }
+    }
+
+    /// The least that `config.json` of a family must say, and these fields.
+    fn least(model_type: &str, fields: Value) -> Result<ModelConfig> {
+        let mut config = json!({"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 4});
+        let intermediate = match Family::find(model_type) {
+            Some(family) => family.spec.intermediate.fields[0],
+            None => "intermediate_size",
+        };
+        config[intermediate] = json!(64);
+        for (field, value) in fields.as_object().unwrap() {
+            config[field] = value.clone();
+        }
+        parse(&config)
     }
 
     fn with(name: &str, changes: Value) -> Result<ModelConfig> {
@@ -364,7 +340,10 @@ mod tests {
         });
         assert_eq!(sizes, [(256, 128, 8, 2, 0), (128, 192, 16, 4, 0), (192, 64, 16, 4, 1), (256, 64, 16, 6, 1)]);
         let v3 = with("deepseek-v3", json!({})).unwrap();
-        assert_eq!((v3.groups, v3.scaling), (Some(ExpertGroups { count: 4, kept: 2 }), 2.5));
+        assert_eq!(
+            (v3.groups, v3.scaling),
+            (Some(ExpertGroups { count: 4, kept: 2, score: GroupScore::BestTwo }), 2.5)
+        );
         let v4 = with("deepseek-v4", json!({})).unwrap();
         assert_eq!(
             (v4.swiglu_limit, v4.scaling, v4.layers),
@@ -392,9 +371,135 @@ mod tests {
     }
 
     #[test]
+    fn absent_and_null_are_what_transformers_takes_them_for() {
+        let v3 = |changes| with("deepseek-v3", changes);
+        assert_eq!(v3(json!({"n_shared_experts": null})).unwrap().shared_experts, 0);
+        assert_eq!(v3(json!({"n_group": null, "topk_group": null})).unwrap().groups, None);
+        assert!(!v3(json!({"norm_topk_prob": null})).unwrap().normalize);
+        assert!(v3(json!({"routed_scaling_factor": null})).unwrap_err().to_string().contains("is null"));
+        assert_eq!(with("deepseek-v4", json!({"swiglu_limit": null})).unwrap().swiglu_limit, None);
+        // DeepSeek-V3 has 8 groups where nothing is said, Kimi-K2 and dots1 have none and one.
+        let groups = |model_type| {
+            let fields = json!({"n_routed_experts": 16, "num_experts_per_tok": 2});
+            least(model_type, fields).unwrap().groups.map(|groups| (groups.count, groups.kept))
+        };
+        assert_eq!([groups("deepseek_v3"), groups("kimi_k2"), groups("dots1")], [Some((8, 4)), None, Some((1, 1))]);
+        let v2 = |fields: Value| {
+            let mut all = json!({"num_experts_per_tok": 2});
+            all.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+            least("deepseek_v2", all)
+        };
+        assert_eq!(v2(json!({"n_group": 8, "topk_group": 3})).unwrap().groups, None);
+        let limited = json!({"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3});
+        let groups = ExpertGroups { count: 8, kept: 3, score: GroupScore::Best };
+        assert_eq!(v2(limited).unwrap().groups, Some(groups));
+        assert!(v2(json!({"norm_topk_prob": true})).unwrap_err().to_string().contains("only false is supported"));
+    }
+
+    #[test]
+    fn settings_of_the_language_model_may_be_nested() {
+        let nested = json!({"model_type": "kimi_k25", "vision_config": {"hidden_size": 9}, "text_config": {
+            "model_type": "kimi_k2", "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "hidden_act": "silu"}});
+        let config = parse(&nested).unwrap();
+        assert_eq!((config.family.name(), config.hidden, config.experts), ("Kimi-K2", 64, 8));
+        let mut without_type = nested.clone();
+        without_type["text_config"].as_object_mut().unwrap().remove("model_type");
+        assert_eq!(parse(&without_type).unwrap().family.model_type(), "kimi_k25");
+        let mut wrong = nested;
+        wrong["text_config"]["hidden_act"] = json!("gelu");
+        assert!(parse(&wrong).unwrap_err().to_string().contains("`text_config.hidden_act` is \"gelu\""));
+    }
+
+    #[test]
+    fn layers_with_experts_follow_each_family() {
+        use LayerKind::{Dense, Moe};
+        let layers = |model_type, fields| least(model_type, fields).unwrap().layers;
+        let interval = json!({"moe_layer_start_index": 1, "moe_layer_end_index": 2});
+        assert_eq!(layers("ernie4_5_moe", interval), [Dense, Moe, Moe, Dense]);
+        assert_eq!(layers("ernie4_5_moe", json!({"moe_layer_interval": 2})), [Dense, Moe, Dense, Moe]);
+        assert_eq!(layers("glm4_moe_lite", json!({})), [Dense, Moe, Moe, Moe]);
+        let named = json!({"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]});
+        assert_eq!(layers("glm_moe_dsa", named), [Dense, Moe, Dense, Moe]);
+        assert_eq!(layers("minimax_m2", json!({})), [Moe; 4]);
+    }
+
+    #[test]
+    fn what_the_kernel_cannot_do_is_refused_by_name() {
+        for (model_type, fields, expected) in [
+            ("llama4_text", json!({}), "routing weight on the expert's input"),
+            ("gpt_oss", json!({}), "an expert with biases"),
+            ("granitemoeshared", json!({"shared_intermediate_size": 96}), "a shared expert of width 96"),
+        ] {
+            let error = least(model_type, fields).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("not supported yet"), "{error:?} lacks {expected:?}");
+        }
+    }
+
+    #[test]
+    fn settings_that_would_change_the_result_are_refused() {
+        for (model_type, field, value) in [
+            ("mixtral", "scoring_func", json!("sigmoid")),
+            ("mixtral", "norm_topk_prob", json!(false)),
+            ("mixtral", "n_shared_experts", json!(1)),
+            ("mixtral", "routed_scaling_factor", json!(2.0)),
+            ("qwen3_moe", "shared_expert_intermediate_size", json!(64)),
+            ("qwen3_moe", "swiglu_limit", json!(7.0)),
+            ("deepseek_v3", "scoring_func", json!("softmax")),
+            ("deepseek_v3", "topk_method", json!("group_limited_greedy")),
+            ("deepseek_v3", "moe_layer_freq", json!(2)),
+            ("deepseek_v3", "mlp_bias", json!(true)),
+            ("deepseek_v4", "norm_topk_prob", json!(false)),
+            ("minimax_m2", "use_routing_bias", json!(false)),
+            ("minimax_m2", "shared_intermediate_size", json!(64)),
+            ("ernie4_5_moe", "use_bias", json!(true)),
+            ("ernie4_5_moe", "moe_num_experts", json!([64, 64])),
+            ("phimoe", "num_experts_per_tok", json!(1)),
+            ("granitemoe", "hidden_act", json!("gelu")),
+        ] {
+            let error = least(model_type, json!({"num_experts": 64, field: value})).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{field}` is {value}")), "{model_type}: {error}");
+        }
+        let lists = json!({"num_experts": 8, "moe_topk": [2, 3, 2, 2]});
+        assert!(least("hunyuan_v1_moe", lists).unwrap_err().to_string().contains("the same for every layer"));
+        // What published files say, though it changes nothing.
+        least("dots1", json!({"n_routed_experts": 8, "num_experts_per_tok": 2, "scoring_func": "noaux_tc"})).unwrap();
+        least(
+            "hunyuan_v1_moe",
+            json!({"num_experts": 8, "moe_topk": [2, 2], "n_group": false, "routed_scaling_factor": 1.0}),
+        )
+        .unwrap();
+    }
+
+    #[test]
+    fn quantised_checkpoints_are_called_that() {
+        let awq = json!({"quant_method": "awq", "bits": 4});
+        let error = with("deepseek-v3", json!({"quantization_config": awq.clone()})).unwrap_err().to_string();
+        assert!(error.contains("`quantization_config.quant_method` is \"awq\""), "{error}");
+        let nested =
+            json!({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2", "quantization_config": awq}});
+        let error = parse(&nested).unwrap_err().to_string();
+        assert!(error.contains("`text_config.quantization_config.quant_method` is \"awq\""), "{error}");
+        with("deepseek-v3", json!({"quantization_config": null})).unwrap();
+    }
+
+    #[test]
+    fn no_two_families_have_the_same_model_type() {
+        let mut types: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
+        let count = types.len();
+        types.sort_unstable();
+        types.dedup();
+        assert_eq!(types.len(), count);
+    }
+
+    #[test]
     fn errors_name_field_and_value() {
         for (name, changes, expected) in [
-            ("mixtral", json!({"model_type": "llama"}), "`model_type` is \"llama\"; supported are mixtral, qwen3_moe"),
+            (
+                "mixtral",
+                json!({"model_type": "llama"}),
+                "`model_type` is \"llama\"; supported are mixtral, qwen3_moe, ",
+            ),
             ("mixtral", json!({"model_type": null}), "`model_type` is missing"),
             ("mixtral", json!({"hidden_size": -1}), "`hidden_size` is -1; it must be a whole number"),
             ("mixtral", json!({"hidden_size": 0}), "`hidden_size` is 0; it must be at least 1"),

@@ -1,12 +1,18 @@
-//! The plain definition of the layer, in f64, without any intermediate rounding.
+//! What the layer's results are held against: its plain definition in f64, without any intermediate rounding, and one that quantises tokens
+//! and intermediate as the FP8 kernel does.
+
+mod a8;
 
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::{Error, Result};
 use crate::router::Routing;
+use crate::tokens::Fp8Tokens;
 use crate::weights::{Expert, ExpertWeights};
+
+pub use a8::forward_a8;
 
 /// Output [T, H] of the layer for hidden states [T, H]:
 /// the sum over a token's experts of weight x down(silu(gate x) * up x), plus the same of the shared experts with
@@ -20,32 +26,72 @@ pub fn forward(
     hidden_states: &[bf16],
     routing: &Routing,
 ) -> Result<Vec<f64>> {
+    let hidden: Vec<f64> = hidden_states.iter().map(|value| value.to_f64()).collect();
+    sum_of_experts(config, weights, &hidden, routing, |expert, tokens, output| {
+        add_expert(config, expert, &hidden, tokens, |_, weight| weight, output);
+    })
+}
+
+/// Checks that everything fits, and adds up what `add` adds to the output [T, H] for each expert and its tokens with their weights.
+fn sum_of_experts(
+    config: &MoeConfig,
+    weights: &ExpertWeights,
+    hidden: &[f64],
+    routing: &Routing,
+    add: impl Fn(&Expert, &[(usize, f64)], &mut [f64]),
+) -> Result<Vec<f64>> {
     weights.check(config)?;
     config.check_limit()?;
-    if hidden_states.len() != routing.tokens() * config.hidden {
+    if hidden.len() != routing.tokens() * config.hidden {
         return Err(Error::Size {
             what: "the batch".into(),
-            found: format!("{} hidden-state values for {} routed tokens", hidden_states.len(), routing.tokens()),
+            found: format!("{} hidden-state values for {} routed tokens", hidden.len(), routing.tokens()),
             expected: format!("{} for each token", config.hidden),
         });
     }
-    let hidden: Vec<f64> = hidden_states.iter().map(|value| value.to_f64()).collect();
     let mut output = vec![0.0; hidden.len()];
     let everyone: Vec<(usize, f64)> = (0..routing.tokens()).map(|token| (token, 1.0)).collect();
     let routed = tokens_of_experts(config, routing)?;
     for (expert, tokens) in weights.experts.iter().zip(&routed).chain(weights.shared.iter().map(|e| (e, &everyone))) {
-        add_expert(config, expert, &hidden, tokens, &mut output);
+        if !tokens.is_empty() {
+            add(expert, tokens, &mut output);
+        }
     }
     Ok(output)
+}
+
+/// What a layer is held against: [`forward`], or for experts in FP8 [`forward_a8`].
+///
+/// # Errors
+/// As [`forward`].
+pub fn of_format(
+    config: &MoeConfig,
+    weights: &ExpertWeights,
+    hidden_states: &[bf16],
+    routing: &Routing,
+) -> Result<Vec<f64>> {
+    match config.experts_format {
+        ExpertFormat::Bf16 => forward(config, weights, hidden_states, routing),
+        ExpertFormat::Fp8 => {
+            let tokens = Fp8Tokens::quantise(hidden_states, config.hidden, config.scales)?;
+            forward_a8(config, weights, &tokens, routing)
+        }
+    }
 }
 
 /// |actual - expected| / |expected| over all values, in the Euclidean norm; the plain norm of `actual` where
 /// everything expected is 0. Values that cannot be paired make it infinite.
 pub fn relative_l2(actual: &[bf16], expected: &[f64]) -> f64 {
+    let actual: Vec<f64> = actual.iter().map(|value| value.to_f64()).collect();
+    relative_l2_f64(&actual, expected)
+}
+
+/// As [`relative_l2`], of values in f64.
+pub fn relative_l2_f64(actual: &[f64], expected: &[f64]) -> f64 {
     if actual.len() != expected.len() {
         return f64::INFINITY;
     }
-    let difference: f64 = actual.iter().zip(expected).map(|(a, e)| (a.to_f64() - e).powi(2)).sum();
+    let difference: f64 = actual.iter().zip(expected).map(|(a, e)| (a - e).powi(2)).sum();
     let norm: f64 = expected.iter().map(|e| e.powi(2)).sum();
     if norm == 0.0 { difference.sqrt() } else { (difference / norm).sqrt() }
 }
@@ -64,28 +110,39 @@ fn tokens_of_experts(config: &MoeConfig, routing: &Routing) -> Result<Vec<Vec<(u
     Ok(tokens_of)
 }
 
-/// Adds one expert's part to the output. Weight rows are converted once for all tokens, and spread over threads.
-fn add_expert(config: &MoeConfig, expert: &Expert, hidden: &[f64], tokens: &[(usize, f64)], output: &mut [f64]) {
+/// Adds one expert's part to the output. Weight rows are converted once for all tokens, and spread over threads. `finish` may change a token's
+/// intermediate [I], and gives what the token's results are multiplied with; it is told the routing weight.
+fn add_expert(
+    config: &MoeConfig,
+    expert: &Expert,
+    hidden: &[f64],
+    tokens: &[(usize, f64)],
+    finish: impl Fn(&mut [f64], f64) -> f64,
+    output: &mut [f64],
+) {
     let (width, intermediate) = (config.hidden, config.intermediate);
-    let wide = |row: &[bf16]| -> Vec<f64> { row.iter().map(|value| value.to_f64()).collect() };
     let column = |i: usize| -> Vec<f64> {
-        let (gate, up) = (wide(expert.gate.row(i)), wide(expert.up.row(i)));
+        let (gate, up) = (expert.gate.row_f64(i), expert.up.row_f64(i));
         let state = |token: usize| &hidden[token * width..(token + 1) * width];
         let swiglu =
             |&(token, _): &(usize, f64)| swiglu(dot(&gate, state(token)), dot(&up, state(token)), config.swiglu_limit);
         tokens.iter().map(swiglu).collect()
     };
     let columns: Vec<Vec<f64>> = (0..intermediate).into_par_iter().map(column).collect();
-    let rows: Vec<Vec<f64>> =
-        (0..tokens.len()).map(|token| columns.iter().map(|column| column[token]).collect()).collect();
+    let finished = |(index, &(_, weight)): (usize, &(usize, f64))| {
+        let mut row: Vec<f64> = columns.iter().map(|column| column[index]).collect();
+        let factor = finish(&mut row, weight);
+        (row, factor)
+    };
+    let (rows, factors): (Vec<Vec<f64>>, Vec<f64>) = tokens.iter().enumerate().map(finished).unzip();
     let result = |h: usize| -> Vec<f64> {
-        let down = wide(expert.down.row(h));
+        let down = expert.down.row_f64(h);
         rows.iter().map(|row| dot(&down, row)).collect()
     };
     let results: Vec<Vec<f64>> = (0..width).into_par_iter().map(result).collect();
     for (h, values) in results.iter().enumerate() {
-        for (&(token, weight), value) in tokens.iter().zip(values) {
-            output[token * width + h] += weight * value;
+        for ((&(token, _), factor), value) in tokens.iter().zip(&factors).zip(values) {
+            output[token * width + h] += factor * value;
         }
     }
 }
@@ -118,6 +175,7 @@ mod tests {
     use crate::input::MoeInput;
     use crate::matrix::Matrix;
     use crate::testing::{FIXTURES, fixture, small_config};
+    use crate::weight_matrix::WeightMatrix;
 
     fn fixture_error(name: &str, limit: impl Fn(Option<f32>) -> Option<f32>) -> f64 {
         let input = MoeInput::open(&fixture(name).join("moe_io.safetensors")).unwrap();
@@ -147,7 +205,7 @@ mod tests {
 
     /// H = I = 1, padded with nothing: the numbers can be done by hand.
     fn one_by_one(gate: f32, up: f32, down: f32) -> Expert {
-        let matrix = |value| Matrix::new(vec![bf16::from_f32(value)], 1, 1).unwrap();
+        let matrix = |value| WeightMatrix::from(Matrix::new(vec![bf16::from_f32(value)], 1, 1).unwrap());
         Expert { gate: matrix(gate), up: matrix(up), down: matrix(down) }
     }
 

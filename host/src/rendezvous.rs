@@ -4,8 +4,10 @@
 //! A rank first says who it is: protocol and crate version, rank, number of ranks, and the digest of its kernel. Rank 0 answers when all have come, or says to all that came why the group cannot be.
 
 use std::fmt;
+use std::fs::{self, Metadata};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -42,6 +44,16 @@ pub enum RendezvousError {
         /// How long they were waited for.
         waited: Duration,
     },
+    /// Rank 0 was not there, and whether it will come or has been there cannot be told.
+    #[error(
+        "rank 0 was not at {address} within {waited:?}; it has not been started, or has given up waiting and is gone"
+    )]
+    Nobody {
+        /// Where it was expected.
+        address: String,
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// A rank that does not fit the others.
     #[error("rank {rank} has {what} {theirs}, rank 0 has {ours}; all ranks must have the same")]
     Mismatch {
@@ -61,10 +73,12 @@ pub enum RendezvousError {
         rank: usize,
     },
     /// A rank that cannot do its part.
-    #[error("rank {rank} could not make its part of the layer; its own error says why")]
+    #[error("rank {rank} could not make its part of the {what}; its own error says why")]
     NotReady {
         /// The rank.
         rank: usize,
+        /// What was made.
+        what: &'static str,
     },
     /// Rank 0 says that the group cannot be.
     #[error("rank 0 reports: {reason}")]
@@ -211,7 +225,13 @@ impl Rendezvous {
                 // Rank 0 may come late by one timeout, and then wait for another rank for one more.
                 let deadline = Instant::now() + 2 * self.timeout + GRACE;
                 let connection = &mut self.peers[0];
-                write_frame(connection.as_mut(), Kind::Blob, blob).map_err(|source| left(0, source))?;
+                if let Err(source) = write_frame(connection.as_mut(), Kind::Blob, blob) {
+                    // Before rank 0 left, it said why; a rank that comes late finds that still waiting for it.
+                    return Err(match self.hear(Instant::now() + GRACE) {
+                        Err(refused @ RendezvousError::Refused { .. }) => refused,
+                        _ => left(0, source),
+                    });
+                }
                 let together = self.hear(deadline)?;
                 if together.len() != blob.len() * self.member.ranks {
                     return Err(left(0, invalid("its answer has another size")));
@@ -289,8 +309,16 @@ impl Rendezvous {
             match connect(address) {
                 Ok(connection) => break connection,
                 Err(error) if !is_absence(&error) => return Err(self.io(error)),
-                Err(_) if Instant::now() >= deadline => return Err(self.missing(vec![0])),
-                Err(_) => sleep(PAUSE),
+                Err(_) => {
+                    if let RendezvousAddress::Unix(path) = address {
+                        // Rank 0 will not listen there either.
+                        refuse_other_files(path).map_err(|source| self.io(source))?;
+                    }
+                    if Instant::now() >= deadline {
+                        return Err(RendezvousError::Nobody { address: self.address.clone(), waited: self.timeout });
+                    }
+                    sleep(PAUSE);
+                }
             }
         };
         connection.write_all(&Hello::of(&self.member).bytes()).map_err(|source| left(0, source))?;
@@ -510,7 +538,7 @@ fn is_absence(error: &io::Error) -> bool {
 
 /// Where rank 0 listens, until all have come.
 enum Listener {
-    Unix(UnixListener, PathBuf),
+    Unix { listener: UnixListener, _file: SocketFile },
     Tcp(TcpListener),
 }
 
@@ -519,8 +547,9 @@ impl Listener {
         Ok(match address {
             RendezvousAddress::Unix(path) => {
                 let listener = bind_unix(path)?;
+                let file = SocketFile::of(path)?;
                 listener.set_nonblocking(true)?;
-                Self::Unix(listener, path.clone())
+                Self::Unix { listener, _file: file }
             }
             RendezvousAddress::Tcp(socket) => {
                 let listener = TcpListener::bind(socket)?;
@@ -532,7 +561,7 @@ impl Listener {
 
     fn accept(&self) -> io::Result<Option<Box<dyn Connection>>> {
         let accepted = match self {
-            Self::Unix(listener, _) => listener.accept().and_then(|(stream, _)| {
+            Self::Unix { listener, .. } => listener.accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(false)?;
                 stream.set_write_timeout(Some(HELLO_TIME))?;
                 Ok(Box::new(stream) as Box<dyn Connection>)
@@ -553,26 +582,57 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+/// The file of a bound Unix socket, removed when the group has met; what others have put in its place meanwhile stays.
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), identity: identity(&fs::symlink_metadata(path)?) })
+    }
+}
+
+impl Drop for SocketFile {
     fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
-            // It may be gone already, which is what is wanted.
-            let _ = std::fs::remove_file(path);
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| identity(&found) == self.identity) {
+            // It may be gone by now, which is what is wanted.
+            let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Binds a Unix socket; one that a dead process left behind is replaced.
+/// Device and inode: the same for one file under all its names.
+fn identity(file: &Metadata) -> (u64, u64) {
+    (file.dev(), file.ino())
+}
+
+/// Binds a Unix socket; one that a dead process left behind is replaced, and nothing else is.
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => match UnixStream::connect(path) {
-            Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path)?;
-                UnixListener::bind(path)
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            refuse_other_files(path)?;
+            match UnixStream::connect(path) {
+                Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path)?;
+                    UnixListener::bind(path)
+                }
+                _ => Err(io::Error::new(error.kind(), "a process listens there already")),
             }
-            _ => Err(error),
-        },
+        }
         other => other,
+    }
+}
+
+/// Refuses a path at which there is something other than a socket: no group can meet there, and it is not ours to remove.
+fn refuse_other_files(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "there is something that is not a socket; it must be a new path, or a socket that a group left behind",
+        )),
+        _ => Ok(()),
     }
 }
 
@@ -653,7 +713,9 @@ mod tests {
     fn without_rank_0_the_others_say_so() {
         for address in [unix().1, free_tcp()] {
             let results = meet(&address, &[member(1, 2)], SHORT);
-            assert_eq!(message(&results[0]), format!("rank 0 did not come to {address} within 300ms"));
+            let expected =
+                format!("rank 0 was not at {address} within 300ms; it has not been started, or has given up");
+            assert!(message(&results[0]).starts_with(&expected), "{results:?}");
         }
     }
 
@@ -777,6 +839,67 @@ mod tests {
         let _other = UnixListener::bind(path).unwrap();
         let error = message(&meet(&address, &[member(0, 2)], SHORT)[0]);
         assert!(error.starts_with(&format!("cannot meet at {address}: ")), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_a_socket_is_left_alone_and_named_to_every_rank() {
+        let (folder, address) = unix();
+        let RendezvousAddress::Unix(path) = &address else { unreachable!() };
+        let dead = folder.path().join("dead");
+        drop(UnixListener::bind(&dead).unwrap());
+        let make: [&dyn Fn(); 4] = [
+            &|| fs::write(path, "precious").unwrap(),
+            &|| fs::create_dir(path).unwrap(),
+            &|| std::os::unix::fs::symlink(&dead, path).unwrap(),
+            &|| std::os::unix::fs::symlink("absent", path).unwrap(),
+        ];
+        for make in make {
+            make();
+            let before = fs::symlink_metadata(path).unwrap();
+            for result in meet(&address, &[member(0, 2), member(1, 2)], LONG) {
+                let error = message(&result);
+                let expected = format!("cannot meet at {address}: there is something that is not a socket");
+                assert!(error.starts_with(&expected), "{error}");
+            }
+            let after = fs::symlink_metadata(path).unwrap();
+            assert_eq!((identity(&before), before.len()), (identity(&after), after.len()));
+            if after.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) }.unwrap();
+        }
+        assert!(dead.exists());
+    }
+
+    #[test]
+    fn what_took_the_sockets_place_stays() {
+        let (_folder, address) = unix();
+        let RendezvousAddress::Unix(path) = &address else { unreachable!() };
+        let listener = Listener::bind(&address).unwrap();
+        fs::remove_file(path).unwrap();
+        fs::write(path, "precious").unwrap();
+        drop(listener);
+        assert_eq!(fs::read(path).unwrap(), b"precious");
+    }
+
+    /// Rank 2 comes to the exchange when the others have given up, and hears that it was waited for.
+    #[test]
+    fn a_rank_that_comes_late_to_an_exchange_hears_why_the_others_are_gone() {
+        for address in [unix(), (tempfile::tempdir().unwrap(), free_tcp())] {
+            let (_folder, address) = address;
+            thread::scope(|scope| {
+                let others = [0, 1].map(|rank| {
+                    let address = &address;
+                    scope.spawn(move || {
+                        let mut group = Rendezvous::join(address, member(rank, 3), SHORT).unwrap();
+                        group.exchange(&[1]).unwrap_err().to_string()
+                    })
+                });
+                let mut late = Rendezvous::join(&address, member(2, 3), SHORT).unwrap();
+                let [rank_0, _] = others.map(|thread| thread.join().unwrap());
+                assert_eq!(rank_0, format!("rank 2 did not come to {address} within 300ms"));
+                assert_eq!(late.exchange(&[1]).unwrap_err().to_string(), format!("rank 0 reports: {rank_0}"));
+                let error = late.exchange(&[1]).unwrap_err().to_string();
+                assert!(error.starts_with("rank 0 left the group: "), "{error}");
+            });
+        }
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The routers of the supported model families, on the CPU.
 //!
-//! Written after the definitions in `transformers` 5.23 (`modeling_mixtral`, `modeling_qwen3_moe`, `modeling_deepseek_v3`,
-//! `modeling_deepseek_v4`). Logits and scores are f32 here; those models round some of them to bf16 on the way, so
+//! Written after the definitions in `transformers` 5.24. Which family has which router is in `family.rs`. Logits and scores are f32 here; those models round some of them to bf16 on the way, so
 //! a choice between two experts whose scores are closer than that may differ from theirs.
 
 use half::bf16;
@@ -10,7 +9,7 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 
 /// What a logit becomes before experts are chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scoring {
     /// Softmax over all experts (Mixtral, Qwen3-MoE).
     Softmax,
@@ -18,15 +17,32 @@ pub enum Scoring {
     Sigmoid,
     /// sqrt(softplus) (DeepSeek-V4).
     SqrtSoftplus,
+    /// The logits choose. An expert's weight is its share of a softmax over those not yet chosen, without the ones that are further below
+    /// the best of them than 2 x jitter, relative to the larger of their magnitude and the best (Phi-3.5-MoE).
+    SparseMixer {
+        /// `router_jitter_noise`.
+        jitter: f32,
+    },
 }
 
-/// Group-limited choice: only the experts of the best groups, a group's score being the sum of its best two.
+/// What a group of experts is judged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// The sum of its best two experts' scores (DeepSeek-V3).
+    BestTwo,
+    /// Its best expert's score (DeepSeek-V2).
+    Best,
+}
+
+/// Group-limited choice: only the experts of the best groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertGroups {
     /// Number of groups; consecutive experts form a group.
     pub count: usize,
     /// Number of groups kept for each token.
     pub kept: usize,
+    /// What makes a group one of the best.
+    pub score: GroupScore,
 }
 
 /// Which experts each token goes to, and with what weight.
@@ -100,8 +116,12 @@ pub struct Router {
     pub(crate) groups: Option<ExpertGroups>,
     /// Whether a token's weights are divided by their sum.
     pub(crate) normalize: bool,
+    /// What their sum is at least taken for.
+    pub(crate) least_sum: f32,
     /// What the weights are multiplied by at the end.
     pub(crate) scaling: f32,
+    /// [H] the gate of the shared expert, whose weight for a token is the sigmoid of their product.
+    pub(crate) shared_gate: Option<Vec<f32>>,
     /// [vocabulary, K] experts by token id, in place of a choice (DeepSeek-V4's hash layers).
     pub(crate) expert_of_id: Option<Vec<i32>>,
 }
@@ -133,7 +153,7 @@ impl Router {
         let targets = topk_idx.par_chunks_exact_mut(self.top_k).zip(topk_weights.par_chunks_exact_mut(self.top_k));
         targets.zip(hidden_states.par_chunks_exact(self.hidden)).enumerate().for_each(
             |(token, ((idx, weights), hidden))| {
-                let scores = self.scores(hidden);
+                let scores = self.scores(&self.logits(hidden));
                 match &fixed {
                     Some(fixed) => idx.copy_from_slice(fixed[token]),
                     None => self.choose(self.choice_scores(&scores), idx),
@@ -162,19 +182,30 @@ impl Router {
         ids.iter().enumerate().map(row).collect::<Result<_>>().map(Some)
     }
 
-    /// The scores [E] of one token.
-    fn scores(&self, hidden: &[bf16]) -> Vec<f32> {
-        // Products of two f32 that came from bf16 or f32 are summed in f64: the f32 logit that any order of sums is near.
-        let dot = |row: &[f32]| row.iter().zip(hidden).map(|(&w, h)| f64::from(w) * h.to_f64()).sum::<f64>() as f32;
-        let mut scores: Vec<f32> = self.weight.chunks_exact(self.hidden).map(dot).collect();
+    /// The weights [T] of the shared expert for hidden states [T, H], where it has a gate (Qwen).
+    #[cfg_attr(not(test), expect(dead_code, reason = "the kernel has no such weights yet"))]
+    pub(crate) fn shared_weights(&self, hidden_states: &[bf16]) -> Option<Vec<f32>> {
+        let gate = self.shared_gate.as_ref()?;
+        Some(hidden_states.chunks_exact(self.hidden).map(|hidden| sigmoid(dot(gate, hidden))).collect())
+    }
+
+    /// The logits [E] of one token.
+    pub(crate) fn logits(&self, hidden: &[bf16]) -> Vec<f32> {
+        self.weight.chunks_exact(self.hidden).map(|row| dot(row, hidden)).collect()
+    }
+
+    /// The scores [E] of one token's logits.
+    pub(crate) fn scores(&self, logits: &[f32]) -> Vec<f32> {
+        let mut scores = logits.to_vec();
         match self.scoring {
+            Scoring::SparseMixer { .. } => {}
             Scoring::Softmax => {
                 let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 scores.iter_mut().for_each(|score| *score = (*score - max).exp());
                 let sum: f32 = scores.iter().sum();
                 scores.iter_mut().for_each(|score| *score /= sum);
             }
-            Scoring::Sigmoid => scores.iter_mut().for_each(|score| *score = 1.0 / (1.0 + (-*score).exp())),
+            Scoring::Sigmoid => scores.iter_mut().for_each(|score| *score = sigmoid(*score)),
             // Beyond 20 softplus(x) is x in f32, and exp would overflow further up.
             Scoring::SqrtSoftplus => scores
                 .iter_mut()
@@ -184,18 +215,22 @@ impl Router {
     }
 
     /// What the top-k is taken of: scores with the correction bias, without the experts of groups not kept.
-    fn choice_scores(&self, scores: &[f32]) -> Vec<f32> {
+    pub(crate) fn choice_scores(&self, scores: &[f32]) -> Vec<f32> {
+        let mut scores = self.biased(scores);
+        if let Some(groups) = self.groups {
+            let size = scores.len() / groups.count;
+            for group in best(&groups.scores(&scores)).skip(groups.kept) {
+                scores[group * size..(group + 1) * size].fill(f32::NEG_INFINITY);
+            }
+        }
+        scores
+    }
+
+    /// Scores with the correction bias.
+    pub(crate) fn biased(&self, scores: &[f32]) -> Vec<f32> {
         let mut scores = scores.to_vec();
         if let Some(bias) = &self.correction_bias {
             scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
-        }
-        if let Some(groups) = self.groups {
-            let size = scores.len() / groups.count;
-            let group_scores: Vec<f32> =
-                scores.chunks_exact(size).map(|group| best(group).take(2).map(|expert| group[expert]).sum()).collect();
-            for group in best(&group_scores).skip(groups.kept) {
-                scores[group * size..(group + 1) * size].fill(f32::NEG_INFINITY);
-            }
         }
         scores
     }
@@ -209,25 +244,57 @@ impl Router {
 
     /// The weights of the experts chosen.
     fn weigh(&self, scores: &[f32], idx: &[i32], weights: &mut [f32]) {
-        for (weight, &expert) in weights.iter_mut().zip(idx) {
-            *weight = scores[expert as usize];
+        for (k, (weight, &expert)) in weights.iter_mut().zip(idx).enumerate() {
+            *weight = match self.scoring {
+                Scoring::SparseMixer { jitter } => sparse_mixer(scores, &idx[..k], jitter),
+                _ => scores[expert as usize],
+            };
         }
         let sum: f32 = weights.iter().sum();
         // The families add 1e-20 against a sum of zero, or can have none.
-        let factor = if self.normalize { self.scaling / (sum + 1e-20) } else { self.scaling };
+        let factor = if self.normalize { self.scaling / (sum + 1e-20).max(self.least_sum) } else { self.scaling };
         weights.iter_mut().for_each(|weight| *weight *= factor);
     }
 }
 
+impl ExpertGroups {
+    /// The score of each group.
+    pub(crate) fn scores(&self, scores: &[f32]) -> Vec<f32> {
+        let of_best = match self.score {
+            GroupScore::BestTwo => 2,
+            GroupScore::Best => 1,
+        };
+        let score = |group: &[f32]| best(group).take(of_best).map(|expert| group[expert]).sum();
+        scores.chunks_exact(scores.len() / self.count).map(score).collect()
+    }
+}
+
+/// The weight of the best expert that is not yet chosen: its share among those of the others that are not too far below it.
+fn sparse_mixer(logits: &[f32], chosen: &[i32], jitter: f32) -> f32 {
+    let left = || logits.iter().enumerate().filter(|(expert, _)| !chosen.contains(&(*expert as i32))).map(|(_, &l)| l);
+    let max = left().fold(f32::NEG_INFINITY, f32::max);
+    let near = |logit: &f32| (max - logit) / logit.abs().max(max) <= 2.0 * jitter || *logit == max;
+    1.0 / left().filter(near).map(|logit| (logit - max).exp()).sum::<f32>()
+}
+
+/// Products of two f32 that came from bf16 or f32 are summed in f64: the f32 logit that any order of sums is near.
+fn dot(row: &[f32], hidden: &[bf16]) -> f32 {
+    row.iter().zip(hidden).map(|(&w, h)| f64::from(w) * h.to_f64()).sum::<f64>() as f32
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
 /// Indices by falling score; the lower index first among equals.
-fn best(scores: &[f32]) -> impl Iterator<Item = usize> {
+pub(crate) fn best(scores: &[f32]) -> impl Iterator<Item = usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
     order.into_iter()
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use approx::assert_relative_eq;
 
     use super::*;
@@ -236,7 +303,7 @@ mod tests {
     use crate::testing::{FIXTURES, fixture};
 
     /// A router over two-dimensional hidden states; expert e's logit is `weight[e]` . (x, y).
-    fn router(weight: &[[f32; 2]], scoring: Scoring, top_k: usize) -> Router {
+    pub(crate) fn router(weight: &[[f32; 2]], scoring: Scoring, top_k: usize) -> Router {
         Router {
             hidden: 2,
             weight: weight.concat(),
@@ -245,7 +312,9 @@ mod tests {
             correction_bias: None,
             groups: None,
             normalize: true,
+            least_sum: 0.0,
             scaling: 1.0,
+            shared_gate: None,
             expert_of_id: None,
         }
     }
@@ -274,7 +343,7 @@ mod tests {
             for token in 0..input.tokens {
                 let row = token * router.top_k..(token + 1) * router.top_k;
                 let hidden = &input.hidden_states[token * router.hidden..(token + 1) * router.hidden];
-                let scores = router.choice_scores(&router.scores(hidden));
+                let scores = router.choice_scores(&router.scores(&router.logits(hidden)));
                 let (ours_idx, ours_weights) = (&ours.topk_idx[row.clone()], &ours.topk_weights[row.clone()]);
                 let lowest = ours_idx.iter().map(|&expert| scores[expert as usize]).fold(f32::INFINITY, f32::min);
                 for (expert, &weight) in theirs.topk_idx[row.clone()].iter().zip(&theirs.topk_weights[row]) {
@@ -319,7 +388,7 @@ mod tests {
         let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
         // Groups {0, 1}, {2, 3}: the best single expert is 0, but group 1 has the better two.
         let router = Router {
-            groups: Some(ExpertGroups { count: 2, kept: 1 }),
+            groups: Some(ExpertGroups { count: 2, kept: 1, score: GroupScore::BestTwo }),
             correction_bias: Some(vec![0.0, 0.0, 0.0, 0.5]),
             scaling: 2.5,
             ..router(&[[3.0, 0.0], [-9.0, 0.0], [1.0, 0.0], [0.0, 0.0]], Scoring::Sigmoid, 2)

@@ -13,7 +13,6 @@ use ptx_sim::{Arg, Cost, Launch, Machine, Module, RunOptions, SimError, TensorMa
 use crate::backend::{Backend, RankLaunch, RankReport};
 use crate::error::{Error, Result};
 use crate::group::SimOptions;
-use crate::ptx::PTX;
 use crate::rendezvous::{Rendezvous, RendezvousError};
 
 /// Ranks of a node of simulated GPUs.
@@ -31,7 +30,10 @@ struct Node {
     options: SimOptions,
     /// How every launch runs, but for its seed and residency.
     run: RunOptions,
-    module: Arc<Module>,
+    /// The module that all entries are of, if it was given.
+    given: Option<Arc<Module>>,
+    /// The modules of the entries that were prepared.
+    modules: Mutex<BTreeMap<&'static str, Arc<Module>>>,
     state: Mutex<State>,
     /// Told after every run.
     ran: Condvar,
@@ -46,9 +48,35 @@ struct State {
     /// Names launches.
     last_ticket: u64,
     /// What became of the launches that are waited for.
-    reports: BTreeMap<u64, std::result::Result<Cost, SimError>>,
+    reports: BTreeMap<u64, std::result::Result<Cost, Failure>>,
     /// What other launches of a rank ran into, until somebody asks.
-    failures: Vec<Option<SimError>>,
+    failures: Vec<Option<Failure>>,
+    /// The rank of each buffer that other ranks know of.
+    shared: BTreeMap<u64, usize>,
+    /// Ranks that have freed such a buffer: launches that run without them may find it gone.
+    released: Vec<bool>,
+}
+
+/// Why a launch has no result.
+#[derive(Clone)]
+enum Failure {
+    Simulator(SimError),
+    /// It ran without this rank, which had released what the launch needs of it.
+    Without(usize),
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Simulator(error) => error.into(),
+            Failure::Without(rank) => {
+                let source = std::io::Error::other(
+                    "it has released its memory and takes part in no launch any more; all ranks must launch within their deadline",
+                );
+                RendezvousError::Left { rank, source }.into()
+            }
+        }
+    }
 }
 
 struct Queued {
@@ -56,6 +84,7 @@ struct Queued {
     /// Whether a thread takes the report.
     reported: bool,
     entry: &'static str,
+    module: Arc<Module>,
     grid: [u32; 3],
     cluster: u32,
     block: [u32; 3],
@@ -74,13 +103,19 @@ fn unchecked() -> RunOptions {
 }
 
 impl SimBackend {
-    /// Opens all ranks of a node, with the kernel of `ptx`.
-    pub(crate) fn new(ranks: usize, options: SimOptions, ptx: &str) -> Result<Self> {
-        Self::with_module(ranks, options, Arc::new(Module::parse(ptx)?), unchecked())
+    /// Opens all ranks of a node.
+    pub(crate) fn new(ranks: usize, options: SimOptions) -> Result<Self> {
+        let node = Arc::new(Node::new(ranks, options, None, unchecked())?);
+        Ok(Self { node, local: 0..ranks, others: None, patience: Duration::ZERO })
     }
 
-    /// As [`Self::new`], with a kernel that was parsed before, and whose launches run as `run` says.
-    pub(crate) fn with_module(ranks: usize, options: SimOptions, module: Arc<Module>, run: RunOptions) -> Result<Self> {
+    /// As [`Self::new`], with launches as `run` says, and kernels that were parsed before.
+    pub(crate) fn with_module(
+        ranks: usize,
+        options: SimOptions,
+        module: Option<Arc<Module>>,
+        run: RunOptions,
+    ) -> Result<Self> {
         let node = Arc::new(Node::new(ranks, options, module, run)?);
         Ok(Self { node, local: 0..ranks, others: None, patience: Duration::ZERO })
     }
@@ -89,10 +124,7 @@ impl SimBackend {
     pub(crate) fn join(mut others: Rendezvous, options: SimOptions) -> Result<Self> {
         let member = others.member();
         let opened = match member.rank {
-            0 => {
-                let module = Arc::new(Module::parse(PTX)?);
-                Some(Arc::new(Node::new(member.ranks, options, module, unchecked())?))
-            }
+            0 => Some(Arc::new(Node::new(member.ranks, options, None, unchecked())?)),
             _ => None,
         };
         let number = NEXT_NODE.fetch_add(1, Ordering::Relaxed);
@@ -146,7 +178,7 @@ fn find_node(others: &mut Rendezvous, number: u64) -> Result<Arc<Node>> {
 }
 
 impl Node {
-    fn new(ranks: usize, options: SimOptions, module: Arc<Module>, run: RunOptions) -> Result<Self> {
+    fn new(ranks: usize, options: SimOptions, given: Option<Arc<Module>>, run: RunOptions) -> Result<Self> {
         for (what, value) in [("SM count", Some(options.sms)), ("residency", options.residency)] {
             if value == Some(0) {
                 return Err(Error::Size {
@@ -163,17 +195,25 @@ impl Node {
             last_ticket: 0,
             reports: BTreeMap::new(),
             failures: vec![None; ranks],
+            shared: BTreeMap::new(),
+            released: vec![false; ranks],
         };
-        Ok(Self { options, run, module, state: Mutex::new(state), ran: Condvar::new() })
+        Ok(Self { options, run, given, modules: Mutex::default(), state: Mutex::new(state), ran: Condvar::new() })
     }
 
     /// Queues a launch and returns its ticket. Launches run while every rank has one.
-    fn queue(&self, state: &mut State, launch: &RankLaunch<'_>, reported: bool) -> u64 {
+    ///
+    /// # Errors
+    /// An entry that was not prepared.
+    fn queue(&self, state: &mut State, launch: &RankLaunch<'_>, reported: bool) -> Result<u64> {
+        let module =
+            lock(&self.modules).get(launch.entry).cloned().ok_or(Error::NotPrepared { entry: launch.entry })?;
         state.last_ticket += 1;
         state.queues[launch.rank].push_back(Queued {
             ticket: state.last_ticket,
             reported,
             entry: launch.entry,
+            module,
             grid: launch.grid,
             cluster: launch.cluster,
             block: launch.block,
@@ -188,7 +228,7 @@ impl Node {
         while state.queues.iter().all(|queue| !queue.is_empty()) {
             self.run_first_of_each(state);
         }
-        ticket
+        Ok(ticket)
     }
 
     /// Runs the first launch of every rank that has one, together.
@@ -205,7 +245,7 @@ impl Node {
             .iter()
             .map(|(rank, queued)| Launch {
                 device: *rank,
-                module: &self.module,
+                module: &queued.module,
                 entry: queued.entry,
                 grid: queued.grid,
                 cluster: [queued.cluster, 1, 1],
@@ -214,7 +254,12 @@ impl Node {
                 args: queued.args.clone(),
             })
             .collect();
-        let result = state.machine.run(&launches, &options);
+        let gone =
+            (0..state.released.len()).find(|rank| state.released[*rank] && first.iter().all(|(at, _)| at != rank));
+        let result = state.machine.run(&launches, &options).map_err(|error| match gone {
+            Some(rank) => Failure::Without(rank),
+            None => Failure::Simulator(error),
+        });
         for (at, (rank, queued)) in first.iter().enumerate() {
             let outcome = result.as_ref().map(|costs| costs[at]).map_err(Clone::clone);
             if queued.reported {
@@ -265,10 +310,11 @@ impl Backend for SimBackend {
     }
 
     fn share(&self, addresses: &[u64], _name: &'static str) -> Result<Vec<u64>> {
-        match &self.others {
-            Some(_) => Ok(self.exchange(bytemuck::cast_slice(addresses))?.concat().chunks_exact(8).map(word).collect()),
-            None => Ok(addresses.to_vec()),
+        if self.others.is_none() {
+            return Ok(addresses.to_vec());
         }
+        self.state().shared.extend(addresses.iter().map(|&address| (address, self.local.start)));
+        Ok(self.exchange(bytemuck::cast_slice(addresses))?.concat().chunks_exact(8).map(word).collect())
     }
 
     fn sms(&self, _rank: usize) -> u32 {
@@ -285,7 +331,11 @@ impl Backend for SimBackend {
     }
 
     fn free(&self, _rank: usize, address: u64) -> Result<()> {
-        Ok(self.state().machine.free(address)?)
+        let mut state = self.state();
+        if let Some(rank) = state.shared.remove(&address) {
+            state.released[rank] = true;
+        }
+        Ok(state.machine.free(address)?)
     }
 
     fn write(&self, _rank: usize, address: u64, bytes: &[u8]) -> Result<()> {
@@ -304,14 +354,22 @@ impl Backend for SimBackend {
         Ok(TensorMap::encode(spec)?)
     }
 
-    fn prepare(&self, _entry: &'static str, _shared_bytes: u32) -> Result<()> {
+    fn prepare(&self, entry: &'static str, ptx: &str, _shared_bytes: u32) -> Result<()> {
+        let mut modules = lock(&self.node.modules);
+        if !modules.contains_key(entry) {
+            let module = match &self.node.given {
+                Some(module) => module.clone(),
+                None => Arc::new(Module::parse(ptx)?),
+            };
+            modules.insert(entry, module);
+        }
         Ok(())
     }
 
     fn launch(&self, launches: &[RankLaunch<'_>]) -> Result<Vec<RankReport>> {
         let tickets: Vec<u64> = {
             let mut state = self.state();
-            launches.iter().map(|launch| self.node.queue(&mut state, launch, true)).collect()
+            launches.iter().map(|launch| self.node.queue(&mut state, launch, true)).collect::<Result<_>>()?
         };
         let mut state = self.wait_until(|state| tickets.iter().all(|ticket| state.reports.contains_key(ticket)));
         let outcomes: Vec<_> = tickets.iter().filter_map(|ticket| state.reports.remove(ticket)).collect();
@@ -325,7 +383,7 @@ impl Backend for SimBackend {
 
     unsafe fn enqueue(&self, launch: &RankLaunch<'_>, _stream: *mut c_void) -> Result<()> {
         let mut state = self.state();
-        self.node.queue(&mut state, launch, false);
+        self.node.queue(&mut state, launch, false)?;
         state.failures[launch.rank].take().map_or(Ok(()), |error| Err(error.into()))
     }
 
@@ -345,4 +403,44 @@ impl Backend for SimBackend {
 
 fn word(bytes: &[u8]) -> u64 {
     bytemuck::pod_read_unaligned(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::group::{Device, DeviceGroup};
+    use crate::rendezvous::RendezvousAddress;
+    use crate::testing::{Tokens, small_config};
+    use crate::weights::ExpertWeights;
+
+    /// Rank 0 launches, waits in vain, and goes; then rank 1 launches.
+    #[test]
+    fn a_rank_that_launches_late_is_told_that_its_peer_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = RendezvousAddress::Unix(folder.path().join("group"));
+        let config = small_config();
+        let weights = ExpertWeights::random(&config, 5);
+        let tokens = Tokens::random(&config, 4, 1);
+        let layer = |rank| {
+            let group =
+                DeviceGroup::join(Device::Sim(SimOptions::default()), rank, 2, &address, Duration::from_secs(3))?;
+            let mut moe = crate::testing::layer(&group, &config, &weights)?;
+            moe.set_deadline(Duration::from_millis(1));
+            Ok::<_, Error>(moe)
+        };
+        let (gone, wait) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let error = layer(0).unwrap().forward(&[tokens.batch()]).unwrap_err();
+                assert!(matches!(error, Error::Deadline { rank: 0, missing: 1, .. }), "{error}");
+                gone.send(()).unwrap();
+            });
+            let mut late = layer(1).unwrap();
+            wait.recv().unwrap();
+            let error = late.forward(&[tokens.batch()]).unwrap_err().to_string();
+            assert!(error.starts_with("rank 0 left the group: it has released its memory"), "{error}");
+        });
+    }
 }

@@ -2,18 +2,21 @@
 
 use std::path::PathBuf;
 
+use ferromoe_kernel::quantise::ScaleKind;
 use half::bf16;
 use rand::rngs::StdRng;
 use rand::seq::index;
 use rand::{Rng, SeedableRng};
 
-use crate::config::MoeConfig;
-use crate::fused::{RankBatch, RankInputs};
+use crate::config::{ExpertFormat, MoeConfig};
+use crate::error::Result;
+use crate::fused::{FusedMoe, RankBatch, RankInputs};
 use crate::group::DeviceGroup;
 use crate::memory::{DeviceBuffer, Stream};
 use crate::reference;
 use crate::router::Routing;
 use crate::weights::ExpertWeights;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// The four recorded checkpoints.
 pub const FIXTURES: [&str; 4] = ["mixtral", "qwen3-moe", "deepseek-v3", "deepseek-v4"];
@@ -33,7 +36,14 @@ pub fn small_config() -> MoeConfig {
         max_tokens_per_rank: 16,
         swiglu_limit: None,
         shared_experts: 1,
+        experts_format: ExpertFormat::Bf16,
+        scales: ScaleKind::F32,
     }
+}
+
+/// A layer with a workspace of its own.
+pub fn layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<FusedMoe> {
+    FusedMoe::new(&Workspace::new(group, &WorkspaceSizes::of([config]))?, config, weights)
 }
 
 /// Random tokens of one rank.
@@ -65,7 +75,7 @@ impl Tokens {
 
     /// Holds an output against the reference; bf16 operands, intermediate and combine rows allow an error of 6e-3.
     pub fn check(&self, config: &MoeConfig, weights: &ExpertWeights, output: &[bf16], what: &str) {
-        let expected = reference::forward(config, weights, &self.hidden_states, &self.routing).unwrap();
+        let expected = reference::of_format(config, weights, &self.hidden_states, &self.routing).unwrap();
         let error = reference::relative_l2(output, &expected);
         assert!(error <= 6e-3, "{what}: a relative L2 error of {error:.2e}");
     }
@@ -101,6 +111,7 @@ impl EngineRank {
     pub fn inputs(&self) -> RankInputs {
         RankInputs {
             hidden_states: self.hidden_states.address(),
+            hidden_scales: 0,
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),

@@ -1,13 +1,18 @@
 //! The experts' weights, and how they are laid out for one rank's kernel.
 
+mod fp8;
+
 use half::bf16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rayon::prelude::*;
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
+use crate::weight_matrix::WeightMatrix;
+
+pub use fp8::Fp8RankWeights;
 
 /// Gate rows, then up rows, that alternate in the linear-1 matrix, so that one thread of a warpgroup holds a gate value
 /// and its up value: rows r and r + 8 of wgmma's D belong to the same thread (PTX ISA 8.6, wgmma.mma_async).
@@ -17,11 +22,11 @@ const GROUP: usize = ferromoe_kernel::tile::GATE_UP_GROUP as usize;
 #[derive(Clone, Debug)]
 pub struct Expert {
     /// [I, H]
-    pub gate: Matrix,
+    pub gate: WeightMatrix,
     /// [I, H]
-    pub up: Matrix,
+    pub up: WeightMatrix,
     /// [H, I]
-    pub down: Matrix,
+    pub down: WeightMatrix,
 }
 
 /// The weights of all experts of one layer.
@@ -33,7 +38,7 @@ pub struct ExpertWeights {
     pub shared: Vec<Expert>,
 }
 
-/// The weights of one rank, as the kernel reads them: the shared experts, then its own in order.
+/// The weights of one rank in bf16, as the kernel reads them: the shared experts, then its own in order.
 #[derive(Debug, PartialEq)]
 pub struct RankWeights {
     /// [shared + own, 2I, H]: rows 16j to 16j+8 are gate rows 8j to 8j+8, rows 16j+8 to 16j+16 the same up rows.
@@ -42,19 +47,56 @@ pub struct RankWeights {
     pub linear2: Vec<bf16>,
 }
 
+/// The weights of one rank in the format that a layer runs in.
+pub(crate) enum LaidOutWeights {
+    Bf16(RankWeights),
+    Fp8(Fp8RankWeights),
+}
+
+impl LaidOutWeights {
+    pub(crate) fn new(weights: &ExpertWeights, config: &MoeConfig, rank: usize, ranks: usize) -> Result<Self> {
+        Ok(match config.experts_format {
+            ExpertFormat::Bf16 => Self::Bf16(weights.prepare(config, rank, ranks)?),
+            ExpertFormat::Fp8 => Self::Fp8(weights.prepare_fp8(config, rank, ranks)?),
+        })
+    }
+
+    /// The matrices of linear 1 and of linear 2.
+    pub(crate) fn matrices(&self) -> [&[u8]; 2] {
+        match self {
+            Self::Bf16(weights) => [&weights.linear1, &weights.linear2].map(|matrix| bytemuck::cast_slice(matrix)),
+            Self::Fp8(weights) => [&weights.linear1, &weights.linear2],
+        }
+    }
+
+    /// Their scales.
+    pub(crate) fn scales(&self) -> Option<[&[f32]; 2]> {
+        match self {
+            Self::Bf16(_) => None,
+            Self::Fp8(weights) => Some([&weights.linear1_scales, &weights.linear2_scales]),
+        }
+    }
+}
+
 impl Expert {
     /// Cuts an expert of intermediate size `parts * intermediate` into experts whose outputs add up to its output.
-    pub(crate) fn cut(&self, parts: usize, intermediate: usize) -> Vec<Expert> {
-        (0..parts)
-            .map(|part| {
-                let range = part * intermediate..(part + 1) * intermediate;
-                Expert {
-                    gate: self.gate.rows_view(range.clone()),
-                    up: self.up.rows_view(range.clone()),
-                    down: self.down.cols_view(range),
-                }
+    ///
+    /// # Errors
+    /// A cut within a block that shares a scale.
+    pub(crate) fn cut(&self, parts: usize, intermediate: usize) -> Result<Vec<Expert>> {
+        let part = |part: usize| {
+            let range = part * intermediate..(part + 1) * intermediate;
+            Ok(Expert {
+                gate: self.gate.rows_view(range.clone())?,
+                up: self.up.rows_view(range.clone())?,
+                down: self.down.cols_view(range)?,
             })
-            .collect()
+        };
+        (0..parts).map(part).collect()
+    }
+
+    fn matrices(&self) -> [&WeightMatrix; 3] {
+        [&self.gate, &self.up, &self.down]
     }
 
     fn check(&self, name: &str, hidden: usize, intermediate: usize) -> Result<()> {
@@ -80,18 +122,24 @@ impl Expert {
     fn write_linear1(&self, target: &mut [bf16]) {
         let rows = target.chunks_exact_mut(self.gate.cols());
         for (row, target) in rows.enumerate() {
-            let (group, within) = (row / (2 * GROUP), row % (2 * GROUP));
-            let source = if within < GROUP { &self.gate } else { &self.up };
-            target.copy_from_slice(source.row(group * GROUP + within % GROUP));
+            let (is_gate, source) = source_row(row);
+            let matrix = if is_gate { &self.gate } else { &self.up };
+            target.copy_from_slice(&matrix.row(source));
         }
     }
 
     /// Writes the linear-2 matrix [H, I].
     fn write_linear2(&self, target: &mut [bf16]) {
         for (row, target) in target.chunks_exact_mut(self.down.cols()).enumerate() {
-            target.copy_from_slice(self.down.row(row));
+            target.copy_from_slice(&self.down.row(row));
         }
     }
+}
+
+/// Whether a row of the interleaved linear-1 matrix is a gate row, and which row of gate or up it is.
+fn source_row(row: usize) -> (bool, usize) {
+    let (group, within) = (row / (2 * GROUP), row % (2 * GROUP));
+    (within < GROUP, group * GROUP + within % GROUP)
 }
 
 impl ExpertWeights {
@@ -101,7 +149,7 @@ impl ExpertWeights {
         let mut matrix = |rows: usize, cols: usize| {
             let bound = (3.0 / cols as f32).sqrt();
             let values = (0..rows * cols).map(|_| bf16::from_f32(random.random_range(-bound..=bound)));
-            Matrix::from_rows(values.collect(), rows, cols)
+            WeightMatrix::from(Matrix::from_rows(values.collect(), rows, cols))
         };
         let (hidden, intermediate) = (config.hidden, config.intermediate);
         let mut expert = || Expert {
@@ -140,7 +188,13 @@ impl ExpertWeights {
         self.shared.iter().chain(&self.experts[config.experts_of(rank, ranks)])
     }
 
-    /// Lays out the weights for `rank` of `ranks`. The configuration must be valid for that many ranks.
+    /// The format that they are kept in: FP8 where any matrix is.
+    pub fn format(&self) -> ExpertFormat {
+        let fp8 = |expert: &Expert| expert.matrices().iter().any(|matrix| matrix.format() == ExpertFormat::Fp8);
+        if self.experts.iter().chain(&self.shared).any(fp8) { ExpertFormat::Fp8 } else { ExpertFormat::Bf16 }
+    }
+
+    /// Lays out the weights for `rank` of `ranks` in bf16; those that are e4m3 are multiplied out and rounded. The configuration must be valid for that many ranks.
     pub fn prepare(&self, config: &MoeConfig, rank: usize, ranks: usize) -> Result<RankWeights> {
         config.validate(ranks)?;
         self.check(config)?;
@@ -187,12 +241,12 @@ mod tests {
                     for i in 0..intermediate {
                         let row = |r: usize| &prepared.linear1[(local * 2 * intermediate + r) * hidden..][..hidden];
                         let gate_row = i / 8 * 16 + i % 8;
-                        prop_assert_eq!(row(gate_row), expert.gate.row(i));
-                        prop_assert_eq!(row(gate_row + 8), expert.up.row(i));
+                        prop_assert_eq!(expert.gate.row(i), row(gate_row));
+                        prop_assert_eq!(expert.up.row(i), row(gate_row + 8));
                     }
                     for h in 0..hidden {
                         let row = &prepared.linear2[(local * hidden + h) * intermediate..][..intermediate];
-                        prop_assert_eq!(row, expert.down.row(h));
+                        prop_assert_eq!(expert.down.row(h), row);
                     }
                 }
             }

@@ -61,6 +61,20 @@ fn people_read_a_table() {
 }
 
 #[test]
+fn layers_run_one_after_the_other() {
+    let options = ["--shape", "flash", "--device", "sim", "--ranks", "2", "--tokens", "3", "--layers", "4"];
+    let output = bench(&[&options[..], &["--json"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&line["layers"], &line["tokens"]), (&4.into(), &3.into()), "{line}");
+    for field in ["workspace_bytes", "instructions", "memory_bytes", "nvlink_bytes", "relative_error"] {
+        assert!(line[field].as_f64().unwrap() > 0.0, "{field} of {line}");
+    }
+    let text = String::from_utf8(bench(&options).stdout).unwrap();
+    assert!(text.contains("4 layers with weights of their own; the mean of a layer:"), "{text}");
+}
+
+#[test]
 fn a_model_says_what_full_shapes_should_take() {
     let output = bench(&["--shape", "v3,flash", "--device", "model", "--tokens", "8,8192", "--ranks", "8", "--json"]);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
@@ -94,6 +108,8 @@ fn what_cannot_be_run_is_told_by_the_exit_code() {
         (&["--shape", "flash", "--experts-per-rank", "2"], 2, "top-k is 6"),
         (&["--shape", "flash", "--tokens", "8,0"], 2, "0 is not in 1.."),
         (&["--shape", "gpt"], 2, "mixtral-8x7b"),
+        (&["--shape", "flash", "--device", "model", "--layers", "2"], 2, "--layers cannot be used with --device model"),
+        (&["--shape", "flash", "--machine", "H20"], 2, "--machine H20 is the GPU to model"),
         (&[], 2, "--shape"),
     ] {
         let output = bench(options);
@@ -101,4 +117,16 @@ fn what_cannot_be_run_is_told_by_the_exit_code() {
         assert_eq!(output.status.code(), Some(code), "{options:?}: {text}");
         assert!(text.contains(expected), "{options:?}: {text}");
     }
+}
+
+#[test]
+fn measurements_that_cannot_be_written_are_a_failure() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_ferromoe"))
+        .args(["bench", "--shape", "flash", "--device", "model", "--tokens", "1", "--json"])
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot write the standard output: No space left"));
 }

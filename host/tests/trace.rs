@@ -77,10 +77,28 @@ fn what_cannot_be_traced_is_told_by_the_exit_code() {
         (&["--shape", "flash", "--output", "t.json", "--ranks", "9"], 2, "9 ranks are not possible"),
         (&["--shape", "flash", "--output", "t.json", "--tokens", "0"], 2, "0 is not in 1.."),
         (&["--shape", "flash"], 2, "--output"),
+        (&["--shape", "flash", "--output", "t.json", "--svg", "./t.json"], 2, "--svg goes there too"),
+        (&["--shape", "flash", "--output", "t.json", "--svg", "absent/t.svg"], 2, "cannot write absent/t.svg"),
+        (&["--shape", "flash", "--output", "t.json", "--machine", "H20"], 2, "--machine H20 is the GPU to model"),
+        (
+            &["--shape", "flash", "--output", "t.json", "--device", "model", "--sms", "2"],
+            2,
+            "--sms is the size of a simulated rank",
+        ),
     ] {
         let output = trace(folder.path(), options);
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{options:?}: {text}");
         assert!(text.contains(expected), "{options:?}: {text}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "{options:?}");
     }
+}
+
+#[test]
+fn a_trace_that_fails_leaves_an_older_one() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("t.json"), "older").unwrap();
+    let output = trace(folder.path(), &["--shape", "flash", "--output", "t.json", "--ranks", "9"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(std::fs::read(folder.path().join("t.json")).unwrap(), b"older");
 }

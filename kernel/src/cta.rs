@@ -5,21 +5,30 @@ use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas, mapa};
 use crate::device::mbarrier::Mbarrier;
 use crate::device::warp::shfl_idx;
-use crate::schedule::{ExpertRows, TASK_BYTES, Task};
-use crate::shared::*;
-use crate::tile::MAX_TOKEN_TILE;
+use crate::format::{TASK_SLOTS, WEIGHT_STAGE_BYTES};
+use crate::schedule::ExpertRows;
+use crate::shared::{COMBINE_BYTES, SharedLayout};
+use crate::task::{TASK_BYTES, Task};
+use crate::warps::WARP;
+
+pub use crate::format::FORMAT;
+
+/// What its CTAs have where.
+pub const SHARED: SharedLayout = SharedLayout::new(&FORMAT);
+/// Warps of all its consumer warpgroups.
+pub const CONSUMER_WARPS: u32 = FORMAT.consumer_warps();
 
 /// The CTA's dynamic shared memory.
 #[derive(Clone, Copy)]
 pub struct Cta(SharedAddress);
 
 macro_rules! mbarriers {
-    ($($(#[$doc:meta])* $name:ident at $offset:ident;)*) => {
+    ($($(#[$doc:meta])* $name:ident;)*) => {
         $(
             $(#[$doc])*
             #[inline(always)]
             pub fn $name(self, index: u32) -> Mbarrier {
-                Mbarrier(self.0.offset($offset)).offset(index)
+                Mbarrier(self.0.offset(SHARED.$name)).offset(index)
             }
         )*
     };
@@ -34,81 +43,94 @@ impl Cta {
 
     mbarriers! {
         /// A stage holds its weight and token tiles.
-        stage_full at STAGE_FULL_OFFSET;
+        stage_full;
         /// A stage was read by every consumer warp of the cluster.
-        stage_empty at STAGE_EMPTY_OFFSET;
+        stage_empty;
         /// A task slot holds a task.
-        task_full at TASK_FULL_OFFSET;
+        task_full;
         /// In the first CTA of the cluster: every role of all its CTAs has given the task slot back.
-        task_empty at TASK_EMPTY_OFFSET;
-        /// Every consumer warp has stored its results of a task, one of the last [`UNANNOUNCED_TASKS`]: they are the publisher's to announce.
-        task_finished at TASK_FINISHED_OFFSET;
+        task_empty;
+        /// Every consumer warp has stored its results of a task, one of the last [`crate::shared::UNANNOUNCED_TASKS`]: they are the publisher's to announce.
+        task_finished;
         /// A pull buffer holds its piece.
-        pull_full at PULL_FULL_OFFSET;
+        pull_full;
         /// A combine buffer holds its piece.
-        combine_full at COMBINE_FULL_OFFSET;
+        combine_full;
     }
 
     /// In the first CTA of the cluster: the producers of all its CTAs are so far with their task that the next is to be claimed.
     #[inline(always)]
     pub fn task_wanted(self) -> Mbarrier {
-        Mbarrier(self.0.offset(TASK_WANTED_OFFSET))
+        Mbarrier(self.0.offset(SHARED.task_wanted))
     }
 
     /// The scheduler warp has counted the local experts' rows.
     #[inline(always)]
     pub fn counted(self) -> Mbarrier {
-        Mbarrier(self.0.offset(COUNTED_OFFSET))
+        Mbarrier(self.0.offset(SHARED.counted))
     }
 
     /// The stages of the launch that a task is of.
     #[inline(always)]
     pub fn pipeline(self, task: &Task) -> Pipeline {
-        let stage_bytes = stage_bytes(pipeline_width(task.widest));
-        Pipeline { first: self.0.offset(STAGES_OFFSET), stage_bytes, stages: stages(task.widest) }
+        let stage_bytes = FORMAT.stage_bytes(FORMAT.pipeline_width(task.widest));
+        Pipeline { first: self.0.offset(SHARED.stages), stage_bytes, stages: stages(task.widest) }
     }
 
     /// The staging buffer of a consumer warpgroup.
     #[inline(always)]
     pub fn staging(self, warpgroup: u32) -> SharedAddress {
-        self.0.offset(STAGING_OFFSET + warpgroup * STAGING_BYTES)
+        self.0.offset(SHARED.staging + warpgroup * FORMAT.staging_bytes)
     }
 
     /// A pull buffer.
     #[inline(always)]
     pub fn pull_buffer(self, index: u32) -> SharedAddress {
-        self.0.offset(PULL_OFFSET + index * PULL_BYTES)
+        self.0.offset(SHARED.pull + index * FORMAT.pull_bytes)
     }
 
     /// A combine buffer.
     #[inline(always)]
     pub fn combine_buffer(self, index: u32) -> SharedAddress {
-        self.0.offset(COMBINE_OFFSET + index * COMBINE_BYTES)
+        self.0.offset(SHARED.stages + index * COMBINE_BYTES)
     }
 
-    /// The meta of a row of the tile that a consumer warpgroup works on.
+    /// The scales of a stage: a f32 for each token of the widest tile, then those of the weight tile.
     #[inline(always)]
-    pub fn row_meta(self, warpgroup: u32, row: u32) -> SharedAddress {
-        self.0.offset(ROW_META_OFFSET + (warpgroup * MAX_TOKEN_TILE + row) * 8)
+    pub fn scales(self, stage: u32) -> SharedAddress {
+        self.0.offset(SHARED.scales + stage * FORMAT.scale_stage_bytes())
+    }
+
+    /// What the rows have that a consumer warpgroup works on: 8 bytes for each.
+    #[inline(always)]
+    pub fn rows(self, warpgroup: u32) -> SharedAddress {
+        self.0.offset(SHARED.rows + warpgroup * FORMAT.warpgroup_tokens * 8)
     }
 
     /// The count of rows of a local expert.
     #[inline(always)]
     pub fn expert_rows(self, expert: u32) -> SharedAddress {
-        self.0.offset(EXPERT_ROWS_OFFSET + expert * 4)
+        self.0.offset(SHARED.expert_rows + expert * 4)
     }
 
     /// The bits of [`WARP`] local experts, set for those that have rows.
     #[inline(always)]
     pub fn hit_experts(self, word: u32) -> SharedAddress {
-        self.0.offset(HIT_EXPERTS_OFFSET + word * 4)
+        self.0.offset(SHARED.hit_experts + word * 4)
     }
 
     /// A task slot.
     #[inline(always)]
     fn task_slot(self, slot: u32) -> SharedAddress {
-        self.0.offset(TASK_OFFSET + slot * TASK_BYTES)
+        self.0.offset(SHARED.tasks + slot * TASK_BYTES)
     }
+}
+
+/// Stages of a launch whose widest token tile has this index.
+#[inline(always)]
+pub const fn stages(widest: u32) -> u32 {
+    const STAGES: u64 = FORMAT.packed_stages();
+    (STAGES >> (4 * widest)) as u32 & 0xf
 }
 
 /// The stages of a launch: a weight tile and a token tile each.
@@ -122,13 +144,13 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// The weight tile of a stage: `[128][64]` bf16, 128-byte swizzle.
+    /// The weight tile of a stage: 128 rows of a k-block, 128-byte swizzle.
     #[inline(always)]
     pub fn weights(self, stage: u32) -> SharedAddress {
         self.first.offset(stage * self.stage_bytes)
     }
 
-    /// The token tile of a stage: `[width][64]` bf16, 128-byte swizzle.
+    /// The token tile of a stage: `width` rows of a k-block, 128-byte swizzle.
     #[inline(always)]
     pub fn tokens(self, stage: u32) -> SharedAddress {
         self.weights(stage).offset(WEIGHT_STAGE_BYTES)
@@ -262,7 +284,7 @@ impl TaskWriter {
         self.cta.task_full(slot).arrive();
         for cta in 1..cluster_ctas() {
             let address = mapa(address, cta);
-            let [first, second] = task.of(cta).words();
+            let [first, second] = task.of(cta, &FORMAT).words();
             // SAFETY: as above; the CTA has not ended, for no `End` was put into its slot.
             unsafe {
                 address.store_v4(first);

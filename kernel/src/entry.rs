@@ -1,5 +1,6 @@
 //! The kernel's entry: sets the CTA up, starts its roles, and ends the launch.
 
+use crate::cta::{CONSUMER_WARPS, Cta, FORMAT};
 use crate::device::atomic::atom_add_acq_rel_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{barrier_cluster, cluster_ctas};
@@ -7,31 +8,47 @@ use crate::device::fence::{fence_mbarrier_init, fence_proxy_async};
 use crate::device::global::st_weak_u32;
 use crate::device::special::{ctas, setmaxnreg_dec, setmaxnreg_inc, thread};
 use crate::device::warp::shfl_idx;
+use crate::format::TASK_SLOTS;
 use crate::launch::Launch;
+use crate::main_loop::{Loop, MainLoop};
 use crate::params::{Arguments, Params};
-use crate::roles::{combine, consume, produce, publish, pull, route, schedule};
-use crate::shared::{
-    CONSUMER_REGISTERS, CONSUMER_WARP, CONSUMER_WARPS, DISPATCH_WARPS, HELPER_REGISTERS, MAX_STAGES, PRODUCER_WARP,
-    PULL_BUFFERS, SCHEDULER_WARP, TASK_SLOTS, UNANNOUNCED_TASKS, WARP,
-};
-use crate::{cta::Cta, shared::COMBINE_BUFFERS};
+use crate::roles::{consume, produce, publish, pull, route, schedule};
+use crate::shared::{COMBINE_BUFFERS, PULL_BUFFERS, UNANNOUNCED_TASKS};
+use crate::warps::{CONSUMER_WARP, DISPATCH_WARPS, PRODUCER_WARP, SCHEDULER_WARP, WARP};
 
-/// One rank's whole layer: dispatch, linear 1, SwiGLU, linear 2, combine and top-k reduction.
-///
-/// Launch with [`THREADS`](crate::shared::THREADS) threads a CTA, any number of CTAs in clusters of up to [`MAX_CLUSTER`](crate::tile::MAX_CLUSTER), for which the maps
-/// of the pools are made, and [`crate::shared::SHARED_BYTES`] of dynamic shared memory.
-///
-/// # Safety
-/// The arguments are as [`Arguments`] says, and every rank of the group launches the kernel.
-#[unsafe(no_mangle)]
-pub unsafe extern "ptx-kernel" fn ferromoe_forward(
-    params: &'static Params,
-    hidden_states: u64,
-    topk_ids: u64,
-    topk_weights: u64,
-    tokens: u64,
-    output: u64,
-) {
+macro_rules! entry {
+    ($format:literal, $name:ident) => {
+        /// One rank's whole layer: dispatch, linear 1, SwiGLU, linear 2, combine and top-k reduction.
+        ///
+        /// Launch with [`Format::threads`](crate::format::Format::threads) threads a CTA, any number of CTAs in clusters of up to [`MAX_CLUSTER`](crate::tile::MAX_CLUSTER),
+        /// for which the maps of the pools are made, and [`SharedLayout::bytes`](crate::shared::SharedLayout::bytes) of dynamic shared memory.
+        ///
+        /// # Safety
+        /// The arguments are as [`Arguments`] says, and every rank of the group launches the kernel.
+        #[cfg(feature = $format)]
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $name(
+            params: &'static Params,
+            hidden_states: u64,
+            hidden_scales: u64,
+            topk_ids: u64,
+            topk_weights: u64,
+            tokens: u64,
+            output: u64,
+        ) {
+            let arguments = Arguments { hidden_states, hidden_scales, topk_ids, topk_weights, tokens, output };
+            // SAFETY: the caller's.
+            forward(unsafe { Launch::new(params, arguments) });
+        }
+    };
+}
+
+entry!("bf16", ferromoe_bf16);
+entry!("fp8", ferromoe_fp8);
+
+/// Sets the CTA up, and gives each warp its role.
+#[inline(always)]
+fn forward(launch: Launch) {
     let thread = thread();
     // The same value in all lanes, and known to be: roles are branches of whole warps.
     let warp = shfl_idx(thread / WARP, 0);
@@ -43,12 +60,10 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
     }
     bar_warp_sync();
     barrier_cluster();
-    // SAFETY: the caller's.
-    let launch = unsafe { Launch::new(params, Arguments { hidden_states, topk_ids, topk_weights, tokens, output }) };
     mark!(&launch, Start);
 
     if warp < CONSUMER_WARP {
-        setmaxnreg_dec::<HELPER_REGISTERS>();
+        setmaxnreg_dec::<{ FORMAT.helper_registers }>();
         let launch = launch.keep();
         if warp < DISPATCH_WARPS {
             route::route(&launch, lane);
@@ -63,7 +78,8 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
             publish::publish(&launch, cta, lane);
         }
     } else {
-        setmaxnreg_inc::<CONSUMER_REGISTERS>();
+        setmaxnreg_inc::<{ FORMAT.consumer_registers }>();
+        Loop::quantise(&launch, lane);
         consume::consume(&launch, cta, warp - CONSUMER_WARP, lane);
     }
 
@@ -82,7 +98,7 @@ pub unsafe extern "ptx-kernel" fn ferromoe_forward(
 unsafe fn init_mbarriers(cta: Cta) {
     // SAFETY: the caller's, and the offsets are those of barriers.
     unsafe {
-        for stage in 0..MAX_STAGES {
+        for stage in 0..FORMAT.max_stages {
             cta.stage_full(stage).init(1);
             cta.stage_empty(stage).init(CONSUMER_WARPS * cluster_ctas());
         }
@@ -105,7 +121,6 @@ unsafe fn init_mbarriers(cta: Cta) {
     }
     fence_mbarrier_init();
     fence_proxy_async();
-    const _: () = assert!(combine::COLUMNS_PER_PIECE * 2 == crate::shared::COMBINE_BYTES);
 }
 
 /// The last CTA to end moves the epoch on.

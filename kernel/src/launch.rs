@@ -1,19 +1,14 @@
 //! One rank's launch as its warps see it: addresses, the epoch, and waits with a deadline.
 
-use crate::device::atomic::atom_cas_relaxed_gpu_u64;
+use crate::cta::FORMAT;
+use crate::device::atomic::{atom_cas_relaxed_gpu_u64, atom_inc_relaxed_gpu};
 use crate::device::fence::{fence_acq_rel_gpu, fence_acq_rel_sys};
-use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32};
+use crate::device::global::{ld_acquire_gpu_u32, ld_relaxed_gpu_u64, ld_weak_u32, st_weak_u32, st_weak_u64};
 use crate::device::special::{globaltimer, nanosleep};
-use crate::layout::BF16_BYTES;
+use crate::layout::{BF16_BYTES, RowMeta};
 use crate::params::{Arguments, Params};
 use crate::status::{Status, Timeout};
-
-/// Named barrier of all consumer warps.
-pub const CONSUMERS_BARRIER: u32 = 1;
-/// Named barrier of the first consumer warpgroup.
-pub const FIRST_WARPGROUP_BARRIER: u32 = 2;
-/// Named barrier of the second consumer warpgroup.
-pub const SECOND_WARPGROUP_BARRIER: u32 = 3;
+use crate::task::Task;
 
 /// Longest pause between two looks at a condition, in nanoseconds.
 const MAX_PAUSE_NS: u32 = 256;
@@ -94,8 +89,22 @@ impl Launch {
     /// Index of (source rank, routed expert of the rank) in a rank's counts, for this launch's parity.
     #[inline(always)]
     pub fn count_index(&self, source: u32, expert: u32) -> u64 {
-        let shape = &self.params().shape;
-        ((self.parity() * shape.ranks + source) * shape.routed_experts() + expert) as u64
+        let params = self.params();
+        params.symmetric.count_index(&params.shape, self.parity(), source, expert)
+    }
+
+    /// Where a rank finds the entry at a slot of the list of `source` for one of its routed experts.
+    #[inline(always)]
+    pub fn list_place(&self, rank: u32, source: u32, expert: u32, slot: u32) -> *mut u64 {
+        let symmetric = &self.params().symmetric;
+        self.symmetric(rank, symmetric.lists, symmetric.list_index(&self.params().shape, source, expert, slot))
+    }
+
+    /// Where a rank finds the place of a follower of this number, of a token of `source`.
+    #[inline(always)]
+    pub fn follower_place(&self, rank: u32, source: u32, token: u32, number: u32) -> *mut u32 {
+        let symmetric = &self.params().symmetric;
+        self.symmetric(rank, symmetric.followers, symmetric.follower_index(&self.params().shape, source, token, number))
     }
 
     /// Where a rank finds the distance of `source`'s hidden states in this launch.
@@ -103,6 +112,19 @@ impl Launch {
     pub fn hidden_distance(&self, rank: u32, source: u32) -> *mut u64 {
         let index = self.parity() * self.params().shape.ranks + source;
         self.symmetric(rank, self.params().symmetric.hidden, index as u64)
+    }
+
+    /// Where a rank finds the layer that `source` has launched, as [`Self::launched_layer`] gives this rank's.
+    #[inline(always)]
+    pub fn layer_place(&self, rank: u32, source: u32) -> *mut u64 {
+        let index = self.parity() * self.params().shape.ranks + source;
+        self.symmetric(rank, self.params().symmetric.layers, index as u64)
+    }
+
+    /// The layer of this launch, below its epoch.
+    #[inline(always)]
+    pub fn launched_layer(&self) -> u64 {
+        (self.epoch() as u64) << 32 | self.params().layer as u64
     }
 
     /// Element `index` of the array at `offset` in the workspace.
@@ -116,6 +138,34 @@ impl Launch {
     pub fn counter(&self, offset: u64, index: u32) -> *mut u32 {
         let layout = &self.params().workspace;
         self.workspace(layout.counters + self.parity() as u64 * layout.counter.bytes + offset, index as u64)
+    }
+
+    /// Claims the next ticket of a counter of this launch: lane 0 has it.
+    #[inline(always)]
+    pub fn claim(&self, offset: u64, lane: u32) -> u32 {
+        // SAFETY: a counter of this launch.
+        if lane == 0 { unsafe { atom_inc_relaxed_gpu(self.counter(offset, 0)) } } else { 0 }
+    }
+
+    /// Writes down where the result of a pool's row goes, and what it is weighted with. One thread calls this for a row.
+    #[inline(always)]
+    pub fn write_row(&self, pool_row: u32, meta: RowMeta) {
+        let (workspace, results) = (&self.params().workspace, self.params().symmetric.combine);
+        let at = meta.combine_row as u64 * self.row_bytes() as u64;
+        let result: *mut u8 = self.symmetric(meta.rank, results, at);
+        // SAFETY: the row lies in the pool, and this thread alone has it.
+        unsafe {
+            st_weak_u64(self.workspace(workspace.row_result, pool_row as u64), result as u64);
+            st_weak_u32(self.workspace(workspace.row_weight, pool_row as u64), meta.weight.to_bits());
+        }
+    }
+
+    /// Whether all rows of a task's tile were pulled.
+    #[inline(always)]
+    pub fn are_pulled(&self, task: &Task) -> bool {
+        let pulled = self.counter(self.params().workspace.counter.rows_ready, task.tile);
+        // SAFETY: a counter of this launch.
+        unsafe { ld_acquire_gpu_u32(pulled) >= task.rows }
     }
 
     /// Element `index` of the whole set that the next launch uses.
@@ -143,7 +193,19 @@ impl Launch {
         self.arguments.hidden_states
     }
 
-    /// Bytes of a row of hidden states.
+    /// 0, or the address of the scales of hidden states that are e4m3.
+    #[inline(always)]
+    pub fn hidden_scales(&self) -> u64 {
+        self.arguments.hidden_scales
+    }
+
+    /// Row `row` of the pool at `offset`, rows of `columns` elements.
+    #[inline(always)]
+    pub fn pool_row(&self, offset: u64, columns: u32, row: u32) -> *mut u8 {
+        self.workspace(offset, row as u64 * FORMAT.row_bytes(columns) as u64)
+    }
+
+    /// Bytes of a row of the output, and of one of results.
     #[inline(always)]
     pub fn row_bytes(&self) -> u32 {
         self.params().shape.hidden * BF16_BYTES as u32
@@ -177,6 +239,13 @@ impl Launch {
         }
     }
 
+    /// Reports what makes the launch useless, unless something was reported before: this and all later waits of the rank fall through.
+    #[inline(always)]
+    pub fn give_up(&self, why: Timeout) {
+        // SAFETY: the status words lie in the workspace.
+        unsafe { atom_cas_relaxed_gpu_u64(&raw mut (*self.status()).timeout, 0, why.pack(self.params().layer)) };
+    }
+
     /// Waits until `ready`, at most for the deadline; then reports `missing`, and this and all later waits of the rank fall through.
     ///
     /// Every wait on another CTA or rank goes through here.
@@ -197,8 +266,7 @@ impl Launch {
                 return;
             }
             if globaltimer() - start > self.params().deadline_ns {
-                // SAFETY: as above.
-                unsafe { atom_cas_relaxed_gpu_u64(timeout, 0, missing().pack()) };
+                self.give_up(missing());
                 return;
             }
             nanosleep(pause);

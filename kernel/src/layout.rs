@@ -1,7 +1,8 @@
 //! Layouts of the buffers in device memory, computed once by the host and carried in the parameter block.
 
+use crate::format::Format;
+use crate::quantise::groups;
 use crate::status::Status;
-use crate::tile::{MAX_PADDING, MAX_TOKEN_TILE};
 
 /// The most ranks of one group.
 pub const MAX_RANKS: u32 = 8;
@@ -14,6 +15,9 @@ pub const MAX_LOCAL_EXPERTS: u32 = 512;
 
 /// The most tokens of one rank: a slot in a list and its expert share 32 bits of a [`ListPlace`].
 pub const MAX_TOKENS: u64 = 1 << (32 - EXPERT_BITS);
+
+/// The most layers of one workspace: a layer and a token share a word of [`Status`].
+pub const MAX_LAYERS: u32 = 1 << 16;
 
 /// The most rows of a combine buffer: a row's number and its rank share 32 bits of a [`RowMeta`].
 pub const MAX_COMBINE_ROWS: u64 = 1 << COMBINE_ROW_BITS;
@@ -69,18 +73,20 @@ impl Shape {
     }
 
     /// Rows of the token pool and of the intermediate pool: the most that any routing can need, padding included.
-    pub const fn pool_rows(&self) -> u32 {
+    pub const fn pool_rows(&self, format: &Format) -> u32 {
         let choices = if self.top_k < self.routed_experts() { self.top_k } else { self.routed_experts() };
-        self.max_tokens * (self.ranks * choices + self.shared_experts) + self.local_experts() * MAX_PADDING
+        let rows = self.max_tokens * (self.ranks * choices + self.shared_experts);
+        // Scales of neighbouring rows are copied 16 bytes at once.
+        (rows + self.local_experts() * format.tiles.max_padding()).next_multiple_of(8)
     }
 
     /// Tiles that the pools can hold: each expert has at most one more than its rows fill.
-    pub const fn pool_tiles(&self) -> u32 {
-        self.pool_rows() / MAX_TOKEN_TILE + self.local_experts()
+    pub const fn pool_tiles(&self, format: &Format) -> u32 {
+        self.pool_rows(format) / format.tiles.widest() + self.local_experts()
     }
 }
 
-/// Where a pool row comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
+/// Where a row of an expert comes from and goes to: its weight, and its row in the combine buffer of its token's rank.
 ///
 /// Bits 0..26 are the combine row (`token * slots + k`), bits 26..32 the rank, bits 32..64 the routing weight as f32. Entries of the
 /// dispatch lists have the same form, but the list says the rank: in its place they have the number of followers, or [`FOLLOWER`].
@@ -139,7 +145,11 @@ impl ListPlace {
     }
 }
 
-/// Byte offsets in the symmetric buffer, the same on every rank. Other ranks write all of it.
+/// Byte offsets in the symmetric buffer, the same on every rank and for all layers of a workspace. Other ranks write or read all of it.
+///
+/// It is laid out for the workspace's sizes, and a layer that is smaller uses a part. What lies apart by parity or by source rank does so whatever the
+/// layer: a rank that is at its next layer writes nothing that one still at the last may read. Within that, arrays are as dense as the layer's own
+/// sizes make them.
 ///
 /// Counts and flags carry the epoch, so that a stale one is never taken for a new one. The counts are double-buffered by the
 /// epoch's parity: a rank may begin launch n + 1 while a late CTA elsewhere still reads the counts of launch n. Lists, places of followers and
@@ -151,19 +161,31 @@ impl ListPlace {
 pub struct SymmetricLayout {
     /// u64 `[2][ranks][routed_experts]`: rows that a source rank sends to an expert of this rank, below the epoch in the upper half.
     pub counts: u64,
+    /// Places of the counts of one parity.
+    pub counts_of_parity: u64,
     /// u64 `[2][ranks]`: distance of a source rank's hidden states from the base of its symmetric buffer.
     pub hidden: u64,
+    /// u64 `[2][ranks]`: the layer that a source rank has launched, below the epoch in the upper half.
+    pub layers: u64,
     /// u32 `[experts + shared_experts]`: epoch of an expert's last complete result.
     pub flags: u64,
     /// u64 `[ranks][routed_experts][max_tokens]`: [`RowMeta`] of what a source rank sends to an expert of this rank.
     pub lists: u64,
+    /// Entries of one source rank's lists.
+    pub lists_of_source: u64,
     /// u32 `[ranks][max_tokens][top_k]`: [`ListPlace`] of the followers of a source rank's token; behind the last of them, nothing is read.
     pub followers: u64,
+    /// Places of one source rank's followers.
+    pub followers_of_source: u64,
     /// bf16 `[max_tokens][slots][hidden]`: results for this rank's tokens.
     pub combine: u64,
+    /// u32 `[ranks]`: epoch of the last launch for which a source rank's records were complete; of a format with scales, as what follows.
+    pub quantised: u64,
+    /// `[max_tokens]` records of [`Format::record_bytes`]: this rank's tokens, elements and f32 scales of their groups, which all ranks read.
+    pub records: u64,
 }
 
-/// Byte offsets in a rank's workspace, which no other rank touches.
+/// Byte offsets in a rank's own part of a workspace, which no other rank touches: for the workspace's sizes, the same for all its layers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
@@ -176,12 +198,20 @@ pub struct WorkspaceLayout {
     pub counters: u64,
     /// Offsets in one set.
     pub counter: CounterLayout,
-    /// u64 `[pool_rows]`: [`RowMeta`].
-    pub row_meta: u64,
-    /// bf16 `[pool_rows][hidden]`: tokens in expert order.
+    /// u64 `[pool_rows]`: address of a row's result, in the combine buffer of its token's rank.
+    pub row_result: u64,
+    /// f32 `[pool_rows]`: its routing weight.
+    pub row_weight: u64,
+    /// `[pool_rows][hidden]`: tokens in expert order.
     pub tokens: u64,
-    /// bf16 `[pool_rows][intermediate]`: results of linear 1.
+    /// f32 `[groups of hidden][pool_rows]`: the tokens' scales, if the format has any.
+    pub token_scales: u64,
+    /// `[pool_rows][intermediate]`: results of linear 1.
     pub intermediate: u64,
+    /// f32 `[groups of intermediate][pool_rows]`: their scales.
+    pub intermediate_scales: u64,
+    /// Rows of the pools.
+    pub pool_rows: u64,
     /// Size of the buffer.
     pub bytes: u64,
 }
@@ -191,6 +221,10 @@ pub struct WorkspaceLayout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
 pub struct CounterLayout {
+    /// Next unit of tokens to quantise.
+    pub quantise_ticket: u64,
+    /// Units quantised.
+    pub quantised: u64,
     /// Next chunk of tokens to route.
     pub route_ticket: u64,
     /// Chunks routed.
@@ -223,62 +257,148 @@ impl Parts {
 }
 
 impl SymmetricLayout {
-    /// The layout for `shape`.
-    pub const fn new(shape: &Shape) -> Self {
-        let (ranks, routed) = (shape.ranks as u64, shape.routed_experts() as u64);
+    /// The layout for layers of these formats whose sizes are at most those of `sizes`.
+    pub const fn new(sizes: &Shape, formats: &[Format]) -> Self {
+        let (ranks, tokens) = (sizes.ranks as u64, sizes.max_tokens as u64);
+        let counts_of_parity = ranks * sizes.routed_experts() as u64;
+        let lists_of_source = sizes.routed_experts() as u64 * tokens;
+        let followers_of_source = tokens * sizes.top_k as u64;
         let mut parts = Parts(0);
         Self {
-            counts: parts.take(2 * ranks * routed * 8, PART_ALIGNMENT),
+            counts: parts.take(2 * counts_of_parity * 8, PART_ALIGNMENT),
+            counts_of_parity,
             hidden: parts.take(2 * ranks * 8, PART_ALIGNMENT),
-            flags: parts.take((shape.experts + shape.shared_experts) as u64 * 4, PART_ALIGNMENT),
-            lists: parts.take(ranks * routed * shape.max_tokens as u64 * 8, PART_ALIGNMENT),
-            followers: parts.take(ranks * shape.max_tokens as u64 * shape.top_k as u64 * 4, PART_ALIGNMENT),
-            combine: parts.take(Self::combine_bytes(shape), PART_ALIGNMENT),
+            layers: parts.take(2 * ranks * 8, PART_ALIGNMENT),
+            flags: parts.take((sizes.experts + sizes.shared_experts) as u64 * 4, PART_ALIGNMENT),
+            lists: parts.take(ranks * lists_of_source * 8, PART_ALIGNMENT),
+            lists_of_source,
+            followers: parts.take(ranks * followers_of_source * 4, PART_ALIGNMENT),
+            followers_of_source,
+            combine: parts.take(Self::combine_bytes(sizes), PART_ALIGNMENT),
+            quantised: parts.take(ranks * 4, PART_ALIGNMENT),
+            records: parts.take(Self::record_bytes(sizes, formats), PART_ALIGNMENT),
         }
     }
 
-    /// Size of the buffer.
-    pub const fn bytes(&self, shape: &Shape) -> u64 {
-        (self.combine + Self::combine_bytes(shape)).next_multiple_of(PART_ALIGNMENT)
+    /// Place of a count of a source rank for an expert of the rank that has the buffer, when a layer of `shape` runs.
+    #[inline(always)]
+    pub const fn count_index(&self, shape: &Shape, parity: u32, source: u32, expert: u32) -> u64 {
+        parity as u64 * self.counts_of_parity + (source * shape.routed_experts() + expert) as u64
     }
 
-    const fn combine_bytes(shape: &Shape) -> u64 {
-        shape.max_tokens as u64 * shape.slots() as u64 * shape.hidden as u64 * BF16_BYTES
+    /// Place of the entry at a slot of the list of a source rank for an expert of the rank that has the buffer, when a layer of `shape` runs.
+    #[inline(always)]
+    pub const fn list_index(&self, shape: &Shape, source: u32, expert: u32, slot: u32) -> u64 {
+        source as u64 * self.lists_of_source + expert as u64 * shape.max_tokens as u64 + slot as u64
+    }
+
+    /// Place of the follower of this number of a source rank's token, when a layer of `shape` runs.
+    #[inline(always)]
+    pub const fn follower_index(&self, shape: &Shape, source: u32, token: u32, number: u32) -> u64 {
+        source as u64 * self.followers_of_source + token as u64 * shape.top_k as u64 + number as u64
+    }
+
+    /// Size of the buffer.
+    pub const fn bytes(&self, sizes: &Shape, formats: &[Format]) -> u64 {
+        (self.records + Self::record_bytes(sizes, formats)).next_multiple_of(PART_ALIGNMENT)
+    }
+
+    const fn record_bytes(sizes: &Shape, formats: &[Format]) -> u64 {
+        let (mut most, mut index) = (0, 0);
+        while index < formats.len() {
+            if formats[index].scaled {
+                most = larger(most, formats[index].record_bytes(sizes.hidden) as u64);
+            }
+            index += 1;
+        }
+        sizes.max_tokens as u64 * most
+    }
+
+    const fn combine_bytes(sizes: &Shape) -> u64 {
+        sizes.max_tokens as u64 * sizes.slots() as u64 * sizes.hidden as u64 * BF16_BYTES
+    }
+}
+
+const fn larger(a: u64, b: u64) -> u64 {
+    if a > b { a } else { b }
+}
+
+/// Bytes of the scales of a row.
+const fn scale_bytes(format: &Format, columns: u32) -> u64 {
+    if format.scaled { groups(columns) as u64 * 4 } else { 0 }
+}
+
+/// What the pools take for layers of any of some formats.
+#[derive(Clone, Copy)]
+struct PoolSizes {
+    rows: u64,
+    tiles: u64,
+    token_bytes: u64,
+    token_scales: u64,
+    intermediate_bytes: u64,
+    intermediate_scales: u64,
+}
+
+impl PoolSizes {
+    const fn new(sizes: &Shape, formats: &[Format]) -> Self {
+        let mut most =
+            Self { rows: 0, tiles: 0, token_bytes: 0, token_scales: 0, intermediate_bytes: 0, intermediate_scales: 0 };
+        let mut index = 0;
+        while index < formats.len() {
+            let format = &formats[index];
+            most = Self {
+                rows: larger(most.rows, sizes.pool_rows(format) as u64),
+                tiles: larger(most.tiles, sizes.pool_tiles(format) as u64),
+                token_bytes: larger(most.token_bytes, format.row_bytes(sizes.hidden) as u64),
+                token_scales: larger(most.token_scales, scale_bytes(format, sizes.hidden)),
+                intermediate_bytes: larger(most.intermediate_bytes, format.row_bytes(sizes.intermediate) as u64),
+                intermediate_scales: larger(most.intermediate_scales, scale_bytes(format, sizes.intermediate)),
+            };
+            index += 1;
+        }
+        most
     }
 }
 
 impl CounterLayout {
-    const fn new(shape: &Shape) -> Self {
+    const fn new(sizes: &Shape, pools: &PoolSizes) -> Self {
         let mut parts = Parts(0);
         // Tickets lie in lines of their own: every CTA of the GPU adds to them.
         Self {
+            quantise_ticket: parts.take(4, PART_ALIGNMENT),
+            quantised: parts.take(4, PART_ALIGNMENT),
             route_ticket: parts.take(4, PART_ALIGNMENT),
             routed_chunks: parts.take(4, PART_ALIGNMENT),
             pull_ticket: parts.take(4, PART_ALIGNMENT),
             task_ticket: parts.take(4, PART_ALIGNMENT),
-            sent: parts.take(shape.experts as u64 * 4, PART_ALIGNMENT),
-            rows_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
-            columns_ready: parts.take(shape.pool_tiles() as u64 * 4, PART_ALIGNMENT),
-            expert_done: parts.take(shape.local_experts() as u64 * 4, PART_ALIGNMENT),
+            sent: parts.take(sizes.experts as u64 * 4, PART_ALIGNMENT),
+            rows_ready: parts.take(pools.tiles * 4, PART_ALIGNMENT),
+            columns_ready: parts.take(pools.tiles * 4, PART_ALIGNMENT),
+            expert_done: parts.take(sizes.local_experts() as u64 * 4, PART_ALIGNMENT),
             bytes: parts.take(0, PART_ALIGNMENT),
         }
     }
 }
 
 impl WorkspaceLayout {
-    /// The layout for `shape`.
-    pub const fn new(shape: &Shape) -> Self {
-        let rows = shape.pool_rows() as u64;
-        let counter = CounterLayout::new(shape);
+    /// The layout for layers of these formats whose sizes are at most those of `sizes`.
+    pub const fn new(sizes: &Shape, formats: &[Format]) -> Self {
+        let pools = PoolSizes::new(sizes, formats);
+        let counter = CounterLayout::new(sizes, &pools);
+        let rows = pools.rows;
         let mut parts = Parts(0);
         Self {
             status: parts.take(size_of::<Status>() as u64, PART_ALIGNMENT),
             epoch: parts.take(8, PART_ALIGNMENT),
             counters: parts.take(2 * counter.bytes, PART_ALIGNMENT),
             counter,
-            row_meta: parts.take(rows * 8, PART_ALIGNMENT),
-            tokens: parts.take(rows * shape.hidden as u64 * BF16_BYTES, PART_ALIGNMENT),
-            intermediate: parts.take(rows * shape.intermediate as u64 * BF16_BYTES, PART_ALIGNMENT),
+            row_result: parts.take(rows * 8, PART_ALIGNMENT),
+            row_weight: parts.take(rows * 4, PART_ALIGNMENT),
+            tokens: parts.take(rows * pools.token_bytes, PART_ALIGNMENT),
+            token_scales: parts.take(rows * pools.token_scales, PART_ALIGNMENT),
+            intermediate: parts.take(rows * pools.intermediate_bytes, PART_ALIGNMENT),
+            intermediate_scales: parts.take(rows * pools.intermediate_scales, PART_ALIGNMENT),
+            pool_rows: rows,
             bytes: parts.take(0, PART_ALIGNMENT),
         }
     }

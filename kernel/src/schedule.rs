@@ -3,11 +3,10 @@
 //! GEMM tasks are claimed from one ticket, one for each CTA of a cluster at once. Ticket by ticket, an expert's linear 1 is followed by linear 2 of the expert that lies
 //! two waves of token tiles before it, and at the end come the combine chunks. A task's dependencies always have smaller tickets.
 
-use crate::layout::Shape;
-use crate::shared::{WARP, stages};
-use crate::tile::{
-    K_BLOCK, MAX_TOKEN_TILE, WEIGHT_TILE, padded_rows, rows_of_tile, tile_index, tile_of_row, token_tiles,
-};
+use crate::format::Format;
+use crate::task::{Phase, Task};
+use crate::tile::{Tiles, WEIGHT_TILE};
+use crate::warps::WARP;
 
 /// Choices that a lane of a warp that routes has under way at once.
 pub const ROUTE_PASSES: u32 = 4;
@@ -74,123 +73,19 @@ pub const fn combine_chunks(tokens: u32, ctas: u32) -> u32 {
     tokens.div_ceil(combine_tokens(tokens, ctas))
 }
 
-/// What a task does.
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Token rows times linear 1 weights, SwiGLU, routing weight, into the intermediate pool.
-    Linear1 = 0,
-    /// Intermediate rows times linear 2 weights, into the combine buffers.
-    Linear2 = 1,
-    /// A chunk of tokens: sum of their results.
-    Combine = 2,
-    /// No work is left.
-    End = 3,
+/// Tasks of `per_task` weight rows that `rows` of them give for one token tile, as many for each CTA of a cluster.
+pub const fn weight_tasks(rows: u32, per_task: u32, cluster: u32) -> u32 {
+    rows.div_ceil(per_task * cluster) * cluster
 }
 
-/// Bytes of a task as it lies in a task slot.
-pub const TASK_BYTES: u32 = 32;
-
-/// One unit of work of a CTA.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Task {
-    /// What to do. As a word, for it goes through shared memory.
-    pub phase: u32,
-    /// Local expert; for [`Phase::Combine`] the chunk.
-    pub expert: u32,
-    /// First weight row.
-    pub weight_row: u32,
-    /// First row in the pools.
-    pub pool_row: u32,
-    /// Rows of the tile that hold tokens, 1 to [`MAX_TOKEN_TILE`].
-    pub rows: u32,
-    /// Number of the tile in the pools.
-    pub tile: u32,
-    /// Index of its width in [`crate::tile::TOKEN_TILES`].
-    pub width: u32,
-    /// GEMM tasks of this expert in this phase, those behind its last weight row included.
-    pub expert_tasks: u32,
-    /// Index of the widest tile of the launch, for which the pipeline's stages are cut.
-    pub widest: u32,
-    /// Of a product: stages of the pipeline that the CTA's product before had, if they were cut otherwise; else 0.
-    pub old_stages: u32,
-}
-
-impl Task {
-    /// A task that is not a matrix product.
-    pub const fn plain(phase: Phase, chunk: u32) -> Self {
-        Self {
-            phase: phase as u32,
-            expert: chunk,
-            weight_row: 0,
-            pool_row: 0,
-            rows: 0,
-            tile: 0,
-            width: 0,
-            expert_tasks: 0,
-            widest: 0,
-            old_stages: 0,
-        }
-    }
-
-    /// As it lies in a task slot.
-    #[inline(always)]
-    pub const fn words(self) -> [[u32; 4]; 2] {
-        let Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest, old_stages } = self;
-        [[phase, expert, weight_row, pool_row], [rows, tile, width | widest << 8 | old_stages << 16, expert_tasks]]
-    }
-
-    /// Reads what [`Self::words`] gave.
-    #[inline(always)]
-    pub const fn from_words(words: [[u32; 4]; 2]) -> Self {
-        let [[phase, expert, weight_row, pool_row], [rows, tile, widths, expert_tasks]] = words;
-        let (width, widest, old_stages) = (widths & 0xff, widths >> 8 & 0xff, widths >> 16);
-        Self { phase, expert, weight_row, pool_row, rows, tile, width, expert_tasks, widest, old_stages }
-    }
-
-    /// Whether it is a matrix product.
-    #[inline(always)]
-    pub const fn is_product(&self) -> bool {
-        self.phase <= Phase::Linear2 as u32
-    }
-
-    /// K-blocks that a product sums over.
-    #[inline(always)]
-    pub const fn k_blocks(&self, shape: &Shape) -> u32 {
-        (if self.phase == Phase::Linear1 as u32 { shape.hidden } else { shape.intermediate }) / K_BLOCK
-    }
-
-    /// The k-block that is about to be loaded, its tokens being there, when the CTA claims its next task: as late as the way there and back lets it, so that
-    /// tickets are taken up in their order, by CTAs that have the time.
-    #[inline(always)]
-    pub const fn claim_block(&self, shape: &Shape) -> u32 {
-        self.k_blocks(shape).saturating_sub(2 * stages(self.widest))
-    }
-
-    /// The task of CTA `cta` of the cluster, if this is the first one's. The last may lie behind the last weight row or token: then there
-    /// is nothing to store.
-    #[inline(always)]
-    pub const fn of(self, cta: u32) -> Self {
-        if self.phase == Phase::Combine as u32 {
-            Self { expert: self.expert + cta, ..self }
-        } else {
-            Self { weight_row: self.weight_row + cta * WEIGHT_TILE, ..self }
-        }
-    }
-}
-
-/// Tasks that `rows` weight rows give for one token tile, as many for each CTA of a cluster.
-pub const fn weight_tasks(rows: u32, cluster: u32) -> u32 {
-    rows.div_ceil(WEIGHT_TILE * cluster) * cluster
-}
-
-/// Binary logarithm of the elements of tokens that may stay in the L2 cache while an expert's weights go through it: 16 MB, two thirds of what each
+/// Binary logarithm of the bytes of tokens that may stay in the L2 cache while an expert's weights go through it: 16 MB, two thirds of what each
 /// half of Hopper's 50 MB keeps for its SMs.
-const GROUP_ELEMENTS: u32 = 23;
+const GROUP_BYTES: u32 = 24;
 
-/// Token tiles of an expert that take turns at each block of weights, a power of two: as many as stay in the L2 cache meanwhile, when a product sums over `columns`.
-pub const fn group_tiles(columns: u32) -> u32 {
-    1 << (GROUP_ELEMENTS - MAX_TOKEN_TILE.ilog2()).saturating_sub(columns.next_power_of_two().ilog2())
+/// Token tiles of an expert that take turns at each block of weights, a power of two: as many as stay in the L2 cache meanwhile, when a product sums over rows of `row_bytes`.
+pub const fn group_tiles(tiles: Tiles, row_bytes: u32) -> u32 {
+    1 << (GROUP_BYTES - tiles.widest().next_power_of_two().ilog2())
+        .saturating_sub(row_bytes.next_power_of_two().ilog2())
 }
 
 /// Rows of the local experts.
@@ -243,18 +138,19 @@ impl PoolPosition {
 
     /// At the next expert that has rows.
     #[inline(always)]
-    pub fn next(self, rows: &(impl ExpertRows + ?Sized)) -> Self {
+    pub fn next(self, tiles: Tiles, rows: &(impl ExpertRows + ?Sized)) -> Self {
         let count = rows.rows(self.expert);
         Self {
             expert: rows.next_hit(self.expert + 1),
-            pool_row: self.pool_row + padded_rows(count),
-            tile: self.tile + token_tiles(count),
+            pool_row: self.pool_row + tiles.padded_rows(count),
+            tile: self.tile + tiles.tiles(count),
         }
     }
 }
 
 /// Walks the rows to pull in ticket order: expert by expert.
 pub struct RowCursor {
+    tiles: Tiles,
     position: PoolPosition,
     first_ticket: u32,
 }
@@ -274,24 +170,26 @@ pub struct Row {
 
 /// The row of this number among those of the shared experts, which come first, each with all `tokens` tokens of its rank; `None` behind the last.
 #[inline(always)]
-pub fn shared_row(shared_experts: u32, tokens: u32, mut number: u32) -> Option<Row> {
+pub fn shared_row(tiles: Tiles, shared_experts: u32, tokens: u32, mut number: u32) -> Option<Row> {
     let mut position = PoolPosition::FIRST;
     while position.expert < shared_experts {
         if number < tokens {
-            let (pool_row, tile) = (position.pool_row + number, position.tile + tile_of_row(number, tokens));
+            let (pool_row, tile) = (position.pool_row + number, position.tile + tiles.tile_of_row(number, tokens));
             return Some(Row { expert: position.expert, row: number, pool_row, tile });
         }
         number -= tokens;
         position.expert += 1;
-        position.pool_row += padded_rows(tokens);
-        position.tile += token_tiles(tokens);
+        position.pool_row += tiles.padded_rows(tokens);
+        position.tile += tiles.tiles(tokens);
     }
     None
 }
 
 impl RowCursor {
     /// Before the first row.
-    pub const START: Self = Self { position: PoolPosition::FIRST, first_ticket: 0 };
+    pub const fn new(tiles: Tiles) -> Self {
+        Self { tiles, position: PoolPosition::FIRST, first_ticket: 0 }
+    }
 
     /// The row of `ticket`, `None` behind the last. Tickets must not decrease from call to call.
     #[inline(always)]
@@ -304,11 +202,11 @@ impl RowCursor {
                     expert: self.position.expert,
                     row,
                     pool_row: self.position.pool_row + row,
-                    tile: self.position.tile + tile_of_row(row, count),
+                    tile: self.position.tile + self.tiles.tile_of_row(row, count),
                 });
             }
             self.first_ticket += count;
-            self.position = self.position.next(rows);
+            self.position = self.position.next(self.tiles, rows);
         }
         None
     }
@@ -317,6 +215,8 @@ impl RowCursor {
 /// The sizes that the task order depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScheduleShape {
+    /// How rows are cut into tiles, and what one task is.
+    pub format: Format,
     /// Token tiles of one wave, at least 1.
     pub wave_tiles: u32,
     /// Rows of the linear 1 weights of one expert: twice the intermediate size.
@@ -335,32 +235,41 @@ impl ScheduleShape {
     /// Tasks of one token tile in a GEMM phase, of which each stands for one a CTA of the cluster.
     #[inline(always)]
     const fn blocks(&self, phase: Phase) -> u32 {
-        let rows = if phase as u32 == Phase::Linear1 as u32 { self.linear1_rows } else { self.linear2_rows };
-        rows.div_ceil(WEIGHT_TILE * self.cluster)
+        let linear1 = phase as u32 == Phase::Linear1 as u32;
+        let rows = if linear1 { self.linear1_rows } else { self.linear2_rows };
+        rows.div_ceil(self.task_rows(linear1) * self.cluster)
+    }
+
+    /// Weight rows of a task.
+    #[inline(always)]
+    const fn task_rows(&self, linear1: bool) -> u32 {
+        if linear1 { self.format.linear1_rows() } else { WEIGHT_TILE }
     }
 
     /// The task of this number, for the first CTA of a cluster, of an expert's in a GEMM phase with `blocks` of [`Self::blocks`]; it has `rows` rows, from `position` on.
     #[inline(always)]
     fn product(&self, phase: Phase, blocks: u32, position: PoolPosition, rows: u32, number: u32) -> Task {
-        let columns = if phase as u32 == Phase::Linear1 as u32 { self.linear2_rows } else { self.linear1_rows / 2 };
+        let linear1 = phase as u32 == Phase::Linear1 as u32;
+        let columns = if linear1 { self.linear2_rows } else { self.linear1_rows / 2 };
+        let cut = self.format.tiles;
         // Group by group of tiles, and in each block by block of weights: neighbouring tickets share a block of weights, which so is read once for the group, and its
         // tokens stay in the L2 cache.
-        let (group, tiles) = (group_tiles(columns), token_tiles(rows));
+        let (group, tiles) = (group_tiles(cut, self.format.row_bytes(columns)), cut.tiles(rows));
         let first_tile = number / (group * blocks) * group;
         let turns = group.min(tiles - first_tile);
         let within = number - first_tile * blocks;
         let (tile, block) = (first_tile + within % turns, within / turns);
-        let (first_row, end) = rows_of_tile(tile, rows);
+        let (first_row, end) = cut.rows_of_tile(tile, rows);
         Task {
             phase: phase as u32,
             expert: position.expert,
-            weight_row: block * self.cluster * WEIGHT_TILE,
+            weight_row: block * self.cluster * self.task_rows(linear1),
             pool_row: position.pool_row + first_row,
             rows: end - first_row,
             tile: position.tile + tile,
-            width: tile_index(end - first_row),
+            width: cut.index(end - first_row),
             expert_tasks: tiles * blocks * self.cluster,
-            widest: tile_index(self.most_rows),
+            widest: cut.index(self.most_rows),
             old_stages: 0,
         }
     }
@@ -370,7 +279,7 @@ impl ScheduleShape {
     #[inline(always)]
     pub fn early_task(&self, shared_experts: u32, tokens: u32, ticket: u32) -> Option<Task> {
         let blocks = self.blocks(Phase::Linear1);
-        if shared_experts == 0 || ticket >= token_tiles(tokens) * blocks {
+        if shared_experts == 0 || ticket >= self.format.tiles.tiles(tokens) * blocks {
             return None;
         }
         let shape = Self { most_rows: tokens, ..*self };
@@ -425,14 +334,15 @@ impl TaskCursor {
         // Each phase by itself: a position that is chosen at run time would lie in memory.
         let [linear1, linear2] = self.next;
         if linear2.expert < rows.experts() {
-            let tiles = token_tiles(rows.rows(linear2.expert));
+            let cut = self.shape.format.tiles;
+            let tiles = cut.tiles(rows.rows(linear2.expert));
             let ahead = linear2.tile + tiles + WAVES_AHEAD * self.shape.wave_tiles;
             if linear1.expert < rows.experts() && linear1.tile < ahead {
-                self.next[0] = linear1.next(rows);
+                self.next[0] = linear1.next(cut, rows);
                 (self.phase, self.current) = (Phase::Linear1, linear1);
-                self.tickets = token_tiles(rows.rows(linear1.expert)) * self.blocks[0];
+                self.tickets = cut.tiles(rows.rows(linear1.expert)) * self.blocks[0];
             } else {
-                self.next[1] = linear2.next(rows);
+                self.next[1] = linear2.next(cut, rows);
                 (self.phase, self.current) = (Phase::Linear2, linear2);
                 self.tickets = tiles * self.blocks[1];
             }

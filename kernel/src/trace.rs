@@ -1,23 +1,29 @@
 //! What a traced kernel records: the moment at which a role of a CTA begins to do something else.
 //!
-//! Only a kernel that is compiled with the feature `trace` records; in any other, `mark!` is nothing.
+//! Only a kernel that is compiled with the feature `trace` records (`record.rs`).
 
+use crate::format::Format;
 use crate::layout::MAX_LOCAL_EXPERTS;
-use crate::schedule::Task;
-use crate::shared;
-use crate::tile::{MAX_TOKEN_TILE, TOKEN_TILES, WEIGHT_TILE};
+use crate::shared::{SHARED_LIMIT, SharedLayout};
+use crate::task::Task;
+use crate::tile::{MAX_TILES, WEIGHT_TILE};
+use crate::warps::{CONSUMER_WARP, DISPATCH_WARPS, MAX_CONSUMER_WARPGROUPS};
 
-/// Roles of a CTA that record, each for itself: dispatch, producer, scheduler, publisher and both consumer warpgroups, in the order of their
-/// warps. A warpgroup records what its first warp does.
-pub const ROLES: u32 = shared::CONSUMER_WARP + shared::CONSUMER_WARPGROUPS;
+/// Roles of a CTA that record, each for itself: dispatch, producer, scheduler, publisher and every consumer warpgroup, in the order of their
+/// warps; a format with fewer of these leaves the last without records. A warpgroup records what its first warp does.
+pub const ROLES: u32 = CONSUMER_WARP + MAX_CONSUMER_WARPGROUPS;
 
-/// Byte offset of the roles' counts of records (u32) in a traced CTA's dynamic shared memory.
-pub const COUNTS_OFFSET: u32 = shared::SHARED_BYTES;
-/// Bytes of dynamic shared memory of a traced CTA.
-pub const SHARED_BYTES: u32 = COUNTS_OFFSET + ROLES * 4;
+/// Byte offset of the roles' counts of records (u32) in a traced CTA's dynamic shared memory: behind what any format uses.
+pub const COUNTS_OFFSET: u32 = SHARED_LIMIT - ROLES * 4;
 
-const _: () = assert!(COUNTS_OFFSET.is_multiple_of(4) && SHARED_BYTES <= shared::SHARED_LIMIT);
-const _: () = assert!(shared::DISPATCH_WARPS == 1);
+const _: () = assert!(COUNTS_OFFSET.is_multiple_of(4) && DISPATCH_WARPS == 1);
+const _: () = {
+    let mut index = 0;
+    while index < Format::ALL.len() {
+        assert!(SharedLayout::new(&Format::ALL[index]).bytes <= COUNTS_OFFSET);
+        index += 1;
+    }
+};
 
 /// Where a launch records.
 #[repr(C)]
@@ -165,72 +171,7 @@ impl Argument {
     }
 }
 
-const _: () = assert!(MAX_LOCAL_EXPERTS <= 1 << 10 && MAX_TOKEN_TILE <= 1 << 8 && TOKEN_TILES.len() <= 1 << 4);
-
-/// `mark!(launch, Activity)` or `mark!(launch, Activity, argument)`: this thread's role begins to do something else. Nothing in a kernel that
-/// is not traced.
-#[cfg(all(target_arch = "nvptx64", feature = "trace"))]
-macro_rules! mark {
-    ($launch:expr, $activity:ident) => {
-        $crate::trace::mark($launch, $crate::trace::Activity::$activity, 0)
-    };
-    ($launch:expr, $activity:ident, $argument:expr) => {
-        $crate::trace::mark($launch, $crate::trace::Activity::$activity, $argument)
-    };
-}
-#[cfg(all(target_arch = "nvptx64", not(feature = "trace")))]
-macro_rules! mark {
-    ($($any:tt)*) => {};
-}
-
-#[cfg(all(target_arch = "nvptx64", feature = "trace"))]
-pub use device::mark;
-
-#[cfg(all(target_arch = "nvptx64", feature = "trace"))]
-mod device {
-    use super::{Activity, Argument, COUNTS_OFFSET, ROLES, Record};
-    use crate::device::address::SharedAddress;
-    use crate::device::global::st_weak_v4;
-    use crate::device::special::{cta, globaltimer, smid, thread};
-    use crate::launch::Launch;
-    use crate::shared::{CONSUMER_WARP, WARP, WARPGROUP};
-
-    /// The role whose records this thread writes: that of the first lane of a role's first warp.
-    #[inline(always)]
-    fn role() -> Option<u32> {
-        let thread = thread();
-        let consumers = CONSUMER_WARP * WARP;
-        if thread < consumers {
-            (thread % WARP == 0).then_some(thread / WARP)
-        } else {
-            let thread = thread - consumers;
-            (thread % WARPGROUP == 0).then_some(CONSUMER_WARP + thread / WARPGROUP)
-        }
-    }
-
-    /// Records an activity. Any threads may call this; those that stand for no role record nothing. The first one is [`Activity::Start`].
-    #[inline(always)]
-    pub fn mark(launch: &Launch, activity: Activity, argument: impl Into<Argument>) {
-        let Some(role) = role() else { return };
-        let time = globaltimer();
-        let count = SharedAddress::dynamic().offset(COUNTS_OFFSET + role * 4);
-        let (index, argument) = match activity {
-            Activity::Start => (0, smid() as u64),
-            // SAFETY: the count is this thread's.
-            _ => (unsafe { count.load_u32() }, argument.into().0),
-        };
-        // SAFETY: as above.
-        unsafe { count.store_u32(index + 1) };
-        let buffer = &launch.params().trace;
-        if index < buffer.capacity {
-            let record = (cta() * ROLES + role) as u64 * buffer.capacity as u64 + index as u64;
-            let word = argument << 8 | activity as u64;
-            let words = [time as u32, (time >> 32) as u32, word as u32, (word >> 32) as u32];
-            // SAFETY: the buffer has `capacity` records for every role of every CTA.
-            unsafe { st_weak_v4((buffer.address + record * size_of::<Record>() as u64) as *mut u8, words) };
-        }
-    }
-}
+const _: () = assert!(MAX_LOCAL_EXPERTS <= 1 << 10 && Format::BF16.tiles.widest() <= 1 << 8 && MAX_TILES <= 1 << 4);
 
 #[cfg(test)]
 mod tests {

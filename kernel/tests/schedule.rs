@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::schedule::{
     MAX_PULL_ROWS, Phase, RowCursor, ScheduleShape, Task, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens,
@@ -206,6 +207,51 @@ proptest! {
         prop_assert!(rows.iter().map(|&rows| token_tiles(rows)).sum::<u32>() <= shape.pool_tiles());
     }
 
+    /// A rank that is at its next layer must write nothing that another still reads of the last.
+    #[test]
+    fn layers_of_different_shapes_keep_parities_and_sources_apart(a in shape(), b in shape()) {
+        let b = Shape { experts: b.routed_experts() * a.ranks, ranks: a.ranks, ..b };
+        let b = Shape { top_k: b.top_k.min(b.experts), ..b };
+        let sizes = Shape {
+            hidden: a.hidden.max(b.hidden),
+            intermediate: a.intermediate.max(b.intermediate),
+            experts: a.experts.max(b.experts),
+            shared_experts: a.shared_experts.max(b.shared_experts),
+            top_k: a.top_k.max(b.top_k),
+            max_tokens: a.max_tokens.max(b.max_tokens),
+            ranks: a.ranks,
+        };
+        let layout = SymmetricLayout::new(&sizes, &Format::ALL);
+        let (ranks, top_k, tokens) = (sizes.ranks as u64, sizes.top_k as u64, sizes.max_tokens as u64);
+        for shape in [a, b] {
+            for format in &Format::ALL {
+                prop_assert!(shape.pool_rows(format) <= sizes.pool_rows(format));
+                prop_assert!(shape.pool_tiles(format) <= sizes.pool_tiles(format));
+            }
+            let (last_expert, last_rank) = (shape.routed_experts() - 1, shape.ranks - 1);
+            for parity in 0..2 {
+                let places = [layout.count_index(&shape, parity, 0, 0), layout.count_index(&shape, parity, last_rank, last_expert)];
+                let first = parity as u64 * layout.counts_of_parity;
+                prop_assert!(places.iter().all(|place| (first..first + layout.counts_of_parity).contains(place)));
+            }
+            if shape.max_tokens == 0 {
+                continue;
+            }
+            let last_token = shape.max_tokens - 1;
+            for source in 0..shape.ranks {
+                let places = [layout.list_index(&shape, source, 0, 0), layout.list_index(&shape, source, last_expert, last_token)];
+                let first = source as u64 * layout.lists_of_source;
+                prop_assert!(places.iter().all(|place| (first..first + layout.lists_of_source).contains(place)));
+                let last = shape.top_k - 1;
+                let places = [layout.follower_index(&shape, source, 0, 0), layout.follower_index(&shape, source, last_token, last)];
+                let first = source as u64 * layout.followers_of_source;
+                prop_assert!(places.iter().all(|place| (first..first + layout.followers_of_source).contains(place)));
+            }
+        }
+        prop_assert!(layout.lists + ranks * layout.lists_of_source * 8 <= layout.followers);
+        prop_assert!(layout.followers + ranks * tokens * top_k * 4 <= layout.combine);
+    }
+
     #[test]
     fn parts_of_a_layout_do_not_overlap(shape in shape()) {
         let layout = SymmetricLayout::new(&shape);
@@ -214,6 +260,7 @@ proptest! {
         in_order(&[
             (layout.counts, 2 * ranks * routed * 8),
             (layout.hidden, 2 * ranks * 8),
+            (layout.layers, 2 * ranks * 8),
             (layout.flags, (shape.experts + shape.shared_experts) as u64 * 4),
             (layout.lists, ranks * routed * tokens * 8),
             (layout.followers, ranks * tokens * shape.top_k as u64 * 4),

@@ -11,10 +11,12 @@ pub(crate) enum Type {
     B128,
     U8,
     U16,
+    U16x2,
     U32,
     U64,
     S8,
     S16,
+    S16x2,
     S32,
     S64,
     F16,
@@ -42,10 +44,12 @@ impl Type {
             "b128" => Self::B128,
             "u8" => Self::U8,
             "u16" => Self::U16,
+            "u16x2" => Self::U16x2,
             "u32" => Self::U32,
             "u64" => Self::U64,
             "s8" => Self::S8,
             "s16" => Self::S16,
+            "s16x2" => Self::S16x2,
             "s32" => Self::S32,
             "s64" => Self::S64,
             "f16" => Self::F16,
@@ -70,14 +74,14 @@ impl Type {
             Self::B16 | Self::U16 | Self::S16 | Self::F16 | Self::Bf16 => 2,
             Self::E4m3x2 | Self::E5m2x2 => 2,
             Self::B32 | Self::U32 | Self::S32 | Self::F32 | Self::Tf32 => 4,
-            Self::F16x2 | Self::Bf16x2 => 4,
+            Self::F16x2 | Self::Bf16x2 | Self::U16x2 | Self::S16x2 => 4,
             Self::B64 | Self::U64 | Self::S64 | Self::F64 => 8,
             Self::B128 => 16,
         }
     }
 
     pub fn is_signed(self) -> bool {
-        matches!(self, Self::S8 | Self::S16 | Self::S32 | Self::S64)
+        matches!(self, Self::S8 | Self::S16 | Self::S16x2 | Self::S32 | Self::S64)
     }
 
     pub fn is_float(self) -> bool {

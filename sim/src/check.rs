@@ -156,6 +156,8 @@ struct Flight {
     reads: (u32, u32),
     writes: (u32, u32),
     async_proxy: bool,
+    /// How many phases of the mbarrier that it completes on its issuer knew to be complete.
+    phases_known: u32,
 }
 
 impl Flight {
@@ -175,6 +177,10 @@ pub(crate) struct Access {
     /// An atomic, which reads what it writes over.
     pub reads: bool,
     pub strong: Option<Scope>,
+    /// By `ld.global.nc`.
+    pub read_only: bool,
+    /// A wait for an mbarrier.
+    pub waits: bool,
 }
 
 /// Which side of a release or acquire pattern an instruction is.
@@ -216,26 +222,45 @@ pub(crate) struct Checker {
     sequential: Sequential,
     flights: FastMap<u64, Flight>,
     agents: u32,
+    /// What came before each launch that others came before.
+    began: FastMap<usize, Clock>,
+    /// Launches of a device come one after the other.
+    in_order: bool,
+    /// Of each device, what its CTAs that have ended did and knew, where launches come in order.
+    ended: FastMap<usize, Clock>,
+    nothing: Clock,
     pub verdicts: Verdicts,
 }
 
 impl Checker {
-    pub fn new(policy: Policy) -> Self {
-        Self { verdicts: Verdicts::new(policy), ..Self::default() }
+    /// The checks of a run, whose launches of a device may come one after the other.
+    pub fn new(policy: Policy, in_order: bool) -> Self {
+        Self { verdicts: Verdicts::new(policy), in_order, ..Self::default() }
     }
 
     /// A CTA starts: gives its first warp's number. `live` are the lanes of each warp.
     pub fn start_cta(&mut self, home: Home, live: &[u32], groups: usize, shared_bytes: u64) -> u32 {
         let first = self.homes.len() as u32;
+        let ended = self.ended.get(&home.device);
+        let began = self.began.entry(home.launch).or_insert_with(|| {
+            let Some(mut clock) = ended.cloned() else {
+                return Clock::default();
+            };
+            // The end of a kernel is a fence of every kind.
+            clock.fence_proxy(Space::Generic);
+            [true, false].into_iter().for_each(|release| clock.fence_tensor_map(release));
+            clock
+        });
         let members = (0..live.len()).chain((0..groups).map(|group| group * 4));
         for warp in members {
             self.homes.push(Home { warp: warp as u32, ..home });
-            self.scopes.push(Site { device: home.device, cluster: home.cluster, cta: home.cta });
+            let Home { device, cluster, cta, launch, .. } = home;
+            self.scopes.push(Site { device, cluster, cta, launch });
         }
         self.warps.extend(live.iter().map(|live| WarpState {
             tick: 1,
             absent: !live,
-            views: vec![View { lanes: *live, clock: Clock::default() }],
+            views: vec![View { lanes: *live, clock: began.clone() }],
             ..WarpState::default()
         }));
         self.warps.resize_with(self.homes.len(), WarpState::default);
@@ -257,6 +282,9 @@ impl Checker {
     pub fn finish_cta(&mut self, cta: u64) -> Option<Clash> {
         let checks = self.ctas.remove(&cta)?;
         let mut clash = None;
+        if self.in_order {
+            self.end_cta(checks.warps);
+        }
         if self.clusters.get(&checks.cluster).is_some_and(|cluster| cluster.ctas > 1) {
             let (first, count) = checks.warps;
             let mut clock = Clock::default();
@@ -272,6 +300,22 @@ impl Checker {
         clash
     }
 
+    /// What warps of a CTA that has exited did and knew comes before the next launch.
+    fn end_cta(&mut self, (first, count): (u32, u32)) {
+        let Some(device) = self.homes.get(first as usize).map(|home| home.device) else {
+            return;
+        };
+        let mut clock = Clock::default();
+        for warp in first..first + count {
+            self.hand_on(warp, u32::MAX, &mut clock);
+            for groups in self.warps.get(warp as usize).into_iter().flat_map(|state| &state.groups) {
+                clock.learn_completed(groups.reads, groups.committed + 1);
+                clock.learn_completed(groups.writes, groups.committed + 1);
+            }
+        }
+        self.ended.entry(device).or_default().join(&clock);
+    }
+
     /// Where the warp of a record ran.
     pub fn home(&self, record: Record) -> Option<Home> {
         self.homes.get(record.issuer as usize).copied()
@@ -279,7 +323,7 @@ impl Checker {
 
     /// Checks and remembers an access.
     pub fn access(&mut self, access: Access, key: u64, bytes: u64) -> Result<(), Fault> {
-        let Access { warp, lanes, pc, mode, reads: observes, strong } = access;
+        let Access { warp, lanes, pc, mode, reads: observes, strong, read_only, waits } = access;
         let Some(state) = self.warps.get_mut(warp as usize) else {
             return Ok(());
         };
@@ -292,7 +336,11 @@ impl Checker {
                 continue;
             }
             let record = Record::new(Agent::Warp(warp), state.tick, lanes, pc, strong, false, warp);
-            let actor = Actor { key, record, clock: &view.clock, mode, observes, homes: &self.scopes };
+            let record = if read_only { record.read_only() } else { record };
+            let record = if waits { record.waits() } else { record };
+            let began = self.scopes.get(warp as usize).and_then(|site| self.began.get(&site.launch));
+            let began = began.unwrap_or(&self.nothing);
+            let actor = Actor { key, record, clock: &view.clock, mode, observes, homes: &self.scopes, began };
             if let Err(clash) = self.shadow.access(bytes, &actor) {
                 self.verdicts.judge(clash, &self.ctas)?;
             }
@@ -487,6 +535,33 @@ impl Checker {
 
     /// `fence.proxy.async`: of global, shared or (generic) all memory.
     pub fn fence_proxy(&mut self, warp: u32, lanes: u32, space: Space) {
+        self.fence_own(warp, lanes, |clock| clock.fence_proxy(space));
+    }
+
+    /// `fence.proxy.tensormap::generic`, which is a fence of memory too.
+    pub fn fence_tensor_map(&mut self, warp: u32, lanes: u32, scope: Scope, release: bool) {
+        if release {
+            self.fence_own(warp, lanes, |clock| clock.fence_tensor_map(true));
+            self.fence(warp, lanes, scope);
+        } else {
+            self.fence(warp, lanes, scope);
+            self.fence_own(warp, lanes, |clock| clock.fence_tensor_map(false));
+        }
+    }
+
+    /// A lane uses the tensor map at an address of global memory.
+    pub fn use_tensor_map(&mut self, warp: u32, lanes: u32, pc: u32, key: u64) -> Result<(), Fault> {
+        let clock = self.snapshot(warp, lanes);
+        let tick = self.warps.get(warp as usize).map_or(0, |state| state.tick);
+        let record = Record::new(Agent::Warp(warp), tick, lanes, pc, None, true, warp);
+        let homes = &self.scopes;
+        let actor =
+            Actor { key, record, clock: &clock, mode: Mode::Read, observes: false, homes, began: &self.nothing };
+        self.shadow.use_map(128, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))
+    }
+
+    /// A fence of what lanes of a warp did, and of what they know.
+    fn fence_own(&mut self, warp: u32, lanes: u32, fence: impl Fn(&mut Clock)) {
         let Some(state) = self.warps.get(warp as usize) else {
             return;
         };
@@ -495,12 +570,12 @@ impl Checker {
         self.learn(warp, lanes, |clock| {
             if single {
                 clock.learn(warp, Entry::new(tick, lanes));
-                clock.fence_proxy(space);
+                fence(clock);
             } else {
                 // Each lane fences its own accesses; that others' are not yet known is left to the race check.
                 let known = clock.clone();
                 clock.learn(warp, Entry::new(tick, lanes | absent));
-                clock.fence_proxy(space);
+                fence(clock);
                 clock.forget_warps(&known);
             }
         });
@@ -615,10 +690,11 @@ impl Checker {
                 .groups(warp, lane, kind)
                 .map(|groups| ((groups.reads, groups.committed + 1), (groups.writes, groups.committed + 1))),
         };
+        let phases_known = mbarrier.map_or(0, |place| self.phases_known(warp, place));
         if let Some((reads, writes)) = agents {
             let async_proxy = kind == CopyKind::Bulk;
-            self.flights
-                .insert(number, Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads, writes, async_proxy });
+            let flight = Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads, writes, async_proxy, phases_known };
+            self.flights.insert(number, flight);
         }
         self.advance(warp);
     }
@@ -646,8 +722,10 @@ impl Checker {
             phases.issued += 1;
             (phases.agent, phases.issued)
         });
+        let issuer = self.flights.get(&number).map(|flight| flight.issuer);
+        let phases_known = issuer.map_or(0, |issuer| self.phases_known(issuer, (cta, address)));
         if let (Some(flight), Some(writes)) = (self.flights.get(&number), writes) {
-            let part = Flight { writes, ..flight.clone() };
+            let part = Flight { writes, phases_known, ..flight.clone() };
             self.flights.insert(next, part);
         }
     }
@@ -661,7 +739,15 @@ impl Checker {
         let record = flight.record(part, atomic.then_some(Scope::Gpu));
         for range in ranges {
             let (key, bytes) = (range.start, range.end - range.start);
-            let actor = Actor { key, record, clock: &flight.clock, mode, observes: false, homes: &self.scopes };
+            let actor = Actor {
+                key,
+                record,
+                clock: &flight.clock,
+                mode,
+                observes: false,
+                homes: &self.scopes,
+                began: &self.nothing,
+            };
             self.shadow.access(bytes, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))?;
         }
         Ok(())
@@ -674,7 +760,15 @@ impl Checker {
         };
         let record = flight.record(flight.writes, Some(Scope::Cluster));
         let key = shared_key(cta, u64::from(address));
-        let actor = Actor { key, record, clock: &flight.clock, mode: Mode::Read, observes: false, homes: &self.scopes };
+        let actor = Actor {
+            key,
+            record,
+            clock: &flight.clock,
+            mode: Mode::Read,
+            observes: false,
+            homes: &self.scopes,
+            began: &self.nothing,
+        };
         self.shadow.access(8, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))
     }
 
@@ -716,7 +810,16 @@ impl Checker {
         let none = (u32::MAX >> 1, 0);
         self.flights.insert(
             number,
-            Flight { clock, issuer: warp, lanes: 1 << lane, pc, reads: none, writes: none, async_proxy: false },
+            Flight {
+                clock,
+                issuer: warp,
+                lanes: 1 << lane,
+                pc,
+                reads: none,
+                writes: none,
+                async_proxy: false,
+                phases_known: 0,
+            },
         );
         self.advance(warp);
     }
@@ -839,7 +942,15 @@ impl Checker {
         let record = Record::new(Agent::Warp(agent), tick, u32::MAX, pc, None, true, warp);
         for range in ranges {
             let key = shared_key(cta, u64::from(range.start));
-            let actor = Actor { key, record, clock: &clock, mode: Mode::Read, observes: false, homes: &self.scopes };
+            let actor = Actor {
+                key,
+                record,
+                clock: &clock,
+                mode: Mode::Read,
+                observes: false,
+                homes: &self.scopes,
+                began: &self.nothing,
+            };
             let found = self.shadow.access(range.len() as u64, &actor);
             found.or_else(|clash| self.verdicts.judge(clash, &self.ctas))?;
         }

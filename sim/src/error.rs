@@ -215,6 +215,33 @@ pub enum Fault {
         /// Where the wait was.
         earlier: Box<Position>,
     },
+    /// A read by `ld.global.nc` of what is written while the kernel runs, or such a write.
+    #[error(
+        "{now} at {place}, after the {before} by [{earlier}]: what `ld.global.nc` reads must be read-only while the kernel runs"
+    )]
+    ReadOnly {
+        /// The address: buffer and offset.
+        place: String,
+        /// What the access does.
+        now: String,
+        /// What the one before did.
+        before: String,
+        /// Where the one before was.
+        earlier: Box<Position>,
+    },
+    /// A tensor map that was written, and used without a fence of its proxy in between.
+    #[error(
+        "missing fence.proxy.tensormap: a copy uses the tensor map at {place}, after the {before} by [{earlier}], without \
+         fence.proxy.tensormap::generic.release there and .acquire here in between"
+    )]
+    TensorMapFence {
+        /// The address: buffer and offset.
+        place: String,
+        /// What the write was.
+        before: String,
+        /// Where it was.
+        earlier: Box<Position>,
+    },
     /// Two accesses to the same place, one of them a write, that nothing orders.
     #[error("data race: {now} at {place}, which nothing orders after the {before} by [{earlier}]")]
     Race {

@@ -47,6 +47,8 @@ pub(crate) struct LaunchInfo {
     pub variables: Vec<u64>,
     /// CTAs that can be resident at once: the device's SMs.
     pub places: u32,
+    /// `%globaltimer` when the run began.
+    pub timer_start: u64,
 }
 
 /// Everything an instruction can touch.
@@ -305,6 +307,13 @@ impl Context<'_> {
                 }
                 Ok(Flow::Next)
             }
+            Op::FenceTensorMap { release, scope } => {
+                self.release(*scope);
+                if let Some(checker) = &mut self.checker {
+                    checker.fence_tensor_map(self.agent, active, *scope, *release);
+                }
+                Ok(Flow::Next)
+            }
             Op::FenceMbarrierInit => {
                 if let Some(checker) = &mut self.checker {
                     checker.fence_mbarrier_init(self.agent, active);
@@ -385,16 +394,17 @@ impl Context<'_> {
             Op::Matrix(access) => self.matrix(access, active),
             Op::Mma(mma) => self.mma(mma, active),
             Op::MaxRegisters { count, increase } => self.max_registers(*count, *increase, active),
-            Op::Sleep(duration) => {
-                let longest =
-                    lanes(active).map(|lane| self.warp.registers.r32[duration.0 as usize][lane]).max().unwrap_or(0);
-                // A warp that sleeps without a look at anything waits for no one: it goes on when its time has come.
-                if !std::mem::take(&mut self.warp.polled) {
-                    *self.progress += 1;
-                }
-                Ok(Flow::Pause(self.time() + u64::from(longest.max(1))))
-            }
+            Op::Sleep(duration) => self.sleep(*duration, active),
         }
+    }
+
+    fn sleep(&mut self, duration: R32, active: u32) -> Executed {
+        let longest = lanes(active).map(|lane| self.warp.registers.r32[duration.0 as usize][lane]).max().unwrap_or(0);
+        // A warp that sleeps without a look at anything waits for no one: it goes on when its time has come.
+        if !std::mem::take(&mut self.warp.polled) {
+            *self.progress += 1;
+        }
+        Ok(Flow::Pause(self.time() + u64::from(longest.max(1))))
     }
 
     /// Registers of a wgmma that is under way are its own; those it is given must be fenced.
@@ -558,6 +568,7 @@ impl Op {
                 | Self::Nothing
                 | Self::Fence { .. }
                 | Self::FenceProxy(_)
+                | Self::FenceTensorMap { .. }
                 | Self::FenceMbarrierInit
                 | Self::MapShared { .. }
                 | Self::CtaRank { .. }

@@ -218,6 +218,14 @@ impl Run<'_> {
             Completion::Mbarrier { address, .. } => Some(address),
             Completion::Group(_) => None,
         };
+        if let (Some(checker), Some(address), Some(cta)) = (&mut self.checker, mbarrier, &cta)
+            && start > 0
+            && let Err(error) = checker.check_bytes(number, (target, address))
+        {
+            let place = shared_place(&cta.state.shared, u64::from(address));
+            let fault = Fault::Mbarrier { place, error };
+            self.findings.judge(fault, transfer.issuer.pc, transfer.issuer.lanes)?;
+        }
         let completion = self.checker.as_mut().map(|checker| checker.land_copy(number, target, mbarrier));
         if let (Completion::Mbarrier { address, bytes }, Some(cta)) = (transfer.completion, cta) {
             let checked = completion.is_some() && !self.findings.policy.allow.contains(Check::UnannouncedBytes);
@@ -232,7 +240,7 @@ impl Run<'_> {
 
     /// Executes the oldest product of a warpgroup.
     fn multiply(&mut self, issuer: Issuer, group_index: usize) -> Result<(), Fault> {
-        let check = self.options.check_matrix_operands;
+        let (check, sums) = (self.options.check_matrix_operands, self.options.fp8_sums);
         let Some(cta) = self.ctas[issuer.slot].as_deref_mut().filter(|cta| cta.state.id == issuer.cta) else {
             return Ok(());
         };
@@ -294,10 +302,10 @@ impl Run<'_> {
         let shared = state.shared.data();
         let mut values: Vec<[u32; THREADS]> = accumulators.iter().map(|register| gather(warps, *register)).collect();
         if *half {
-            wgmma::execute_f16(shape, a, issued.b, shared, &mut values, issued.scale_d).map_err(fail)?;
+            wgmma::execute_f16(shape, a, issued.b, shared, &mut values, issued.scale_d, sums).map_err(fail)?;
         } else {
             let floats: &mut [[f32; THREADS]] = bytemuck::cast_slice_mut(&mut values);
-            wgmma::execute(shape, a, issued.b, shared, floats, issued.scale_d).map_err(fail)?;
+            wgmma::execute(shape, a, issued.b, shared, floats, issued.scale_d, sums).map_err(fail)?;
         }
         for (register, values) in accumulators.iter().zip(&values) {
             for (warp, part) in warps.iter_mut().zip(values.chunks_exact(LANES)) {

@@ -26,6 +26,7 @@ mod quanta;
 mod random;
 mod registers;
 mod schedule;
+mod skew;
 mod store_buffer;
 pub mod tensor_map;
 

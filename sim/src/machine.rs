@@ -13,8 +13,10 @@ use crate::memory::{CODE_WINDOW, GlobalMemory};
 use crate::profile::Profile;
 use crate::program::{Entry, Module, Reference};
 use crate::quanta;
+use crate::random::Random;
 use crate::schedule::Prepared;
 use crate::waiver::{Checks, Policy};
+use crate::wgmma::Fp8Sums;
 
 /// A kernel argument.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,8 +67,12 @@ pub struct Launch<'a> {
 /// How a run is made.
 #[derive(Debug, Clone)]
 pub struct RunOptions {
-    /// Chooses every interleaving and every moment of an asynchronous operation.
+    /// Chooses every interleaving, every moment of an asynchronous operation, and the time at which the run begins. An odd one holds
+    /// warps, CTAs or whole devices back for a while.
     pub seed: u64,
+    /// Whether the launches of a device run one after the other, in the order given, as those of a stream do, while those of other devices
+    /// run at their own pace. If not, all run together.
+    pub in_order: bool,
     /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole. If absent, as many as fit
     /// by their threads and shared memory on the [`Machine::SMS`] SMs of a device; a kernel's registers are not known.
     pub residency: Option<u32>,
@@ -75,6 +81,8 @@ pub struct RunOptions {
     /// Whether a matrix product that reads shared memory which nothing has written is an error. Copies carry the
     /// mark along, so a tile with rows that no one needs may have it.
     pub check_matrix_operands: bool,
+    /// How `wgmma` adds products of 8-bit numbers: with the few bits that Hopper keeps, unless told otherwise.
+    pub fp8_sums: Fp8Sums,
     /// Whether accesses that nothing orders are errors: data races, missing proxy fences, early reuse. By default where
     /// debug assertions are on, as in tests; it takes a few times as long.
     pub checks: bool,
@@ -93,9 +101,11 @@ impl Default for RunOptions {
     fn default() -> Self {
         Self {
             seed: 0,
+            in_order: false,
             residency: None,
             step_limit: Some(Self::STEP_LIMIT),
             check_matrix_operands: true,
+            fp8_sums: Fp8Sums::default(),
             checks: cfg!(debug_assertions),
             allow: Checks::default(),
             keep_going: false,
@@ -295,7 +305,7 @@ impl Machine {
             .iter()
             .filter(|other| other.device == launch.device)
             .map(|other| size(other.grid).unwrap_or(0))
-            .fold(0, u32::saturating_add);
+            .fold(0, if options.in_order { u32::max } else { u32::saturating_add });
         let by_threads = Self::SM_THREADS / threads.next_multiple_of(32);
         let fitting = Self::SMS * by_threads.min(Self::SHARED_BYTES / shared).clamp(1, Self::SM_CTAS);
         let places = options.residency.unwrap_or(fitting).min(places) / members * members;
@@ -317,6 +327,7 @@ impl Machine {
                 cluster,
                 is_explicit,
                 places,
+                timer_start: timer_start(options.seed),
             },
             threads,
             shared_bytes: shared,
@@ -358,6 +369,13 @@ impl Machine {
         self.variables.insert((module.id, device), addresses.clone());
         Ok(addresses)
     }
+}
+
+/// `%globaltimer` when a run begins: some time since 1970 in nanoseconds, with half of the seeds shortly before its lower half wraps.
+fn timer_start(seed: u64) -> u64 {
+    let mut random = Random::new(seed ^ 0x7469_6d65);
+    let start = (1 << 60) + random.below(1 << 59);
+    if random.below(2) == 0 { start } else { (start | 0xffff_ffff) - random.below(1 << 16) }
 }
 
 /// The cluster of a launch, and whether it or the entry names one.

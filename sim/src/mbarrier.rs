@@ -82,6 +82,17 @@ pub enum MbarrierError {
         /// Phases that the warp has waited for, or knows from others to be complete.
         known: u32,
     },
+    /// Bytes of a copy that nothing orders behind the phase before (see `check/phases.rs`).
+    #[error(
+        "bytes that may come too early: the copy completes in a phase that comes after {completed} others, and its issuer knew \
+         {known} of them to be complete: nothing orders it behind the phase before, for which its bytes could have counted"
+    )]
+    UnorderedBytes {
+        /// Phases that are complete.
+        completed: u32,
+        /// Phases that the issuer knew to be complete as it issued the copy.
+        known: u32,
+    },
     /// A phase parity other than 0 or 1.
     #[error("phase parity {parity}; it must be 0 or 1")]
     Parity {

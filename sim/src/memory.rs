@@ -377,6 +377,11 @@ impl GlobalMemory {
         self.devices[device].stores.is_empty()
     }
 
+    /// Whether they are, and have reached memory that is away.
+    pub fn is_performed(&self, device: usize) -> bool {
+        self.is_settled(device) && self.outbound.is_empty()
+    }
+
     /// Whether a cluster has stored to a range of addresses, or its device has for all its CTAs, and that is not performed.
     pub fn is_pending(&self, device: usize, cluster: u64, range: &Range<u64>) -> bool {
         let stores = &self.devices[device].stores;

@@ -83,7 +83,7 @@ impl Kind {
             | Op::Elect { .. }
             | Op::ActiveMask(_)
             | Op::WarpBarrier(_) => Self::Lanes,
-            Op::Fence { .. } | Op::FenceProxy(_) | Op::Barrier(_) => Self::Barrier,
+            Op::Fence { .. } | Op::FenceProxy(_) | Op::FenceTensorMap { .. } | Op::Barrier(_) => Self::Barrier,
             Op::Mbarrier(_) => Self::Mbarrier,
             Op::BulkCopy(_)
             | Op::TensorCopy(_)

@@ -271,6 +271,8 @@ pub(crate) struct Access {
     /// Unless it is weak, a repeated one may be a poll.
     pub order: Order,
     pub scope: Scope,
+    /// `ld.global.nc`: of what nothing writes while the kernel runs.
+    pub read_only: bool,
 }
 
 /// The operation of `atom` and `red`.
@@ -557,6 +559,11 @@ pub(crate) enum Op {
     },
     /// `fence.proxy.async`: of global, shared or (generic) all memory.
     FenceProxy(Space),
+    /// `fence.proxy.tensormap::generic`.
+    FenceTensorMap {
+        release: bool,
+        scope: Scope,
+    },
     /// `fence.mbarrier_init.release.cluster`.
     FenceMbarrierInit,
     /// `mapa`: the address of the same place in the shared memory of the CTA of a rank.

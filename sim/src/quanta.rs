@@ -39,7 +39,7 @@ pub(crate) fn run(memory: &mut GlobalMemory, prepared: &[Prepared<'_>], options:
     let mut together = Together {
         devices,
         memory,
-        checker: options.checks.then(|| Box::new(Checker::new(options.policy()))),
+        checker: options.checks.then(|| Box::new(Checker::new(options.policy(), options.in_order))),
         random: Random::new(options.seed.rotate_left(32)),
         until: 0,
         progress: (0, 0),

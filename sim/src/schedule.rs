@@ -20,6 +20,7 @@ use crate::profile::{Kind, Profiler};
 use crate::program::{BarrierReduction, Entry, Module, Op};
 use crate::random::Random;
 use crate::registers::{ALL, LANES, Registers, Slot};
+use crate::skew::Skew;
 use crate::waiver::{Check, Findings, Verdict};
 
 /// Simulated time is kept in units of 2^-16 ns.
@@ -81,6 +82,7 @@ pub(crate) struct Run<'a> {
     pub ctas: Vec<Option<Box<Cta>>>,
     pub queue: AsyncQueue,
     pub random: Random,
+    skew: Skew,
     /// Warp instructions so far, all launches together.
     pub step: u64,
     pub options: &'a RunOptions,
@@ -132,6 +134,7 @@ impl<'a> Run<'a> {
             ctas: Vec::new(),
             queue: AsyncQueue::new(device as u64, devices as u64),
             random: Random::new(options.seed ^ (device as u64).wrapping_mul(0xd6e8_feb8_6659_fd93)),
+            skew: Skew::new(options.seed),
             step: 0,
             options,
             progress: 0,
@@ -172,6 +175,9 @@ impl<'a> Run<'a> {
                 self.progress += 1;
             }
             self.wake_timers();
+            if self.ready.is_empty() && self.options.in_order {
+                self.start_ctas();
+            }
             if self.ready.is_empty() {
                 if let Some(due) = self.queue.next_due() {
                     self.step = due;
@@ -185,7 +191,7 @@ impl<'a> Run<'a> {
                 }
                 continue;
             }
-            let chosen = self.random.below(self.ready.len() as u64) as usize;
+            let chosen = self.skew.choose(&self.ready, self.step, &mut self.random);
             let (slot, warp) = self.ready.swap_remove(chosen);
             self.run_slice(slot, warp, None)?;
             if self.options.step_limit.is_some_and(|limit| self.step > limit) {
@@ -363,7 +369,7 @@ impl<'a> Run<'a> {
             self.report_findings(Issuer { slot, cta: 0, warp, lanes: ALL, pc: 0 });
         }
         self.step += executed;
-        self.time += (executed << TIME_SHIFT) / u64::from(self.resident.max(1));
+        self.time += self.skew.slowness() * (executed << TIME_SHIFT) / u64::from(self.resident.max(1));
         if let Err(Failure { fault, pc, lanes }) = result {
             let issuer = Issuer { slot, cta: 0, warp, lanes, pc };
             return Err(self.failed(fault, issuer));
@@ -599,7 +605,10 @@ impl<'a> Run<'a> {
             for launch in 0..self.launches.len() {
                 let state = &self.launches[launch];
                 let cluster = state.prepared.info.cluster.iter().product::<u32>();
-                if state.next_cta < state.total && self.resident + cluster <= state.prepared.info.places {
+                if state.next_cta < state.total
+                    && self.may_start(launch)
+                    && self.resident + cluster <= state.prepared.info.places
+                {
                     self.start_cluster(launch);
                     started = true;
                 }
@@ -608,6 +617,16 @@ impl<'a> Run<'a> {
                 return;
             }
         }
+    }
+
+    /// Whether CTAs of a launch may start: where launches run in order, once all that earlier ones did is done.
+    fn may_start(&self, launch: usize) -> bool {
+        if !self.options.in_order || self.launches[launch].next_cta > 0 {
+            return true;
+        }
+        let finished = self.launches[..launch].iter().all(|earlier| earlier.finished == earlier.total);
+        let idle = || self.resident == 0 && self.queue.next_due().is_none() && self.parked.is_empty();
+        finished && idle() && self.memory.is_performed(self.device)
     }
 
     /// Starts the CTAs of the next cluster together.
@@ -712,6 +731,8 @@ impl<'a> Run<'a> {
                 let space = if is_shared(clash.key) { "shared::cta" } else { "global" };
                 Fault::ProxyFence { space, place, now, before, earlier }
             }
+            ClashKind::ReadOnly => Fault::ReadOnly { place, now, before, earlier },
+            ClashKind::TensorMap => Fault::TensorMapFence { place, before, earlier },
             ClashKind::Phase => Fault::PhaseOrder { place, earlier },
         };
         SimError::Fault { fault, position: Box::new(position) }

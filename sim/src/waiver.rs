@@ -37,6 +37,10 @@ checks! {
     MissingProxyFence = "missing-proxy-fence",
     /// The same of the initialisation of an mbarrier.
     InitWithoutProxyFence = "init-without-proxy-fence",
+    /// The use of a tensor map that was written, with no fence of its proxy between.
+    MissingTensorMapFence = "missing-tensor-map-fence",
+    /// A read by `ld.global.nc` of what is written while the kernel runs.
+    WrittenReadOnly = "written-read-only",
     /// A phase of an mbarrier that completes, and nothing orders that after a wait for the one before.
     PhaseOrder = "phase-order",
     /// A wait for a phase that can be neither the current one nor the one before.
@@ -45,6 +49,8 @@ checks! {
     InitInUse = "init-in-use",
     /// Bytes that nothing can announce any more.
     UnannouncedBytes = "unannounced-bytes",
+    /// A copy whose bytes could have counted for the phase before of its mbarrier.
+    UnorderedBytes = "unordered-bytes",
     /// A read of memory that nothing has written. It reads zeros, or what was there before.
     UninitialisedRead = "uninitialised-read",
     /// A CTA that exits before copies from its shared memory, such as stores to a tensor, have read it. They read it at the exit.
@@ -67,6 +73,8 @@ impl Check {
         Some(match fault {
             Fault::Race { .. } => Self::DataRace,
             Fault::ProxyFence { .. } => Self::MissingProxyFence,
+            Fault::TensorMapFence { .. } => Self::MissingTensorMapFence,
+            Fault::ReadOnly { .. } => Self::WrittenReadOnly,
             Fault::PhaseOrder { .. } => Self::PhaseOrder,
             Fault::Uninitialised { .. } => Self::UninitialisedRead,
             Fault::ExitRace { .. } => Self::ExitRace,
@@ -75,6 +83,7 @@ impl Check {
                 MbarrierError::WrongPhase { .. } => Self::WrongPhase,
                 MbarrierError::InUse => Self::InitInUse,
                 MbarrierError::Unannounced { .. } => Self::UnannouncedBytes,
+                MbarrierError::UnorderedBytes { .. } => Self::UnorderedBytes,
                 MbarrierError::BytesLeft { .. } => Self::ExitWithBytes,
                 _ => return None,
             },

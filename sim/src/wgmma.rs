@@ -6,6 +6,9 @@
 //! significant bits each), short of overflow and underflow of f32. Each element of D starts from its old value, or from
 //! +0 without scale-d, and adds the products in the order of k, each sum rounded to nearest even. An f16 D is rounded
 //! once, at the end. NaN results are the canonical NaN. The device sums in an order of its own, with a little less precision.
+//!
+//! Operands of 8 bits are another matter ([`Fp8Sums`]): Hopper keeps [`FP8_FRACTION_BITS`] bits of their sums behind the
+//! point, and a kernel that does not promote its sums to f32 often enough gives wrong results.
 
 pub mod descriptor;
 mod product;
@@ -18,6 +21,24 @@ use thiserror::Error;
 
 /// Threads of a warpgroup.
 pub const THREADS: usize = 128;
+
+/// How many bits behind the point Hopper's tensor cores keep of each product of two 8-bit numbers, and of the sum's old value,
+/// once they are aligned to the largest exponent among them; and how many bits of the sum, behind its leading one.
+pub const FP8_FRACTION_BITS: i32 = 13;
+
+/// How a `wgmma` of 8-bit operands (e4m3, e5m2) adds its products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fp8Sums {
+    /// As Hopper does. The 32 products of an element and its old value are aligned to the largest exponent among them: of a
+    /// product that is the sum of its operands' exponents, and its significand is less than 4. Of each, what is below
+    /// [`FP8_FRACTION_BITS`] bits behind the point is cut off, towards zero. The rest is added exactly. Of the sum, an f32
+    /// accumulator gets [`FP8_FRACTION_BITS`] bits behind the leading one, again cut off towards zero, and an f16 one the
+    /// nearest value. A sum of 0 is +0.
+    #[default]
+    Hopper,
+    /// As products of other types are added: each sum is rounded to f32.
+    Exact,
+}
 
 /// Element type of A or B.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,6 +211,20 @@ pub fn execute(
     shared: &[u8],
     d: &mut [[f32; THREADS]],
     scale_d: bool,
+    fp8_sums: Fp8Sums,
+) -> Result<(), WgmmaError> {
+    execute_cut(shape, a, b_descriptor, shared, d, scale_d, (fp8_sums, true))
+}
+
+/// [`execute`]; the sum of products of 8 bits is cut to the bits of an f32 accumulator only where `sums` says so.
+fn execute_cut(
+    shape: &WgmmaShape,
+    a: WgmmaA<'_>,
+    b_descriptor: u64,
+    shared: &[u8],
+    d: &mut [[f32; THREADS]],
+    scale_d: bool,
+    sums: (Fp8Sums, bool),
 ) -> Result<(), WgmmaError> {
     shape.check(matches!(a, WgmmaA::Descriptor(_)))?;
     let needed = shape.accumulators();
@@ -216,7 +251,12 @@ pub fn execute(
         if !scale_d {
             d.fill([0.0; THREADS]);
         }
-        product::accumulate(left, right, shape.k(), d);
+        match sums {
+            (Fp8Sums::Hopper, cut) if shape.a_type.bytes() == 1 => {
+                product::accumulate_aligned(left, right, shape.k(), cut, d);
+            }
+            _ => product::accumulate(left, right, shape.k(), d),
+        }
         Ok(())
     })
 }
@@ -233,13 +273,14 @@ pub fn execute_f16(
     shared: &[u8],
     d: &mut [[u32; THREADS]],
     scale_d: bool,
+    fp8_sums: Fp8Sums,
 ) -> Result<(), WgmmaError> {
     let (given, needed) = (d.len(), shape.accumulators() / 2);
     let d = d.get_mut(..needed).ok_or(WgmmaError::Accumulators { given, needed })?;
     let half = |x: u32| HalfType::F16.to_f32(x as u16);
     let mut wide: Vec<[f32; THREADS]> =
         d.iter().flat_map(|register| [register.map(half), register.map(|x| half(x >> 16))]).collect();
-    execute(shape, a, b_descriptor, shared, &mut wide, scale_d)?;
+    execute_cut(shape, a, b_descriptor, shared, &mut wide, scale_d, (fp8_sums, false))?;
     for (register, pair) in d.iter_mut().zip(wide.chunks_exact(2)) {
         for (thread, packed) in register.iter_mut().enumerate() {
             let [low, high] = [pair[0][thread], pair[1][thread]].map(|x| HalfType::F16.from_f32(x) as u32);

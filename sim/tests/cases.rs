@@ -4,7 +4,7 @@ mod common;
 
 use common::{Setup, error, kernel, lanes, run};
 use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
-use ptx_sim::{Arg, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
+use ptx_sim::{Arg, Check, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
 
 fn seed(seed: u64) -> RunOptions {
     RunOptions { seed, step_limit: Some(1_000_000), ..RunOptions::default() }
@@ -434,8 +434,9 @@ fn rarer_instructions() {
          add.u32 %r2, %r2, %r4; add.u32 %r2, %r2, %r5; st.global.u32 [%rd1], %r2;",
     );
     assert_eq!(words, (0..32).collect::<Vec<u32>>());
-    let words =
-        lanes("ld.global.L2::128B.u32 %r2, [%rd1]; ld.global.nc.L2::256B.u32 %r3, [%rd1]; st.global.u32 [%rd1], %r3;");
+    let words = lanes(
+        "ld.global.L2::128B.u32 %r2, [%rd1]; ld.global.nc.L2::256B.u32 %r3, [%rd1+1024]; st.global.u32 [%rd1], %r3;",
+    );
     assert_eq!(words[0], 0);
 }
 
@@ -530,6 +531,12 @@ fn tensor_maps_are_changed_by_kernels() {
         // The words of the input's second half from byte 256 on, 32 to 37, and zeros where the map now ends.
         assert_eq!(words[..8], [32, 33, 34, 35, 36, 37, 0, 0]);
     }
+    let acquire = "fence.proxy.tensormap::generic.acquire.gpu [%rd9], 128;";
+    let unfenced = body.replace(acquire, "");
+    let message = error(globals, &unfenced, &Setup { input: input.clone(), options: seed(0), ..Setup::default() });
+    assert!(message.contains("missing fence.proxy.tensormap"), "{message}");
+    let options = RunOptions { allow: [Check::MissingTensorMapFence].into(), ..seed(0) };
+    run(&kernel(globals, &unfenced), &Setup { input: input.clone(), options, ..Setup::default() }).unwrap();
     let message = error(globals, &body.replace("[%r10], 0, 8;", "[%r10], 3, 8;"), &Setup { input, ..Setup::default() });
     assert!(message.contains("8 is no BoxDim of a tensor map"), "{message}");
 }

@@ -4,7 +4,8 @@ mod common;
 
 use common::{Setup, kernel, run};
 use ptx_sim::mbarrier::MbarrierError;
-use ptx_sim::{Arg, Check, Fault, Launch, Machine, Module, RunOptions, SimError};
+use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
+use ptx_sim::{Arg, Check, Fault, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
 
 fn setup(threads: u32, ctas: u32, seed: u64) -> Setup {
     let options = RunOptions { seed, step_limit: Some(1_000_000), checks: true, ..RunOptions::default() };
@@ -703,12 +704,19 @@ fn loads_are_over_after_an_aligned_wait() {
         st.shared.u32 [%r4], %r1;";
     passes(globals, body, 256, 1);
     races(breaks(globals, body, ("wgmma.wait_group.sync.aligned 0;", ""), 256, 1));
+    // A wait for an mbarrier is none of these, whether lanes pass it together or not.
+    let globals = &format!("{globals} .shared .align 8 .b64 over;");
+    let body = body.replace(
+        "bar.sync 0;",
+        "@!%p1 mbarrier.init.shared.b64 [over], 1; @!%p1 mbarrier.arrive.shared.b64 %rd12, [over]; bar.sync 0;",
+    );
+    let wait = "AGAIN: mbarrier.try_wait.parity.shared.b64 %p5, [over], 0; @!%p5 bra AGAIN;";
+    races(breaks(globals, &body, ("wgmma.wait_group.sync.aligned 0;", wait), 256, 1));
 }
 
 /// A whole warp stores one tile to a tensor: one store. Two lanes that store different tiles are two.
 #[test]
 fn a_warp_stores_a_tile_once() {
-    use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
     let globals = ".shared .align 128 .b8 tile[128];";
     let body = "mov.u32 %r2, tile; shl.b32 %r3, %r1, 2; add.u32 %r4, %r2, %r3; st.shared.u32 [%r4], %r1;
         fence.proxy.async.shared::cta; bar.sync 0; mov.u32 %r5, 0;
@@ -720,7 +728,7 @@ fn a_warp_stores_a_tile_once() {
         let mut machine = Machine::new(1);
         let out = machine.alloc(0, 128, "out").unwrap();
         let map = machine.alloc(0, 128, "map").unwrap();
-        let spec = ptx_sim::TensorMapSpec {
+        let spec = TensorMapSpec {
             data_type: TensorMapDataType::U32,
             global_address: out,
             dims: vec![32],
@@ -730,7 +738,7 @@ fn a_warp_stores_a_tile_once() {
             swizzle: Swizzle::None,
             fill: OutOfBoundsFill::Zero,
         };
-        machine.write(map, &ptx_sim::TensorMap::encode(&spec).unwrap()).unwrap();
+        machine.write(map, &TensorMap::encode(&spec).unwrap()).unwrap();
         let launch = Launch {
             device: 0,
             module: &module,
@@ -782,6 +790,15 @@ fn checks_are_waived_one_by_one() {
             "@%p1 ret; st.shared.v4.u32 [%r2], {%r1, %r1, %r1, %r1}; fence.proxy.async;
              cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r2], 16; cp.async.bulk.commit_group;",
         ),
+        (Check::WrittenReadOnly, "ld.global.nc.u32 %r3, [%rd1+256]; st.global.u32 [%rd1+256], %r3;"),
+        (
+            Check::UnorderedBytes,
+            "@%p1 ret; mbarrier.init.shared.b64 [%r9], 2; fence.proxy.async; mbarrier.arrive.shared.b64 %rd6, [%r9];
+             mbarrier.arrive.shared.b64 %rd6, [%r9]; mbarrier.arrive.expect_tx.shared.b64 %rd6, [%r9], 16;
+             cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd3], 16, [%r9];
+             V: mbarrier.try_wait.parity.shared.b64 %p2, [%r9], 0; @!%p2 bra V; mbarrier.arrive.shared.b64 %rd6, [%r9];
+             W: mbarrier.try_wait.parity.shared.b64 %p2, [%r9], 1; @!%p2 bra W;",
+        ),
         (Check::ExitWithBytes, "@%p1 ret; mbarrier.init.shared.b64 [%r9], 1; mbarrier.expect_tx.shared.b64 [%r9], 16;"),
         (Check::InitInUse, "@%p1 ret; mbarrier.init.shared.b64 [%r9], 1; mbarrier.init.shared.b64 [%r9], 1;"),
     ];
@@ -823,4 +840,89 @@ fn a_run_goes_on_and_reports() {
     let mut words = [0u32; 32];
     machine.read(out, bytemuck::bytes_of_mut(&mut words)).unwrap();
     assert_eq!(words, std::array::from_fn(|lane| lane as u32 + 1));
+}
+
+#[test]
+fn what_is_read_only_is_not_written_by_the_same_launch() {
+    let read_only = |errors: Vec<SimError>| {
+        for error in &errors {
+            assert!(matches!(error, SimError::Fault { fault: Fault::ReadOnly { .. }, .. }), "{error}");
+        }
+    };
+    // Written before, by another warp, in order; and afterwards.
+    let body = "st.global.u32 [%rd1], %r1; bar.sync 0; xor.b32 %r2, %r1, 32; mul.wide.u32 %rd4, %r2, 4; add.s64 %rd4, %rd4, %rd2;
+        ld.global.u32 %r3, [%rd4]; st.global.u32 [%rd1+1024], %r3;";
+    read_only(breaks("", body, ("ld.global.u32 %r3", "ld.global.nc.u32 %r3"), 64, 1));
+    let body = "mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd4, %rd3; ld.global.nc.u32 %r3, [%rd4]; bar.sync 0;
+        st.global.u32 [%rd1], %r3; setp.eq.u32 %p1, %r1, 40; @%p1 st.global.u32 [%rd2], 1;";
+    let body = body.replace("@%p1 st.global.u32 [%rd2], 1;", "@%p1 st.global.u32 [%rd2+512], 1;");
+    read_only(breaks("", &body, ("[%rd2+512], 1", "[%rd3], 1"), 64, 1));
+}
+
+/// Lane 0 of warp 0 makes a tensor map of the one in the input, and lane 0 of warp 1 loads a tile of 32 words with it.
+const NEW_MAP: &str =
+    "mov.u32 %r2, tile; mov.u32 %r3, bar; mov.u32 %r10, 0; setp.eq.u32 %p1, %r1, 0; setp.eq.u32 %p2, %r1, 32;
+    @%p1 mbarrier.init.shared.b64 [%r3], 1; @%p1 fence.mbarrier_init.release.cluster; @!%p1 bra MADE;
+    mov.u32 %r4, 0; mov.u64 %rd5, %rd3; mov.u64 %rd6, %rd2;
+    COPY: ld.global.u64 %rd7, [%rd5]; st.global.u64 [%rd6], %rd7; add.s64 %rd5, %rd5, 8; add.s64 %rd6, %rd6, 8;
+    add.u32 %r4, %r4, 1; setp.lt.u32 %p3, %r4, 16; @%p3 bra COPY;
+    fence.proxy.tensormap::generic.release.gpu;
+    MADE: bar.sync 0; @!%p2 bra END;
+    fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 128;
+    cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r2], [%rd2, {%r10}], [%r3];
+    WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r3], 0; @!%p4 bra WAIT;
+    ld.shared.u32 %r5, [%r2+20]; st.global.u32 [%rd2+256], %r5; END:";
+
+#[test]
+fn a_tensor_map_that_was_written_needs_fences_of_its_proxy() {
+    let result = |body: &str, seed: u64| -> Result<u32, SimError> {
+        let module = Module::parse(&kernel(TILE, body)).unwrap();
+        let mut machine = Machine::new(1);
+        let words: Vec<u8> = (100..132u32).flat_map(u32::to_le_bytes).collect();
+        let tensor = machine.alloc(0, 128, "tensor")?;
+        machine.write(tensor, &words)?;
+        let spec = TensorMapSpec {
+            data_type: TensorMapDataType::U32,
+            global_address: tensor,
+            dims: vec![32],
+            strides: vec![],
+            box_dims: vec![32],
+            element_strides: vec![1],
+            swizzle: Swizzle::None,
+            fill: OutOfBoundsFill::Zero,
+        };
+        let (out, input) = (machine.alloc(0, 512, "out")?, machine.alloc(0, 128, "map")?);
+        machine.fill(out, 512, 0)?;
+        machine.write(input, &TensorMap::encode(&spec).unwrap())?;
+        let launch = Launch {
+            device: 0,
+            module: &module,
+            entry: "k",
+            grid: [1, 1, 1],
+            cluster: [1, 1, 1],
+            block: [64, 1, 1],
+            shared_bytes: 0,
+            args: vec![Arg::U64(out), Arg::U64(input)],
+        };
+        machine.run(&[launch], &RunOptions { seed, checks: true, ..RunOptions::default() })?;
+        let mut word = [0; 4];
+        machine.read(out + 256, &mut word)?;
+        Ok(u32::from_le_bytes(word))
+    };
+    let fences =
+        ["fence.proxy.tensormap::generic.release.gpu;", "fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;"];
+    for seed in 0..10 {
+        assert_eq!(result(NEW_MAP, seed).unwrap_or_else(|error| panic!("{error}")), 105);
+        for fence in fences {
+            assert!(NEW_MAP.contains(fence));
+            let error = result(&NEW_MAP.replace(fence, "fence.acq_rel.gpu;"), seed).unwrap_err();
+            assert!(matches!(error, SimError::Fault { fault: Fault::TensorMapFence { .. }, .. }), "{error}");
+        }
+        // Without the barrier nothing orders the two at all; a map that nobody writes needs nothing.
+        let error = result(&NEW_MAP.replace("MADE: bar.sync 0;", "MADE:"), seed).unwrap_err().to_string();
+        assert!(error.contains("data race") || error.contains("mbarrier") || error.contains("tensor map"), "{error}");
+        let given = NEW_MAP.replace("[%rd2, {%r10}]", "[%rd3, {%r10}]").replace(fences[1], "");
+        assert_eq!(result(&given, seed).unwrap(), 105);
+    }
 }

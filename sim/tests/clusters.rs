@@ -126,6 +126,46 @@ fn a_cta_outlives_what_the_cluster_does_to_it() {
     }
 }
 
+/// CTA 0 sends CTA 1 two tiles, each to a place of its own and to the same mbarrier, of which CTA 1 alone expects the bytes. `bar+8` of
+/// CTA 0 tells that the first has come.
+const TWO_TILES: &str = "mov.u32 %r2, tile; mov.u32 %r3, bar; mov.u32 %r10, %cluster_ctarank; setp.eq.u32 %p1, %r1, 0;
+    @%p1 mbarrier.init.shared.b64 [%r3], 1; @%p1 mbarrier.init.shared.b64 [%r3+8], 1;
+    @%p1 fence.mbarrier_init.release.cluster; mov.u32 %r20, 0;
+    barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;
+    @!%p1 bra END; setp.eq.u32 %p2, %r10, 1; @%p2 bra READER;
+    mov.u32 %r11, 1; mapa.shared::cluster.u32 %r12, %r2, %r11; mapa.shared::cluster.u32 %r13, %r3, %r11;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r12], [%rd3], 64, [%r13];
+    HEAR: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r3+8], 0; @!%p3 bra HEAR;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r12+64], [%rd3+64], 64, [%r13]; bra END;
+    READER: mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 64;
+    ONE: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r3], 0; @!%p3 bra ONE;
+    add.u32 %r14, %r3, 8; mapa.shared::cluster.u32 %r15, %r14, 0;
+    mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r15];
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 64;
+    TWO: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r3], 1; @!%p3 bra TWO;
+    ld.shared.u32 %r20, [%r2+4]; ld.shared.u32 %r21, [%r2+68]; add.u32 %r20, %r20, %r21; st.global.u32 [%rd2], %r20;
+    END: barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;";
+
+#[test]
+fn bytes_for_a_phase_come_behind_the_phase_before() {
+    for seed in 0..10 {
+        assert_eq!(words(TWO_TILES, &setup(32, 2, seed))[0], 1 + 17);
+    }
+    // The first tile's bytes and the second's may come in either order, or both in the first phase.
+    let early = replaced(TWO_TILES, "@!%p3 bra HEAR;", "");
+    let early = replaced(&early, "HEAR: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [%r3+8], 0;", "");
+    for error in errors(&early, 32) {
+        let text = error.to_string();
+        assert!(text.contains("too early") || text.contains("more than were expected"), "{text}");
+    }
+    // A wait that acquires nothing orders nothing.
+    let relaxed =
+        replaced(TWO_TILES, "HEAR: mbarrier.try_wait.parity.acquire", "HEAR: mbarrier.try_wait.parity.relaxed");
+    for error in errors(&relaxed, 32) {
+        assert!(error.to_string().contains("too early"), "{error}");
+    }
+}
+
 #[test]
 fn a_multicast_needs_initialised_mbarriers_in_every_cta() {
     let fence = replaced(MULTICAST, "@%p1 fence.mbarrier_init.release.cluster;", "");

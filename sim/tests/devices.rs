@@ -152,7 +152,7 @@ fn what_never_comes_from_a_peer_is_told_from_a_deadlock() {
 fn time_passes_for_all_devices() {
     // Each device waits for a word that only a device that has given up a wait of 2 ms writes; all of them see times close to each other.
     let body = "setp.ne.u32 %p1, %r1, 0; @%p1 exit; setp.ne.u32 %p2, %r2, 1; @%p2 bra WAIT;
-        SLEEP: mov.u64 %rd6, %globaltimer; ld.relaxed.sys.global.u32 %r5, [%rd3+8]; setp.lt.u64 %p3, %rd6, 2000000; @%p3 bra SLEEP;
+        mov.u64 %rd8, %globaltimer; SLEEP: mov.u64 %rd6, %globaltimer; sub.u64 %rd6, %rd6, %rd8; ld.relaxed.sys.global.u32 %r5, [%rd3+8]; setp.lt.u64 %p3, %rd6, 2000000; @%p3 bra SLEEP;
         st.release.sys.global.u32 [%rd2+64], 1;
         WAIT: ld.acquire.sys.global.u32 %r4, [%rd2+64]; setp.eq.u32 %p4, %r4, 0; @%p4 bra WAIT;
         mov.u64 %rd7, %globaltimer; st.global.u64 [%rd3], %rd7;";
@@ -164,4 +164,97 @@ fn time_passes_for_all_devices() {
         "{times:?}"
     );
     assert!(times.iter().max().unwrap() - times.iter().min().unwrap() < 1_000_000, "{times:?}");
+}
+
+/// Each of two devices tells the other of its launch, and waits for the other's word of the same one. `%rd4` is where, by the number of
+/// the launch, which lies at `out + 64` and which the launch itself counts up.
+const EPOCHS: &str = "setp.ne.u32 %p1, %r1, 0; @%p1 exit; ld.global.u32 %r4, [%rd2+64]; and.b32 %r5, %r4, 1;
+    mul.wide.u32 %rd4, %r5, 4; add.s64 %rd5, %rd3, %rd4; add.s64 %rd6, %rd2, %rd4; add.u32 %r6, %r4, 1;
+    st.release.sys.global.u32 [%rd5], %r6;
+    WAIT: ld.acquire.sys.global.u32 %r7, [%rd6]; setp.ne.u32 %p2, %r7, %r6; @%p2 bra WAIT;
+    st.global.u32 [%rd2+64], %r6;";
+
+/// Runs it four times on each of two devices: in one run, in order, or in one run after the other.
+fn epochs(body: &str, overlap: bool, options: &RunOptions) -> Result<Vec<u32>, SimError> {
+    let module = Module::parse(&kernel("", body)).unwrap();
+    let mut machine = Machine::new(2);
+    let buffers = [0, 1].map(|device| machine.alloc(device, 128, "words").unwrap());
+    buffers.iter().for_each(|buffer| machine.fill(*buffer, 128, 0).unwrap());
+    let launches = |count: usize| -> Vec<Launch<'_>> {
+        let one = |device: usize| Launch {
+            device,
+            module: &module,
+            entry: "k",
+            grid: [1, 1, 1],
+            cluster: [1, 1, 1],
+            block: [32, 1, 1],
+            shared_bytes: 0,
+            args: vec![Arg::U64(buffers[device]), Arg::U64(buffers[1 - device])],
+        };
+        (0..2 * count).map(|index| one(index % 2)).collect()
+    };
+    if overlap {
+        machine.run(&launches(4), &RunOptions { in_order: true, ..options.clone() })?;
+    } else {
+        (0..4).try_for_each(|_| machine.run(&launches(1), options).map(|_| ()))?;
+    }
+    let number = |buffer: u64| {
+        let mut bytes = [0; 4];
+        machine.read(buffer + 64, &mut bytes).map(|()| u32::from_le_bytes(bytes))
+    };
+    buffers.map(number).into_iter().collect()
+}
+
+#[test]
+fn launches_of_one_device_overlap_with_the_next_of_another() {
+    // Wrong: one place for all launches, in which the next launch's word comes before this one's was read.
+    let one_place = EPOCHS.replace("and.b32 %r5, %r4, 1;", "mov.u32 %r5, 0;");
+    let mut missed = 0;
+    for seed in 0..40 {
+        for checks in [false, true] {
+            let options = RunOptions { checks, ..options(seed) };
+            assert_eq!(epochs(EPOCHS, true, &options).unwrap_or_else(|error| panic!("seed {seed}: {error}")), [4, 4]);
+            assert_eq!(epochs(EPOCHS, false, &options).unwrap(), [4, 4]);
+            assert_eq!(epochs(&one_place, false, &options).unwrap(), [4, 4]);
+            missed += u32::from(epochs(&one_place, true, &options).is_ok());
+        }
+    }
+    assert!(missed < 72, "{missed} of 80");
+}
+
+#[test]
+fn a_launch_comes_behind_all_of_the_one_before() {
+    // The first launch stores by all its threads, and by a bulk copy that it does not wait for; the second reads that by `ld.global.nc`, by
+    // another warp than wrote it, and copies it on.
+    let body = "mov.u32 %r2, tile; ld.global.u32 %r4, [%rd2+1020]; setp.ne.u32 %p1, %r4, 0; @%p1 bra SECOND;
+        st.global.u32 [%rd1], %r1; shl.b32 %r5, %r1, 2; add.u32 %r5, %r5, %r2; st.shared.u32 [%r5], %r1; fence.proxy.async;
+        bar.sync 0; setp.ne.u32 %p2, %r1, 0; @%p2 exit; mov.u32 %r6, 1; st.global.u32 [%rd2+1020], %r6;
+        cp.async.bulk.global.shared::cta.bulk_group [%rd2+256], [%r2], 256;
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; exit;
+        SECOND: xor.b32 %r7, %r1, 63; mul.wide.u32 %rd4, %r7, 4; add.s64 %rd5, %rd4, %rd2;
+        ld.global.nc.u32 %r8, [%rd5]; ld.global.nc.u32 %r9, [%rd5+256]; add.u32 %r8, %r8, %r9; st.global.u32 [%rd1+512], %r8;";
+    let module = Module::parse(&kernel(".shared .align 128 .b8 tile[256];", body)).unwrap();
+    for seed in 0..20 {
+        for checks in [false, true] {
+            let mut machine = Machine::new(2);
+            let out = machine.alloc(0, 1024, "out").unwrap();
+            machine.fill(out, 1024, 0).unwrap();
+            let launch = Launch {
+                device: 0,
+                module: &module,
+                entry: "k",
+                grid: [1, 1, 1],
+                cluster: [1, 1, 1],
+                block: [64, 1, 1],
+                shared_bytes: 0,
+                args: vec![Arg::U64(out), Arg::U64(0)],
+            };
+            let options = RunOptions { in_order: true, checks, ..options(seed) };
+            machine.run(&[launch.clone(), launch], &options).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+            let mut bytes = [0; 256];
+            machine.read(out + 512, &mut bytes).unwrap();
+            let words = bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap()));
+            assert!(words.eq((0..64).map(|thread| 2 * (63 - thread))));
+        }
+    }
 }

@@ -554,3 +554,83 @@ fn a_step_limit_ends_endless_kernels() {
     let message = error("", "LOOP: bra LOOP;", &Setup { options, ..Setup::default() });
     assert!(message.contains("limit of 10000 warp instructions"), "{message}");
 }
+
+#[test]
+fn time_begins_at_a_large_value_that_the_seed_chooses() {
+    let starts: Vec<u64> = (0..20)
+        .map(|seed| {
+            let options = RunOptions { seed, ..RunOptions::default() };
+            let setup = Setup { threads: 1, options, ..Setup::default() };
+            let body = "mov.u64 %rd4, %globaltimer; st.global.u64 [%rd2], %rd4;
+                mov.u32 %r4, %globaltimer_hi; mov.u32 %r5, %globaltimer_lo; st.global.v2.u32 [%rd2+8], {%r5, %r4};";
+            let (words, _) = run(&kernel("", body), &setup).unwrap();
+            let time = |at: usize| u64::from(words[at + 1]) << 32 | u64::from(words[at]);
+            assert!((time(2)).abs_diff(time(0)) < 100);
+            time(0)
+        })
+        .collect();
+    assert!(starts.iter().all(|start| *start >> 60 == 1));
+    assert!(starts.windows(2).all(|two| two[0] != two[1]));
+    // In half of the runs the lower half wraps soon.
+    assert!((5..16).contains(&starts.iter().filter(|start| **start as u32 > 0xfffe_0000).count()), "{starts:x?}");
+}
+
+#[test]
+fn a_deadline_against_the_absolute_timer_never_comes_right() {
+    // Right: a second after the start. Wrong: at a second, which is long over, as the sum shows.
+    let body = |start: &str| {
+        format!(
+            "{start} add.s64 %rd4, %rd4, 1000000000; mov.u32 %r9, 0;
+             SPIN: add.u32 %r9, %r9, 1; mov.u64 %rd5, %globaltimer; setp.lt.u64 %p2, %rd5, %rd4;
+             setp.lt.and.u32 %p2, %r9, 100, %p2; @%p2 bra SPIN; st.global.u32 [%rd1], %r9;"
+        )
+    };
+    let count = |start: &str| run(&kernel("", &body(start)), &Setup::default()).unwrap().0[0];
+    assert_eq!(count("mov.u64 %rd4, %globaltimer;"), 100);
+    assert_eq!(count("mov.u64 %rd4, 0;"), 1);
+}
+
+#[test]
+fn a_try_wait_may_give_up_early() {
+    // The second warp arrives after a while; the first one waits, in a loop or not.
+    let body = |again: &str| {
+        format!(
+            "mov.u32 %r3, bar; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [%r3], 1; bar.sync 0; mov.u32 %r9, 0;
+             setp.ge.u32 %p2, %r1, 32; @%p2 bra LATER;
+             TRY: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; {again} selp.u32 %r9, 1, 2, %p3; bra END;
+             LATER: setp.ne.u32 %p4, %r1, 32; @%p4 bra END; mbarrier.arrive.shared.b64 _, [%r3];
+             END: st.global.u32 [%rd1], %r9;"
+        )
+    };
+    let results = |again: &str| -> Vec<u32> {
+        let text = kernel(".shared .align 8 .b64 bar;", &body(again));
+        (0..100)
+            .map(|seed| {
+                let options = RunOptions { seed, ..RunOptions::default() };
+                run(&text, &Setup { threads: 64, options, ..Setup::default() }).unwrap().0[0]
+            })
+            .collect()
+    };
+    assert!(results("@!%p3 bra TRY;").iter().all(|result| *result == 1));
+    let once = results("");
+    assert!(once.contains(&1) && once.contains(&2), "{once:?}");
+}
+
+#[test]
+fn some_seeds_hold_a_warp_back_for_long() {
+    // Warp 1 sets a flag at once, and warp 0 looks at it after 400 instructions: wrong, if it takes that for long enough.
+    let body = "setp.ge.u32 %p1, %r1, 32; @%p1 bra SET; mov.u32 %r9, 0;
+        COUNT: add.u32 %r9, %r9, 1; setp.lt.u32 %p2, %r9, 400; @%p2 bra COUNT;
+        ld.relaxed.gpu.global.u32 %r3, [%rd2+256]; setp.eq.u32 %p3, %r1, 0; @%p3 st.global.u32 [%rd2], %r3; bra END;
+        SET: mov.u32 %r4, 1; setp.eq.u32 %p4, %r1, 32; @%p4 st.relaxed.gpu.global.u32 [%rd2+256], %r4; END:";
+    let missed = |seeds: &mut dyn Iterator<Item = u64>| {
+        seeds
+            .filter(|&seed| {
+                let options = RunOptions { seed, ..RunOptions::default() };
+                run(&kernel("", body), &Setup { threads: 64, options, ..Setup::default() }).unwrap().0[0] == 0
+            })
+            .count()
+    };
+    assert_eq!(missed(&mut (0..400).step_by(2)), 0);
+    assert!(missed(&mut (1..400).step_by(2)) > 0);
+}

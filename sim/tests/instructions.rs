@@ -207,6 +207,91 @@ fn conversions() {
 }
 
 #[test]
+fn halves_of_a_register() {
+    check(&[
+        ("mov.u32 %r2, 0xffff0005; max.u16x2 %r9, %r2, 0x00070003;", 0xffff_0005),
+        ("mov.u32 %r2, 0xffff0005; max.s16x2 %r9, %r2, 0x00070003;", 0x0007_0005),
+        ("mov.u32 %r2, 0xffff0005; min.u16x2 %r9, %r2, 0x00070003;", 0x0007_0003),
+        ("mov.u32 %r2, 0xffff0005; min.s16x2 %r9, %r2, 0x00070003;", 0xffff_0003),
+        ("mov.u32 %r2, 0xffff0005; min.relu.s16x2 %r9, %r2, 0x00070003;", 0x0000_0003),
+        ("mov.u32 %r2, 0xfff1fff2; max.relu.s16x2 %r9, %r2, 0x8000fff7;", 0),
+        ("mov.u32 %r2, -7; max.relu.s32 %r9, %r2, -2;", 0),
+        ("mov.u32 %r2, -7; min.relu.s32 %r9, %r2, 2;", 0),
+        ("mov.u32 %r2, 7; min.relu.s32 %r9, %r2, 2;", 2),
+        ("mov.u32 %r2, 0xffff0005; add.u16x2 %r9, %r2, 0x0002fffe;", 0x0001_0003),
+        ("mov.u32 %r2, 0xffff0005; add.s16x2 %r9, %r2, 0x00027ffe;", 0x0001_8003),
+        // bf16: NaN wins with `.NaN` alone; 0x7fff is the canonical one.
+        ("mov.u32 %r2, 0x7fc03f80; max.NaN.bf16x2 %r9, %r2, 0xc0004000;", 0x7fff_4000),
+        ("mov.u32 %r2, 0x7fc03f80; max.bf16x2 %r9, %r2, 0xc0004000;", 0xc000_4000),
+        ("mov.u32 %r2, 0x7fc03f80; min.NaN.bf16x2 %r9, %r2, 0xc0004000;", 0x7fff_3f80),
+        ("mov.u32 %r2, 0x3f80bf80; min.bf16x2 %r9, %r2, 0x4000c000;", 0x3f80_c000),
+        ("mov.u32 %r2, 0x3f80c040; max.xorsign.abs.bf16x2 %r9, %r2, 0xc0003f80;", 0xc000_c040),
+        ("mov.u32 %r2, 0xbf803f80; abs.bf16x2 %r9, %r2;", 0x3f80_3f80),
+        ("mov.u32 %r2, 0xbf803f80; neg.bf16x2 %r9, %r2;", 0x3f80_bf80),
+        ("mov.u32 %r2, 0x40404000; mul.rn.bf16x2 %r9, %r2, 0xbf003fc0;", 0xbfc0_4040),
+        ("mov.u32 %r2, 0x40404000; mul.bf16x2 %r9, %r2, 0xbf003fc0;", 0xbfc0_4040),
+        ("mov.u32 %r2, 0x40404000; fma.rn.bf16x2 %r9, %r2, 0xbf003fc0, 0x3f803f80;", 0xbf00_4080),
+        ("mov.u32 %r2, 0x40404000; fma.rn.relu.bf16x2 %r9, %r2, 0xbf003fc0, 0x3f803f80;", 0x0000_4080),
+        ("mov.u32 %r2, 0x40404000; sub.rn.bf16x2 %r9, %r2, 0x3f803f80;", 0x4000_3f80),
+        ("mov.u32 %r2, 0x3c004000; mul.rn.f16x2 %r9, %r2, 0x4200b800;", 0x4200_bc00),
+        ("mov.u32 %r2, 0x8000fc00; and.b32 %r9, %r2, 0x7fff7fff;", 0x0000_7c00),
+        ("mov.b16 %h1, 0xbf80; abs.bf16 %h2, %h1; cvt.u32.u16 %r9, %h2;", 0x3f80),
+    ]);
+}
+
+/// Four e2m1 values made e4m3 by a table of eight bytes and their signs: what kernels of four-bit weights do.
+#[test]
+fn four_bits_to_eight_by_a_permutation() {
+    let table = "mov.b32 %r2, 0x3c383000; mov.b32 %r3, 0x4c484440;";
+    // 0, 0.5, 1, 1.5, then -2, -3, -4, -6.
+    let body = |nibbles: u32| {
+        format!(
+            "{table} mov.b32 %r4, {nibbles:#x}; and.b32 %r5, %r4, 0x7777; prmt.b32 %r6, %r2, %r3, %r5;
+             prmt.b32 %r7, %r4, 0, 0x1100; shl.b32 %r8, %r7, 4; lop3.b32 %r8, %r8, 0x00800080, 0, 0xc0;
+             and.b32 %r7, %r7, 0x80008000; or.b32 %r8, %r8, %r7; or.b32 %r9, %r6, %r8;"
+        )
+    };
+    assert_eq!(result(&body(0x3210), false), 0x3c38_3000);
+    assert_eq!(result(&body(0xfedc), false), 0xccc8_c4c0);
+    check(&[
+        ("mov.b32 %r2, 0x80ff7f01; prmt.b32 %r9, %r2, 0, 0xba98;", 0xffff_0000),
+        ("mov.b32 %r2, 0x44332211; mov.b32 %r3, 0x88776655; prmt.b32.f4e %r9, %r2, %r3, 1;", 0x5544_3322),
+        ("mov.b32 %r2, 0x44332211; mov.b32 %r3, 0x88776655; prmt.b32.rc8 %r9, %r2, %r3, 2;", 0x3333_3333),
+    ]);
+}
+
+#[test]
+fn bytes_of_two_numbers() {
+    let pair = |high: f32, low: f32, conversion: &str| {
+        let (high, low) = (high.to_bits(), low.to_bits());
+        result(
+            &format!(
+                "mov.b32 %f1, 0f{high:08x}; mov.b32 %f2, 0f{low:08x}; {conversion} %h1, %f1, %f2; cvt.u32.u16 %r9, %h1;"
+            ),
+            false,
+        )
+    };
+    let e4m3 = "cvt.rn.satfinite.e4m3x2.f32";
+    assert_eq!(pair(f32::NAN, -f32::NAN, e4m3), 0x7f7f);
+    assert_eq!(pair(f32::INFINITY, f32::NEG_INFINITY, e4m3), 0x7efe);
+    assert_eq!(pair(449.0, -1000.0, e4m3), 0x7efe);
+    // Ties go to the even neighbour: 17 between 16 and 18, 19 between 18 and 20; 2^-10 to 0, 3 * 2^-10 to 2^-8.
+    assert_eq!(pair(17.0, 19.0, e4m3), 0x585a);
+    assert_eq!(pair(2f32.powi(-10), 3.0 * 2f32.powi(-10), e4m3), 0x0002);
+    assert_eq!(pair(-0.0, 2f32.powi(-9), e4m3), 0x8001);
+    assert_eq!(pair(-1.0, 1.0, "cvt.rn.satfinite.relu.e4m3x2.f32"), 0x0038);
+    assert_eq!(pair(f32::NAN, 1e6, "cvt.rn.satfinite.e5m2x2.f32"), 0x7f7b);
+    check(&[
+        ("mov.b16 %h1, 0x7fc0; cvt.rn.f16x2.e4m3x2 %r9, %h1;", 0x7fff_c000),
+        ("mov.b16 %h1, 0x7e01; cvt.rn.f16x2.e4m3x2 %r9, %h1;", 0x5f00_1800),
+        ("mov.b16 %h1, 0xbc38; cvt.rn.relu.f16x2.e4m3x2 %r9, %h1;", 0x0000_3c00),
+        ("mov.b16 %h1, 0x7c3c; cvt.rn.f16x2.e5m2x2 %r9, %h1;", 0x7c00_3c00),
+        ("mov.b32 %r2, 0x7e01bc00; cvt.rn.satfinite.e4m3x2.f16x2 %h1, %r2; cvt.u32.u16 %r9, %h1;", 0x7fb8),
+        ("mov.b32 %r2, 0x7bff1000; cvt.rn.satfinite.e5m2x2.f16x2 %h1, %r2; cvt.u32.u16 %r9, %h1;", 0x7b10),
+    ]);
+}
+
+#[test]
 fn loads_extend_and_stores_truncate() {
     check(&[
         ("st.global.u32 [%rd2+64], 0x8081ff02; ld.global.s8 %r9, [%rd2+65];", u32::MAX),
@@ -216,6 +301,14 @@ fn loads_extend_and_stores_truncate() {
         (
             "st.global.v2.u32 [%rd2+64], {7, 9}; ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%rd2+64]; add.u32 %r9, %r2, %r3;",
             16,
+        ),
+        (
+            ".shared .align 16 .b8 pad[16]; mov.u32 %r4, pad; st.shared.v2.f32 [%r4+8], {0f3f800000, 0f40000000}; ld.shared.v2.f32 {%f1, %f2}, [%r4+8]; add.f32 %r9, %f1, %f2;",
+            3f32.to_bits(),
+        ),
+        (
+            ".shared .align 16 .b8 pad[16]; mov.u32 %r4, pad; st.shared.v4.b32 [%r4], {1, 2, 3, 4}; ld.shared.v2.u32 {%r2, %r3}, [%r4+8]; mad.lo.u32 %r9, %r2, 10, %r3;",
+            34,
         ),
         (
             ".local .align 8 .b8 stack[16]; mov.u64 %rd4, stack; cvta.local.u64 %rd5, %rd4; st.u32 [%rd5+4], 77; ld.local.u32 %r9, [stack+4];",

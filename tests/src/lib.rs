@@ -8,7 +8,8 @@ pub mod small;
 use std::sync::Arc;
 
 use ferromoe::{
-    Device, DeviceGroup, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, SimOptions, reference,
+    Device, DeviceGroup, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, RankBatch, RankOutput, Routing, ScaleKind,
+    SimOptions, Workspace, WorkspaceSizes, reference,
 };
 use half::bf16;
 use rand::rngs::StdRng;
@@ -59,6 +60,8 @@ impl Default for Case {
                 max_tokens_per_rank: 0,
                 swiglu_limit: None,
                 shared_experts: 0,
+                experts_format: ExpertFormat::Bf16,
+                scales: ScaleKind::F32,
             },
             tokens: vec![7],
             choices: Choices::Random,
@@ -147,7 +150,7 @@ pub fn traced_group(ranks: usize, sim: SimOptions) -> DeviceGroup {
     let group = match on_gpus() {
         true => DeviceGroup::open_traced(Device::Cuda, ranks)
             .or_else(|_| DeviceGroup::open_traced(Device::SharedGpu, ranks)),
-        false => simulated(ferromoe::TRACED_PTX, ranks, sim, true).map(DeviceGroup::traced),
+        false => simulated(ranks, sim, true).map(DeviceGroup::traced),
     };
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
@@ -156,7 +159,7 @@ fn open(ranks: usize, sim: SimOptions, checks: bool) -> DeviceGroup {
     repeat::name_failing_tests();
     let group = match on_gpus() {
         true => DeviceGroup::open(Device::Cuda, ranks).or_else(|_| DeviceGroup::open(Device::SharedGpu, ranks)),
-        false => simulated(ferromoe::PTX, ranks, sim, checks),
+        false => simulated(ranks, sim, checks),
     };
     group.unwrap_or_else(|error| panic!("{ranks} ranks: {error}"))
 }
@@ -165,10 +168,9 @@ fn on_gpus() -> bool {
     std::env::var("FERROMOE_TEST_DEVICE").as_deref() == Ok("cuda")
 }
 
-fn simulated(ptx: &str, ranks: usize, sim: SimOptions, checks: bool) -> ferromoe::Result<DeviceGroup> {
-    let module = ptx_sim::Module::parse(ptx).unwrap_or_else(|error| panic!("{error}"));
+fn simulated(ranks: usize, sim: SimOptions, checks: bool) -> ferromoe::Result<DeviceGroup> {
     let run = ptx_sim::RunOptions { checks, ..ptx_sim::RunOptions::default() };
-    DeviceGroup::simulated(Arc::new(module), ranks, sim, run)
+    DeviceGroup::simulated(None, ranks, sim, run)
 }
 
 /// A layer with its weights, ready to run.
@@ -197,7 +199,9 @@ impl Case {
         let most = self.tokens.iter().copied().max().unwrap_or(0).max(self.config.max_tokens_per_rank).max(1);
         let config = MoeConfig { max_tokens_per_rank: most, ..self.config.clone() };
         let weights = Arc::new(ExpertWeights::random(&config, self.data));
-        let moe = FusedMoe::new(group, &config, &weights).unwrap_or_else(|error| panic!("{self:?}: {error}"));
+        let moe = Workspace::new(group, &WorkspaceSizes::of([&config]))
+            .and_then(|workspace| FusedMoe::new(&workspace, &config, &weights))
+            .unwrap_or_else(|error| panic!("{self:?}: {error}"));
         Layer { config, weights, moe }
     }
 
@@ -218,13 +222,18 @@ impl Case {
 }
 
 impl Layer {
+    /// What the kernel is held against: the reference that quantises as the layer's format does.
+    pub fn reference(&self, states: &[bf16], routing: &Routing) -> ferromoe::Result<Vec<f64>> {
+        reference::of_format(&self.config, &self.weights, states, routing)
+    }
+
     /// Runs `tokens`, holds every rank's output against the reference, and returns them.
     pub fn check(&mut self, tokens: &Tokens, what: &str) -> Vec<RankOutput> {
         let outputs = self.moe.forward(&tokens.batch()).unwrap_or_else(|error| panic!("{what}: {error}"));
         for (rank, output) in outputs.iter().enumerate() {
             let states = &tokens.hidden_states[rank];
-            let expected = reference::forward(&self.config, &self.weights, states, &tokens.routing[rank])
-                .unwrap_or_else(|error| panic!("{what}: {error}"));
+            let expected =
+                self.reference(states, &tokens.routing[rank]).unwrap_or_else(|error| panic!("{what}: {error}"));
             let error = reference::relative_l2(&output.output, &expected);
             assert!(error <= TOLERANCE, "{what}: rank {rank} has a relative L2 error of {error:.2e}");
         }

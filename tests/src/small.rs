@@ -5,7 +5,9 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferromoe::{DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, Routing, SimOptions, reference};
+use ferromoe::{
+    DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, Routing, SimOptions, Workspace, WorkspaceSizes, reference,
+};
 use ptx_sim::{Module, RunOptions, SimError};
 
 use crate::{Case, Choices, TOLERANCE, Tokens};
@@ -136,8 +138,9 @@ impl SmallCase {
         // After a deadline waits fall through, and nothing orders what is thrown away.
         let drains = self.launches.iter().any(|launch| matches!(launch, Expectation::LostRank(_)));
         let run = RunOptions { checks: run.checks && !drains, ..run.clone() };
-        let group = DeviceGroup::simulated(module.clone(), self.case.ranks(), sim, run)?;
-        let mut moe = FusedMoe::new(&group, &self.case.config, &self.weights)?;
+        let group = DeviceGroup::simulated(Some(module.clone()), self.case.ranks(), sim, run)?;
+        let workspace = Workspace::new(&group, &WorkspaceSizes::of([&self.case.config]))?;
+        let mut moe = FusedMoe::new(&workspace, &self.case.config, &self.weights)?;
         moe.set_deadline(DEADLINE);
         let (mut instructions, began, used) = (0, Instant::now(), processor_time());
         for (launch, expectation) in self.launches.iter().enumerate() {
@@ -215,8 +218,8 @@ pub fn small_matrix() -> Vec<SmallCase> {
         // Two tiles of one expert that share its rows, those of followers too, on a rank whose first product has stages for a narrow tile; and more than one chunk of tokens to route.
         case("tiles", config(64, 64, 4, 2, 1), &[259, 14], Choices::AllTo(3), sms(3, None), &[Output; 2]),
         // Two clusters of two CTAs a rank, with an odd number of weight blocks, and tiles of several widths. On one rank the widest needs another cut of the pipeline than the
-        // first product, which ends within a round of its six stages, and then there are more k-blocks than stages.
-        case("clusters", config(320, 192, 4, 2, 1), &[80, 82], Choices::AllTo(0), sms(4, None), &[Output; 2]),
+        // first product, which ends within its second round of six stages, and the next one's first round takes stages that were left of that.
+        case("clusters", config(448, 192, 4, 2, 1), &[80, 82], Choices::AllTo(0), sms(4, None), &[Output; 2]),
         // Rows of several pull and combine pieces, for one expert of a rank or for two.
         case("wide rows", config(6208, 64, 4, 2, 0), &[5, 3], Choices::Random, sms(2, None), &[Output; 2]),
         // More results than combine buffers, and one CTA at a time.

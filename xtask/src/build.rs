@@ -4,6 +4,8 @@ use std::fs;
 
 use anyhow::{Context, Result, bail};
 
+use ferromoe_kernel::format::Format;
+
 use crate::cuda_builder::CudaBuilder;
 use crate::ir::LaunchBounds;
 use crate::{stamp, workspace};
@@ -11,22 +13,24 @@ use crate::{stamp, workspace};
 /// The GPU the kernel is written for.
 pub const ARCH: &str = "sm_90a";
 
-/// A CTA has the SM to itself.
-const BOUNDS: LaunchBounds = LaunchBounds { threads: ferromoe_kernel::shared::THREADS, ctas_per_sm: 1 };
-
-/// A PTX file that is committed.
+/// A PTX file that is committed: the kernel in one number format.
 #[derive(Clone, Copy)]
 pub struct Committed {
     /// Relative to the repository's root.
     pub file: &'static str,
-    /// The feature of the kernel crate that it is made with.
-    feature: Option<&'static str>,
+    /// The format, whose name is the feature of the kernel crate that it is made with.
+    pub format: Format,
+    /// Whether it records a trace.
+    pub traced: bool,
 }
 
-/// The kernel.
-pub const KERNEL: Committed = Committed { file: workspace::PTX_FILE, feature: None };
-/// The kernel that records a trace.
-pub const TRACED: Committed = Committed { file: workspace::TRACED_PTX_FILE, feature: Some("trace") };
+/// All of them.
+pub const COMMITTED: [Committed; 4] = [
+    Committed { file: "host/ptx/bf16.ptx", format: Format::BF16, traced: false },
+    Committed { file: "host/ptx/fp8.ptx", format: Format::FP8, traced: false },
+    Committed { file: "host/ptx/bf16-trace.ptx", format: Format::BF16, traced: true },
+    Committed { file: "host/ptx/fp8-trace.ptx", format: Format::FP8, traced: true },
+];
 
 /// What a committed PTX file is against the kernel's sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +44,17 @@ pub enum Freshness {
 }
 
 impl Committed {
+    /// The file's name without its ending.
+    pub fn name(self) -> &'static str {
+        self.file.trim_start_matches("host/ptx/").trim_end_matches(".ptx")
+    }
+
     fn builder(self) -> CudaBuilder {
-        let builder = CudaBuilder::new(workspace::kernel_crate()).arch(ARCH).launch_bounds(BOUNDS);
-        self.feature.into_iter().fold(builder, CudaBuilder::feature)
+        // A CTA has the SM to itself.
+        let bounds = LaunchBounds { threads: self.format.threads(), ctas_per_sm: 1 };
+        let builder = CudaBuilder::new(workspace::kernel_crate()).arch(ARCH).launch_bounds(bounds);
+        let builder = builder.feature(self.format.name);
+        if self.traced { builder.feature("trace") } else { builder }
     }
 
     /// Compares the file's stamp with the kernel's sources.
@@ -89,19 +101,17 @@ impl Committed {
 
 /// Fails unless all committed PTX was made from the sources as they are.
 pub fn check() -> Result<()> {
-    KERNEL.check()?;
-    TRACED.check()
+    COMMITTED.into_iter().try_for_each(Committed::check)
 }
 
 /// Builds all committed PTX that is not fresh; `force` builds it anyway.
 pub fn build(force: bool) -> Result<()> {
-    KERNEL.build(force)?;
-    TRACED.build(force)
+    COMMITTED.into_iter().try_for_each(|ptx| ptx.build(force))
 }
 
 /// Builds what is not fresh, and says nothing of the rest.
 pub fn ensure() -> Result<()> {
-    for ptx in [KERNEL, TRACED] {
+    for ptx in COMMITTED {
         if ptx.freshness()? != Freshness::Fresh {
             ptx.build(false)?;
         }

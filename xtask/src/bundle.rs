@@ -18,7 +18,7 @@ const MAX_BYTES: u64 = 40 << 20;
 const SCRIPTS: [(&str, &str); 2] =
     [("check", include_str!("../bundle/check.sh")), ("bench", include_str!("../bundle/bench.sh"))];
 
-/// Makes `target/bundle/` anew: `ferromoe`, `tests/` with the correctness tests, `ferromoe.ptx`, `fixtures/`,
+/// Makes `target/bundle/` anew: `ferromoe`, `tests/` with the correctness tests, `fixtures/`,
 /// `torch_baseline.py`, and the scripts `check` and `bench`.
 ///
 /// # Errors
@@ -28,7 +28,7 @@ pub fn bundle() -> Result<()> {
     let bundle = workspace::target_dir().join("bundle");
     let shell = Shell::new()?;
     shell.change_dir(workspace::root());
-    shell.remove_path(&bundle)?;
+    clear(&shell, &bundle)?;
     shell.create_dir(bundle.join("tests"))?;
 
     let programs = progress::step("building the programs", || {
@@ -43,7 +43,6 @@ pub fn bundle() -> Result<()> {
     for (name, file) in &tests {
         strip(&shell, file, &bundle.join("tests").join(name))?;
     }
-    shell.copy_file(workspace::PTX_FILE, bundle.join("ferromoe.ptx"))?;
     shell.copy_file("bench/torch_baseline.py", bundle.join("torch_baseline.py"))?;
     copy_folder(&workspace::root().join("tests/fixtures"), &bundle.join("fixtures"))?;
     for (name, text) in SCRIPTS {
@@ -59,6 +58,17 @@ pub fn bundle() -> Result<()> {
     }
     let names: Vec<&str> = tests.iter().map(|(name, _)| name.as_str()).collect();
     eprintln!("{}: {:.1} MB, tests: {}", bundle.display(), bytes as f64 / 1e6, names.join(", "));
+    Ok(())
+}
+
+/// What a bundle holds, or has held, beside the scripts.
+const CONTENTS: [&str; 5] = ["ferromoe", "tests", "ferromoe.ptx", "fixtures", "torch_baseline.py"];
+
+/// Removes what an earlier bundle put there, and nothing else, such as results that `bench` left.
+fn clear(shell: &Shell, bundle: &Path) -> Result<()> {
+    for name in CONTENTS.into_iter().chain(SCRIPTS.map(|(name, _)| name)) {
+        shell.remove_path(bundle.join(name))?;
+    }
     Ok(())
 }
 
@@ -135,6 +145,19 @@ mod tests {
         for (_, text) in SCRIPTS {
             cmd!(shell, "sh -n").stdin(text).quiet().run().unwrap();
         }
+    }
+
+    #[test]
+    fn what_was_measured_in_an_earlier_bundle_stays() {
+        let shell = Shell::new().unwrap();
+        let bundle = workspace::target_dir().join("bundle-clear-test");
+        shell.remove_path(&bundle).unwrap();
+        for name in ["ferromoe", "tests/kernel", "fixtures/mixtral/config.json", "bench", "bench-20260101.jsonl"] {
+            shell.write_file(bundle.join(name), "").unwrap();
+        }
+        clear(&shell, &bundle).unwrap();
+        assert_eq!(entries(&bundle).unwrap(), [bundle.join("bench-20260101.jsonl")]);
+        shell.remove_path(bundle).unwrap();
     }
 
     #[test]

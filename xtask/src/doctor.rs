@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::build::{self, Committed, Freshness};
+use crate::build::{COMMITTED, Freshness};
 use crate::device_compiler::{DeviceCompiler, run};
 use crate::nvidia::NvidiaTools;
 use crate::workspace;
@@ -31,8 +31,7 @@ pub fn doctor() -> Result<()> {
             found: DeviceCompiler::find().map(|found| found.describe()).map_err(|error| format!("{error:#}")),
             remedy: "`cargo xtask build` installs one; needed only to change the kernel and to test",
         },
-        Finding { what: "PTX", found: ptx(build::KERNEL)?, remedy: "`cargo xtask build`" },
-        Finding { what: "PTX for traces", found: ptx(build::TRACED)?, remedy: "`cargo xtask build`" },
+        Finding { what: "PTX", found: ptx()?, remedy: "`cargo xtask build`" },
         Finding {
             what: "ptxas, nvdisasm",
             found: NvidiaTools::find().map(describe).map_err(|error| format!("{error:#}")),
@@ -72,13 +71,17 @@ fn describe(tools: NvidiaTools) -> String {
     format!("CUDA {} ({}, {})", tools.release, tools.ptxas.display(), tools.nvdisasm.display())
 }
 
-fn ptx(committed: Committed) -> Result<Result<String, String>> {
-    let file = committed.file;
-    Ok(match committed.freshness()? {
-        Freshness::Fresh => Ok(format!("{file} was made from the sources in kernel/")),
-        Freshness::Stale => Err(format!("{file} was made from other sources than those in kernel/")),
-        Freshness::Missing => Err(format!("{file} is not there or has no stamp")),
-    })
+/// The first committed file that is not as it must be.
+fn ptx() -> Result<Result<String, String>> {
+    for committed in COMMITTED {
+        let file = committed.file;
+        match committed.freshness()? {
+            Freshness::Fresh => {}
+            Freshness::Stale => return Ok(Err(format!("{file} was made from other sources than those in kernel/"))),
+            Freshness::Missing => return Ok(Err(format!("{file} is not there or has no stamp"))),
+        }
+    }
+    Ok(Ok("host/ptx/ was made from the sources in kernel/".into()))
 }
 
 /// The driver's library, where the dynamic linker would find it.

@@ -3,16 +3,17 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use ferromoe_kernel::shared::{CONSUMER_REGISTERS, HELPER_REGISTERS, SHARED_BYTES, THREADS, stages};
-
-use ferromoe_kernel::tile::TOKEN_TILES;
+use ferromoe_kernel::format::Format;
+use ferromoe_kernel::shared::SharedLayout;
 
 use crate::ptxas::{Function, Report};
 use crate::sass::{Kernel, Loop};
 use crate::size::DeviceSide;
 
 /// Registers of an SM that a CTA's threads share equally at launch; ptxas hands out multiples of 8 (CUDA programming guide, compute capability 9.0).
-const REGISTERS_AT_LAUNCH: u32 = 65536 / THREADS / 8 * 8;
+const fn registers_at_launch(format: &Format) -> u32 {
+    65536 / format.threads() / 8 * 8
+}
 /// Shared memory of a CTA, static and dynamic (CUDA programming guide, compute capability 9.0: 227 KB).
 const SHARED: u32 = 227 * 1024;
 /// One stage is multiplied, one keeps the products in flight, one is loaded: with fewer the tensor cores wait for memory.
@@ -119,7 +120,7 @@ impl fmt::Display for Table {
 }
 
 /// A row for every entry of the PTX, and for any other function that needs local memory: registers by role, memory, barriers.
-pub fn entries(report: &Report, kernels: &[Kernel]) -> Table {
+pub fn entries(report: &Report, kernels: &[Kernel], format: &Format) -> Table {
     let row = |function: &Function| {
         let entry = function.registers.is_some();
         let kernel = kernels.iter().find(|kernel| kernel.name == function.name);
@@ -131,17 +132,14 @@ pub fn entries(report: &Report, kernels: &[Kernel]) -> Table {
             let other = found.iter().find(|&&count| count != expected).or(found.first());
             Figure::new(what, other.copied(), if_so(fused, Limit::Exactly(expected)))
         };
-        let dynamic = if fused { SHARED_BYTES } else { 0 };
+        let dynamic = if fused { SharedLayout::new(format).bytes } else { 0 };
+        let stages = format.packed_stages() >> (4 * (format.tiles.count - 1));
         let figures = vec![
-            Figure::new("registers", function.registers, if_so(entry, Limit::AtMost(REGISTERS_AT_LAUNCH))),
-            registers("helpers", "USETMAXREG.DEALLOC", HELPER_REGISTERS),
-            registers("consumers", "USETMAXREG.TRY_ALLOC", CONSUMER_REGISTERS),
+            Figure::new("registers", function.registers, if_so(entry, Limit::AtMost(registers_at_launch(format)))),
+            registers("helpers", "USETMAXREG.DEALLOC", format.helper_registers),
+            registers("consumers", "USETMAXREG.TRY_ALLOC", format.consumer_registers),
             Figure::new("shared (B)", function.shared_bytes + dynamic, Limit::AtMost(SHARED)),
-            Figure::new(
-                "stages",
-                fused.then_some(stages(TOKEN_TILES.len() as u32 - 1)),
-                if_so(fused, Limit::AtLeast(LEAST_STAGES)),
-            ),
+            Figure::new("stages", fused.then_some(stages as u32), if_so(fused, Limit::AtLeast(LEAST_STAGES))),
             Figure::new("stack (B)", function.stack_bytes, Limit::Exactly(0)),
             Figure::new("spilled (B)", function.spilled_bytes(), Limit::Exactly(0)),
             Figure::new("LDL, STL", kernel.map(Kernel::local_accesses), if_so(entry, Limit::Exactly(0))),
@@ -214,10 +212,9 @@ ptxas info    : Function properties for helper
 ";
 
     fn clean_sass() -> String {
-        format!(
-            ".text.moe:
-        /*0000*/ @P0 USETMAXREG.DEALLOC.CTAPOOL {HELPER_REGISTERS:#x} ;
-        /*0010*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {CONSUMER_REGISTERS:#x} ;
+        ".text.moe:
+        /*0000*/ @P0 USETMAXREG.DEALLOC.CTAPOOL 0x58 ;
+        /*0010*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xd0 ;
 .L_loop:
         /*0020*/ MOV R0, R1 ;
         /*0030*/ HGMMA.64x64x16.F32.BF16 R24, gdesc[UR20], R24, gsb0 ;
@@ -225,12 +222,12 @@ ptxas info    : Function properties for helper
         /*0050*/ @P0 BRA `(.L_loop) ;
         /*0060*/ EXIT ;
 "
-        )
+        .into()
     }
 
     fn faults(ptxas: &str, sass: &str) -> Vec<String> {
         let kernels = sass::parse(sass);
-        [entries(&Report::parse(ptxas), &kernels).faults(), loops(&kernels).faults()].concat()
+        [entries(&Report::parse(ptxas), &kernels, &Format::BF16).faults(), loops(&kernels).faults()].concat()
     }
 
     #[test]
@@ -241,13 +238,13 @@ ptxas info    : Function properties for helper
     #[test]
     fn what_ptxas_reports_is_held_to_its_limits() {
         for (found, instead, fault) in [
-            ("Used 168 reg", "Used 176 reg", format!("moe: registers is 176, must be <= {REGISTERS_AT_LAUNCH}")),
+            ("Used 168 reg", "Used 176 reg", "moe: registers is 176, must be <= 168".into()),
             ("used 5 barriers", "used 16 barriers", "moe: barriers is 16, must be <= 15".into()),
             (", used 5 barriers", "", "moe: barriers is -, must be <= 15".into()),
             (
                 "5 barriers",
                 "5 barriers, 65536 bytes smem",
-                format!("moe: shared (B) is {}, must be <= 232448", SHARED_BYTES + 65536),
+                format!("moe: shared (B) is {}, must be <= 232448", SharedLayout::new(&Format::BF16).bytes + 65536),
             ),
             ("0 bytes stack frame", "16 bytes stack frame", "moe: stack (B) is 16, must be = 0".into()),
             ("0 bytes spill stores, 0", "8 bytes spill stores, 12", "moe: spilled (B) is 20, must be = 0".into()),

@@ -1,13 +1,12 @@
 //! `cargo xtask lint`: the PTX through ptxas and nvdisasm, the Rust through rustfmt, clippy and rustdoc.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Result, bail};
 use xshell::{Shell, cmd};
 
 use crate::nvidia::NvidiaTools;
-use crate::ptxas::Function;
+use crate::ptxas::{Function, Report};
 use crate::{build, limits, progress, ptxas, sass, size, workspace};
 
 /// Runs every check.
@@ -31,40 +30,40 @@ pub fn lint() -> Result<()> {
 /// When ptxas rejects it, or a figure is beyond its limit.
 fn ptx() -> Result<()> {
     let tools = NvidiaTools::find_or_install()?;
-    let file = workspace::root().join(workspace::PTX_FILE);
-    let cubin = workspace::target_dir().join("ptx/ferromoe.cubin");
-    if let Some(folder) = cubin.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    let label = format!("ptxas {} on {}", tools.release, workspace::PTX_FILE);
-    let report = progress::step(&label, || ptxas::assemble(&tools, build::ARCH, &file, &cubin))?;
-    report.warnings.iter().for_each(|warning| println!("{warning}"));
-    traced(&tools, &cubin.with_file_name("ferromoe-trace.cubin"))?;
-    let kernels = sass::disassemble(&tools, &cubin)?;
     let device = size::device_side(&workspace::kernel_crate().join("src"))?;
     let mut faults = Vec::new();
-    for table in [limits::entries(&report, &kernels), limits::loops(&kernels), limits::sources(&device)] {
-        println!("{table}");
-        faults.extend(table.faults());
+    for ptx in build::COMMITTED {
+        let cubin = workspace::target_dir().join("ptx").join(format!("{}.cubin", ptx.name()));
+        if let Some(folder) = cubin.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let label = format!("ptxas {} on {}", tools.release, ptx.file);
+        let report =
+            progress::step(&label, || ptxas::assemble(&tools, build::ARCH, &workspace::root().join(ptx.file), &cubin))?;
+        report.warnings.iter().for_each(|warning| println!("{warning}"));
+        if ptx.traced {
+            faults.extend(spills(ptx.file, &report));
+            continue;
+        }
+        let kernels = sass::disassemble(&tools, &cubin)?;
+        for table in [limits::entries(&report, &kernels, &ptx.format), limits::loops(&kernels)] {
+            println!("{table}");
+            faults.extend(table.faults());
+        }
     }
+    let table = limits::sources(&device);
+    println!("{table}");
+    faults.extend(table.faults());
     if !faults.is_empty() {
         bail!("the kernel is not as it must be:\n    {}", faults.join("\n    "));
     }
     Ok(())
 }
 
-/// Assembles the PTX of the kernel that records. It is held to no limits, but to run as the other does it must keep its values in registers.
-///
-/// # Errors
-/// When ptxas rejects it, or it spills.
-fn traced(tools: &NvidiaTools, cubin: &Path) -> Result<()> {
-    let file = build::TRACED.file;
-    let report = ptxas::assemble(tools, build::ARCH, &workspace::root().join(file), cubin)?;
+/// A kernel that records is held to no limits, but to run as the other does it must keep its values in registers.
+fn spills(file: &str, report: &Report) -> Option<String> {
     let spilled: u32 = report.functions.iter().map(Function::spilled_bytes).sum();
-    if spilled > 0 {
-        bail!("{file} spills {spilled} bytes");
-    }
-    Ok(())
+    (spilled > 0).then(|| format!("{file} spills {spilled} bytes"))
 }
 
 /// The documentation's links. The kernel's crate page names modules that only the device compiles.

@@ -7,12 +7,6 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use xshell::Shell;
 
-/// The kernel's committed PTX, relative to the repository's root.
-pub const PTX_FILE: &str = "host/ptx/ferromoe.ptx";
-
-/// That of the kernel which records a trace.
-pub const TRACED_PTX_FILE: &str = "host/ptx/ferromoe-trace.ptx";
-
 /// The repository's root: the parent of this crate's folder.
 pub fn root() -> PathBuf {
     let xtask = env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").into());

@@ -103,9 +103,9 @@ pub fn weights(config: &MoeConfig, seed: u64) -> ExpertWeights {
     let mut experts: Vec<Expert> = (0..all)
         .map(|expert| SHIFT * expert)
         .map(|first| Expert {
-            gate: gate_up.rows_view(first..first + intermediate),
-            up: gate_up.rows_view(first + intermediate..first + 2 * intermediate),
-            down: down.rows_view(first..first + hidden),
+            gate: gate_up.rows_view(first..first + intermediate).into(),
+            up: gate_up.rows_view(first + intermediate..first + 2 * intermediate).into(),
+            down: down.rows_view(first..first + hidden).into(),
         })
         .collect();
     let shared = experts.split_off(config.experts);

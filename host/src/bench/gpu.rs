@@ -1,6 +1,7 @@
 //! Times on GPUs.
 
 use std::collections::hash_map::DefaultHasher;
+use std::ffi::c_void;
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::fused::FusedMoe;
 use crate::group::DeviceGroup;
 use crate::weights::ExpertWeights;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// Input sets that launches take turns with, each with hidden states, routing and outputs of its own.
 pub(super) const INPUT_SETS: usize = 4;
@@ -81,14 +83,18 @@ pub fn on_gpus(
     let config = plan.config();
     config.validate(group.ranks())?;
     let weights = draw::weights(&config, 1);
-    let mut layer = FusedMoe::new(group, &config, &weights)?;
+    let workspace = Workspace::new(group, &WorkspaceSizes::of([&config]))?;
+    let layer = FusedMoe::new(&workspace, &config, &weights)?;
     let states = States::new(config.max_tokens_per_rank, config.hidden, INPUT_SETS * group.ranks());
     for &tokens in &plan.tokens {
         let sets = input_sets(group, &config, &states, tokens, plan.choice, INPUT_SETS)?;
-        let (relative_error, first) = check_once(&mut layer, group, &weights, &states, &sets[0])?;
+        let (relative_error, first) = check_once(&layer, group, &weights, &states, &sets[0])?;
         // A later launch that writes nothing must not pass for one that writes the same.
         sets[0].poison(group)?;
-        let times = time(&layer, gpus, &sets)?;
+        let times = time(&workspace, gpus, |rank, round, stream| {
+            // SAFETY: the stream is the rank's, and the sets outlive the rounds.
+            unsafe { layer.enqueue(rank, stream, sets[round % sets.len()].inputs(rank)) }
+        })?;
         if fingerprint(&sets[0].outputs(group)?) != first {
             return Err(Error::WrongResult("the same inputs gave another output in a later launch".into()));
         }
@@ -102,7 +108,7 @@ pub fn on_gpus(
 
 /// Launches a set once; gives the error against the reference, and what tells whether later outputs are the same.
 fn check_once(
-    layer: &mut FusedMoe,
+    layer: &FusedMoe,
     group: &DeviceGroup,
     weights: &ExpertWeights,
     states: &States,
@@ -122,14 +128,15 @@ fn fingerprint(outputs: &[Vec<bf16>]) -> u64 {
     hasher.finish()
 }
 
-/// The times of the launches that count, each on its slowest rank, shortest first.
-fn time(layer: &FusedMoe, gpus: &[Gpu], sets: &[InputSet]) -> Result<Vec<Duration>> {
+/// The times of the rounds that count, each on its slowest rank, shortest first. `enqueue` queues a rank's part of a round on a stream of it.
+pub(super) fn time(
+    workspace: &Workspace,
+    gpus: &[Gpu],
+    enqueue: impl Fn(usize, usize, *mut c_void) -> Result<()> + Sync,
+) -> Result<Vec<Duration>> {
     let rounds = |count: usize| -> Result<Vec<Duration>> {
-        let times = time_rounds(gpus, count + 1, |rank, round, stream| {
-            // SAFETY: the stream is the rank's, and the sets outlive the rounds.
-            unsafe { layer.enqueue(rank, stream, sets[round % sets.len()].inputs(rank)) }
-        })?;
-        layer.check()?;
+        let times = time_rounds(gpus, count + 1, &enqueue)?;
+        workspace.check()?;
         // The first round holds what the ranks wait for one another to begin.
         Ok((1..=count).map(|round| times.iter().map(|rank| rank[round]).max().unwrap_or_default()).collect())
     };
@@ -147,7 +154,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 }
 
 /// The time below which this part of the sorted times lies, in microseconds.
-fn percentile(sorted: &[Duration], part: f64) -> f64 {
+pub(super) fn percentile(sorted: &[Duration], part: f64) -> f64 {
     let index = ((sorted.len() - 1) as f64 * part).round() as usize;
     sorted[index].as_secs_f64() * 1e6
 }
@@ -185,6 +192,7 @@ fn limit_us(works: &[RankWork], limits: &Limits) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::bench::{BenchShape, Choice};
+    use crate::config::ExpertFormat;
 
     #[test]
     fn the_slower_of_memory_and_arithmetic_is_the_limit() {
@@ -199,7 +207,7 @@ mod tests {
     fn found() -> GpuMeasurement {
         let limits = Limits { copy_gbs: 4000.0, peer_copy_gbs: None, bf16_tflops: Some(800.0), without_cublas: None };
         let shape = BenchShape::find("flash").unwrap();
-        let plan = Plan { shape, experts: 64, choice: Choice::Balanced, tokens: vec![8] };
+        let plan = Plan { shape, experts: 64, format: ExpertFormat::Bf16, choice: Choice::Balanced, tokens: vec![8] };
         let setting = Setting::new(&plan, "GPU".into(), 8, 2, &[RankWork::default(); 2], 1.0, 0.0);
         let works = [1.0, 3.0].map(|share| RankWork {
             operations: share * 1e12,

@@ -80,6 +80,7 @@ impl InputSet {
         let buffers = &self.ranks[rank];
         RankInputs {
             hidden_states: buffers.hidden_states.address(),
+            hidden_scales: 0,
             topk_idx: buffers.topk_idx.address(),
             topk_weights: buffers.topk_weights.address(),
             tokens: buffers.tokens.address(),

@@ -6,6 +6,7 @@
 pub(crate) mod draw;
 mod gpu;
 mod inputs;
+mod layers;
 mod model;
 mod phases;
 mod shape;
@@ -16,7 +17,7 @@ mod work;
 
 use serde::Serialize;
 
-use crate::config::MoeConfig;
+use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::Result;
 use crate::group::DeviceGroup;
 use inputs::{InputSet, States};
@@ -24,6 +25,7 @@ use work::RankWork;
 
 pub use draw::Choice;
 pub use gpu::{GpuMeasurement, on_gpus};
+pub use layers::{LayerCounts, LayerTimes, LayersMeasurement, layers};
 pub use model::{MACHINES, Machine, Modelled, PHASES, PhaseWork, modelled};
 pub use phases::{Estimate, PhaseCount, RatioLimits, RoleWaits};
 pub use shape::{BenchShape, SHAPES};
@@ -37,6 +39,8 @@ pub struct Plan {
     pub shape: BenchShape,
     /// Routed experts of all ranks.
     pub experts: usize,
+    /// The number format that they run in.
+    pub format: ExpertFormat,
     /// How tokens choose experts.
     pub choice: Choice,
     /// Tokens of every rank; one measurement each.
@@ -45,7 +49,8 @@ pub struct Plan {
 
 impl Plan {
     fn config(&self) -> MoeConfig {
-        self.shape.config(self.experts, self.tokens.iter().copied().max().unwrap_or(1).max(1))
+        let most = self.tokens.iter().copied().max().unwrap_or(1).max(1);
+        MoeConfig { experts_format: self.format, ..self.shape.config(self.experts, most) }
     }
 }
 
@@ -58,6 +63,8 @@ pub struct Setting {
     pub device: String,
     /// The shape's name.
     pub shape: &'static str,
+    /// The number format of the experts.
+    pub format: &'static str,
     /// H
     pub hidden: usize,
     /// I
@@ -96,6 +103,7 @@ impl Setting {
             implementation: "ferromoe",
             device,
             shape: plan.shape.name,
+            format: plan.format.name(),
             hidden: plan.shape.hidden,
             intermediate: plan.shape.intermediate,
             experts: plan.experts,

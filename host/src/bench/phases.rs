@@ -1,6 +1,6 @@
 //! The phases of a launch in the simulator: what each moved and computed by the simulator's counters, beside the least that routing and shape allow.
 
-use ferromoe_kernel::shared::{CONSUMER_WARP, WARP, WARPGROUP};
+use ferromoe_kernel::warps::{CONSUMER_WARP, WARP, WARPGROUP};
 use ptx_sim::{Cost, Traffic, WarpWaits};
 use serde::Serialize;
 

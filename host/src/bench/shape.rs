@@ -1,6 +1,8 @@
 //! The layers that the benchmark runs.
 
-use crate::config::MoeConfig;
+use ferromoe_kernel::quantise::ScaleKind;
+
+use crate::config::{ExpertFormat, MoeConfig};
 
 /// Ranks that the large models are made to be spread over.
 const FULL_GROUP: usize = 8;
@@ -75,6 +77,8 @@ impl BenchShape {
             max_tokens_per_rank: max_tokens,
             swiglu_limit: None,
             shared_experts: self.shared_experts,
+            experts_format: ExpertFormat::Bf16,
+            scales: ScaleKind::F32,
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::bench::{Plan, Setting, count, draw, input_sets};
 use crate::error::Result;
 use crate::fused::{FusedMoe, PARTS, clusters_pay};
 use crate::group::DeviceGroup;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// What one launch counted, the sums over all ranks, beside the least that its routing allows.
 #[derive(Clone, Debug, Serialize)]
@@ -48,7 +49,8 @@ pub fn simulated(plan: &Plan, group: &DeviceGroup, mut report: impl FnMut(SimMea
     let config = plan.config();
     config.validate(group.ranks())?;
     let weights = draw::weights(&config, 1);
-    let mut layer = FusedMoe::new(group, &config, &weights)?;
+    let workspace = Workspace::new(group, &WorkspaceSizes::of([&config]))?;
+    let layer = FusedMoe::new(&workspace, &config, &weights)?;
     let states = States::new(config.max_tokens_per_rank, config.hidden, group.ranks());
     for &tokens in &plan.tokens {
         let sets = input_sets(group, &config, &states, tokens, plan.choice, 1)?;
@@ -86,6 +88,7 @@ pub fn simulated(plan: &Plan, group: &DeviceGroup, mut report: impl FnMut(SimMea
 mod tests {
     use super::*;
     use crate::bench::{BenchShape, Choice};
+    use crate::config::ExpertFormat;
     use crate::fused::Part;
     use crate::group::{Device, SimOptions};
 
@@ -93,7 +96,8 @@ mod tests {
     fn measure([hidden, intermediate]: [usize; 2], tokens: usize) -> SimMeasurement {
         let shape =
             BenchShape { name: "small", hidden, intermediate, experts: 8, top_k: 1, shared_experts: 1, cut: false };
-        let plan = Plan { shape, experts: 8, choice: Choice::Balanced, tokens: vec![tokens] };
+        let plan =
+            Plan { shape, experts: 8, format: ExpertFormat::Bf16, choice: Choice::Balanced, tokens: vec![tokens] };
         let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
         let mut found = None;
         simulated(&plan, &group, |measurement| found = Some(measurement)).unwrap();

@@ -2,8 +2,8 @@
 
 use ferromoe_kernel::layout::Shape;
 use ferromoe_kernel::schedule::{pull_rows, weight_tasks};
-use ferromoe_kernel::shared::{COMBINE_BYTES, CONSUMER_WARPS};
-use ferromoe_kernel::tile::{MAX_CLUSTER, token_tiles};
+use ferromoe_kernel::shared::COMBINE_BYTES;
+use ferromoe_kernel::tile::WEIGHT_TILE;
 
 use crate::bench::gpu::{INPUT_SETS, LAUNCHES, WARM_UP};
 use crate::bench::inputs::{InputSet, States};
@@ -16,6 +16,7 @@ use crate::fused::FusedMoe;
 use crate::group::DeviceGroup;
 use crate::router::Routing;
 use crate::trace::Trace;
+use crate::workspace::{Workspace, WorkspaceSizes};
 
 /// Records of a role for a matrix product: more than any role makes.
 const RECORDS_PER_TASK: u64 = 12;
@@ -49,20 +50,21 @@ pub fn traced(plan: &Plan, group: &DeviceGroup, gpus: &[Gpu]) -> Result<Traced> 
     config.validate(group.ranks())?;
     let tokens = plan.tokens.first().copied().unwrap_or(1);
     let weights = draw::weights(&config, 1);
-    let mut layer = FusedMoe::new(group, &config, &weights)?;
+    let workspace = Workspace::new(group, &WorkspaceSizes::of([&config]))?;
+    let mut layer = FusedMoe::new(&workspace, &config, &weights)?;
     let states = States::new(config.max_tokens_per_rank, config.hidden, INPUT_SETS * group.ranks());
     let sets = input_sets(group, &config, &states, tokens, plan.choice, INPUT_SETS)?;
     let capacity = sets.iter().map(|set| capacity(layer.shape(), &config, &set.routings, group)).max();
     layer.record_trace(capacity.unwrap_or(1))?;
-    let run_first = |layer: &mut FusedMoe| {
+    let run_first = |layer: &FusedMoe| {
         let inputs: Vec<_> = (0..group.ranks()).map(|rank| sets[0].inputs(rank)).collect();
         // SAFETY: the set's buffers are as large as its tokens need, and live longer than the launch.
         unsafe { layer.run(&inputs) }
     };
-    run_first(&mut layer)?;
+    run_first(&layer)?;
     sets[0].poison(group)?;
     let (launches, us) = if group.is_simulated() {
-        run_first(&mut layer)?;
+        run_first(&layer)?;
         (1, None)
     } else {
         let (launches, us) = run_in_a_row(&layer, gpus, &sets)?;
@@ -82,7 +84,7 @@ fn run_in_a_row(layer: &FusedMoe, gpus: &[Gpu], sets: &[InputSet]) -> Result<(us
             // SAFETY: the stream is the rank's, and the sets outlive the rounds.
             unsafe { layer.enqueue(rank, stream, sets[round % sets.len()].inputs(rank)) }
         })?;
-        layer.check()?;
+        layer.workspace().check()?;
         let slowest = |round: usize| times.iter().map(|rank| rank[round]).max().unwrap_or_default();
         let mut all: Vec<_> = (1..count).map(slowest).collect();
         all.sort_unstable();
@@ -101,18 +103,19 @@ fn capacity(shape: &Shape, config: &MoeConfig, routings: &[Routing], group: &Dev
         rows[expert] += 1;
     }
     let tokens = routings.iter().map(|routing| routing.tokens() as u32).max().unwrap_or(0);
-    let blocks: u32 =
-        [2 * shape.intermediate, shape.hidden].into_iter().map(|rows| weight_tasks(rows, MAX_CLUSTER)).sum();
+    let format = config.experts_format.kernel();
+    let blocks = weight_tasks(2 * shape.intermediate, WEIGHT_TILE, format.max_cluster)
+        + weight_tasks(shape.hidden, WEIGHT_TILE, format.max_cluster);
     let per_rank = |(rank, rows): (usize, &[u32])| {
         let shared = (0..shape.shared_experts).map(|_| tokens);
         let rows: Vec<u32> = rows.iter().copied().chain(shared).collect();
-        let tasks: u64 = rows.iter().map(|&rows| u64::from(token_tiles(rows) * blocks)).sum();
+        let tasks: u64 = rows.iter().map(|&rows| u64::from(format.tiles.tiles(rows) * blocks)).sum();
         let all: u32 = rows.iter().sum();
         let sms = group.backend.sms(rank);
         let pulls = u64::from(all.div_ceil(pull_rows(all, sms)));
         // A consumer warp has its share of the pieces, and at least one of every chunk.
         let pieces = tokens * shape.hidden.div_ceil(COMBINE_BYTES / 2);
-        let combined = u64::from(pieces / CONSUMER_WARPS + tokens);
+        let combined = u64::from(pieces / format.consumer_warps() + tokens);
         let records = RECORDS_PER_TASK * tasks + RECORDS_PER_PIECE * (combined + pulls);
         let fair = records / u64::from(sms);
         records.min(UNEVEN * fair) + OTHER_RECORDS

@@ -81,7 +81,7 @@ fn of_hit_experts(
     let experts = hit.iter().map(|&id| weights.experts[id as usize].clone()).collect();
     let weights = ExpertWeights { experts, shared: weights.shared.clone() };
     let config = MoeConfig { experts: hit.len(), ..config.clone() };
-    reference::forward(&config, &weights, states, &Routing::new(config.top_k, ids, factors)?)
+    reference::of_format(&config, &weights, states, &Routing::new(config.top_k, ids, factors)?)
 }
 
 #[cfg(test)]

@@ -26,6 +26,8 @@ pub fn of_ranks(config: &MoeConfig, routings: &[Routing]) -> Vec<RankWork> {
     let ranks = routings.len();
     let per_rank = config.experts / ranks;
     let matrices = 3.0 * (config.hidden * config.intermediate) as f64;
+    let element = f64::from(config.experts_format.kernel().element_bytes);
+    let record = f64::from(config.experts_format.kernel().record_bytes(config.hidden as u32));
     let row = config.hidden as f64 * BF16;
     let mut pairs = vec![0.0; ranks];
     let mut crossing = vec![0.0; ranks];
@@ -38,9 +40,9 @@ pub fn of_ranks(config: &MoeConfig, routings: &[Routing]) -> Vec<RankWork> {
                 hit[expert] = true;
                 pairs[to] += 1.0;
                 if to != from {
-                    crossing[from] += 1.0;
+                    crossing[from] += row;
                     if !std::mem::replace(&mut reached[to], true) {
-                        crossing[to] += 1.0;
+                        crossing[to] += record;
                     }
                 }
             }
@@ -53,8 +55,8 @@ pub fn of_ranks(config: &MoeConfig, routings: &[Routing]) -> Vec<RankWork> {
             let routed = hit[config.experts_of(rank, ranks)].iter().filter(|&&hit| hit).count() as f64;
             RankWork {
                 operations: 2.0 * matrices * (pairs[rank] + shared * tokens),
-                memory_bytes: (routed + shared) * matrices * BF16 + 2.0 * tokens * row,
-                nvlink_bytes: crossing[rank] * row,
+                memory_bytes: (routed + shared) * matrices * element + 2.0 * tokens * row,
+                nvlink_bytes: crossing[rank],
                 hit_experts: routed + shared,
             }
         })

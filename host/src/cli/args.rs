@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ferromoe::Result;
 use ferromoe::bench::{BenchShape, Choice, MACHINES, Machine, Plan, SHAPES};
 use ferromoe::cuda::{Gpu, find_gpus};
+use ferromoe::{ExpertFormat, Result};
 
 /// Fused Mixture-of-Experts layers on NVIDIA Hopper GPUs, or on a simulator of them.
 #[derive(Debug, Parser)]
@@ -44,25 +44,32 @@ Examples:
       a recorded input, the report as JSON
 
 Exit codes:
-  0  the result is right: relative L2 error at most 1e-2
-  1  it is not, or the run failed
+  0  the result is right: relative L2 error at most 1e-2 over all tokens that are finite
+  1  it is not, or the run failed, or its result or report could not be written
   2  bad input; nothing was written
   3  --device cuda, and there is no CUDA driver"
 )]
 pub struct RunArgs {
     /// Checkpoint folder: config.json with model.safetensors, or several files and their index [default: the bundled example]
     ///
-    /// Families: Mixtral, Qwen3-MoE, DeepSeek-V3, DeepSeek-V4.
+    /// Families: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2 to V4, Kimi-K2, GLM-4.5 to 5, dots1, MiniMax-M2, ERNIE-4.5, Hunyuan,
+    /// Phi-3.5-MoE, Granite; in bf16, or in FP8 with block scales.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<PathBuf>,
+
+    /// Number format that the experts run in [default: the checkpoint's]
+    ///
+    /// Weights in bf16 are quantised for `fp8`, and FP8 ones multiplied out for `bf16`.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub experts: Option<ExpertsArg>,
 
     /// Layer number [default: the one the input was recorded at, or the first layer with experts]
     #[arg(long, value_name = "N")]
     pub layer: Option<usize>,
 
-    /// Safetensors file with the tokens [default: 64 random tokens, made from the seed]
+    /// Safetensors file, or pipe, with the tokens [default: 64 random tokens, made from the seed]
     ///
-    /// It holds `hidden_states` BF16 [T, H] and, each if you have it, `topk_idx` I64 [T, K] with `topk_weights` F32 [T, K] (the
+    /// It holds `hidden_states` BF16 [T, H], or F8_E4M3 with `hidden_scales` F32 [T, H / 128 rounded up], and, each if you have it, `topk_idx` I64 [T, K] with `topk_weights` F32 [T, K] (the
     /// routing; -1 is no expert), `input_ids` I64 [T] (for hash-routed layers) and `output_f32` F32 [T, H] (what to compare with).
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
@@ -79,15 +86,18 @@ pub struct RunArgs {
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub sms: Option<u32>,
 
-    /// Seed of random tokens, and of the simulator's order of events; the result for given tokens does not depend on it
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of random tokens, and of the simulator's order of events; the result for given tokens does not depend on it [default: 0]
+    #[arg(long, value_name = "S")]
+    pub seed: Option<u64>,
 
     /// Where the routing comes from [default: the input file if it has one, else the checkpoint's router]
     #[arg(long, value_enum)]
     pub route: Option<RouteArg>,
 
     /// Write the result here: a safetensors file with `output` BF16 [T, H]
+    ///
+    /// A file that is there is replaced as a whole and keeps its mode; links are followed, devices and pipes written to. What the
+    /// run reads is refused.
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
@@ -127,6 +137,23 @@ impl MeasureOn {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExpertsArg {
+    /// Weights, tokens and intermediate in bf16
+    Bf16,
+    /// In e4m3, with scales; the result is held to a reference that quantises as the kernel does
+    Fp8,
+}
+
+impl From<ExpertsArg> for ExpertFormat {
+    fn from(experts: ExpertsArg) -> Self {
+        match experts {
+            ExpertsArg::Bf16 => Self::Bf16,
+            ExpertsArg::Fp8 => Self::Fp8,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RouteArg {
     /// As recorded in the input file
     File,
@@ -159,6 +186,8 @@ Examples:
       the whole layer on eight GPUs
   ferromoe bench --shape flash --device sim --ranks 2
       counted bytes and operations
+  ferromoe bench --shape flash --tokens 64 --layers 8
+      eight layers that share one workspace, in a CUDA graph
   ferromoe bench --shape v3 --device model
       what it should take on an H200 and on an H20
 
@@ -173,6 +202,10 @@ pub struct BenchArgs {
     /// Tokens of every rank, separated by commas [default: 1,8,64,512,2048,8192; in the simulator 1,8,64,512]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub tokens: Vec<usize>,
+
+    /// Run so many layers with weights of their own, one after the other in a CUDA graph, and print what one takes
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub layers: Option<usize>,
 
     #[command(flatten)]
     pub run: MeasureArgs,
@@ -238,6 +271,10 @@ pub struct MeasureArgs {
     #[arg(long, value_name = "N")]
     pub experts_per_rank: Option<usize>,
 
+    /// Number format that the experts run in [default: bf16]
+    #[arg(long, value_enum)]
+    pub experts: Option<ExpertsArg>,
+
     /// How tokens choose experts
     #[arg(long, value_enum, default_value_t = RoutingArg::Balanced)]
     pub routing: RoutingArg,
@@ -252,12 +289,24 @@ pub struct MeasureArgs {
 }
 
 impl MeasureArgs {
+    /// Refuses a machine where none is modelled.
+    pub fn check_machine(&self) -> anyhow::Result<()> {
+        match self.machine {
+            Some(machine) if self.device != MeasureOn::Model => anyhow::bail!(
+                "--machine {} is the GPU to model, and nothing is modelled; add --device model, or leave it out",
+                machine.name
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// What to measure of one shape.
     pub fn plan(&self, shape: BenchShape, tokens: &[usize]) -> Plan {
         let experts = self
             .experts_per_rank
             .map_or_else(|| shape.experts_on(self.ranks), |experts| experts.saturating_mul(self.ranks));
-        Plan { shape, experts, choice: self.routing.into(), tokens: tokens.to_vec() }
+        let format = self.experts.map_or(ExpertFormat::Bf16, ExpertFormat::from);
+        Plan { shape, experts, format, choice: self.routing.into(), tokens: tokens.to_vec() }
     }
 }
 

@@ -1,15 +1,19 @@
 //! `ferromoe bench`.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 
-use ferromoe::bench::{self, BenchShape, GpuMeasurement, MACHINES, Modelled, PHASES, Plan, SimMeasurement};
+use anyhow::Result;
+use clap::CommandFactory;
+use clap::error::ErrorKind;
+use ferromoe::bench::{
+    self, BenchShape, GpuMeasurement, LayerCounts, LayerTimes, LayersMeasurement, MACHINES, Modelled, PHASES, Plan,
+};
 use ferromoe::cuda::{Gpu, Limits};
-use ferromoe::{Device, DeviceGroup, Result, SimOptions};
+use ferromoe::{Device, DeviceGroup, SimOptions};
 use serde::Serialize;
 
-use super::args::{BenchArgs, MeasureOn};
-use super::counts;
+use super::args::{BenchArgs, Cli, MeasureOn};
+use super::{counts, print};
 
 /// Tokens of a rank on a GPU, and in the simulator, which is far slower.
 const GPU_TOKENS: [usize; 6] = [1, 8, 64, 512, 2048, 8192];
@@ -17,10 +21,19 @@ const SIM_TOKENS: [usize; 4] = [1, 8, 64, 512];
 
 /// Runs the benchmark and prints each measurement when it is there.
 pub fn bench(args: &BenchArgs) -> Result<()> {
+    args.run.check_machine()?;
     if args.run.device == MeasureOn::Model {
+        if args.layers.is_some() {
+            let conflict = "the model knows a single layer: --layers cannot be used with --device model";
+            Cli::command().error(ErrorKind::ArgumentConflict, conflict).exit();
+        }
         return modelled(args);
     }
-    match args.run.device.gpus(args.run.ranks)? {
+    let gpus = args.run.device.gpus(args.run.ranks)?;
+    if let Some(count) = args.layers {
+        return layers(args, count, gpus.as_deref().unwrap_or_default());
+    }
+    match gpus {
         Some(gpus) => on_gpus(args, &gpus),
         None => simulated(args),
     }
@@ -32,14 +45,15 @@ fn on_gpus(args: &BenchArgs, gpus: &[Gpu]) -> Result<()> {
     for &shape in &args.shapes {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
-            print(&format!(
+            print::text(&format!(
                 "{}{}{GPU_HEADER}",
                 heading(&plan, args.run.ranks, group.description()),
                 limits_line(&limits)
-            ));
+            ))?;
         }
-        let text = |found: &GpuMeasurement| if args.json { json(found) } else { gpu_row(found) };
-        bench::on_gpus(&plan, &group, gpus, &limits, |found| print(&text(&found)))?;
+        let mut printed = Ok(());
+        bench::on_gpus(&plan, &group, gpus, &limits, |found| show(args, &found, gpu_row, &mut printed))?;
+        printed?;
     }
     Ok(())
 }
@@ -49,12 +63,54 @@ fn simulated(args: &BenchArgs) -> Result<()> {
     for &shape in &args.shapes {
         let plan = plan(args, shape.scaled_down(args.run.ranks), &SIM_TOKENS);
         if !args.json {
-            print(&format!("{}{}", heading(&plan, args.run.ranks, group.description()), counts::LEGEND));
+            print::text(&format!("{}{}", heading(&plan, args.run.ranks, group.description()), counts::LEGEND))?;
         }
-        let text = |found: &SimMeasurement| if args.json { json(found) } else { counts::table(found) };
-        bench::simulated(&plan, &group, |found| print(&text(&found)))?;
+        let mut printed = Ok(());
+        bench::simulated(&plan, &group, |found| show(args, &found, counts::table, &mut printed))?;
+        printed?;
     }
     Ok(())
+}
+
+fn layers(args: &BenchArgs, count: usize, gpus: &[Gpu]) -> Result<()> {
+    let simulated = gpus.is_empty();
+    let device = if simulated { Device::Sim(SimOptions::default()) } else { Device::Cuda };
+    let group = DeviceGroup::open(device, args.run.ranks)?;
+    for &shape in &args.shapes {
+        let (shape, tokens) =
+            if simulated { (shape.scaled_down(args.run.ranks), &SIM_TOKENS[..]) } else { (shape, &GPU_TOKENS[..]) };
+        let plan = plan(args, shape, tokens);
+        if !args.json {
+            let header = if simulated { LAYER_COUNTS_HEADER } else { LAYER_TIMES_HEADER };
+            let heading = heading(&plan, args.run.ranks, group.description());
+            print::text(&format!("{heading}{count} layers with weights of their own; the mean of a layer:\n{header}"))?;
+        }
+        let mut printed = Ok(());
+        bench::layers(&plan, count, &group, gpus, |found| show(args, &found, layers_row, &mut printed))?;
+        printed?;
+    }
+    Ok(())
+}
+
+const LAYER_TIMES_HEADER: &str = "  tokens  us a layer      p10      p90    graphs  workspace MiB    error";
+const LAYER_COUNTS_HEADER: &str =
+    "  tokens  instructions     memory MB  NVLink MB    operations  simulated us  workspace MiB    error";
+
+fn layers_row(found: &LayersMeasurement) -> String {
+    let mut row = format!("{:>8}", found.setting.tokens);
+    // Writing to a String cannot fail.
+    if let Some(LayerTimes { graphs, us, us_p10, us_p90 }) = found.times {
+        let _ = write!(row, " {us:>11.1} {us_p10:>8.1} {us_p90:>8.1} {graphs:>9}");
+    } else if let Some(LayerCounts { instructions, memory_bytes, nvlink_bytes, tensor_ops, simulated_us }) =
+        found.counts
+    {
+        let (memory, nvlink) = (memory_bytes / 1e6, nvlink_bytes / 1e6);
+        let _ =
+            write!(row, " {instructions:>13.0} {memory:>13.3} {nvlink:>10.3} {tensor_ops:>13.0} {simulated_us:>13.1}");
+    }
+    let mebibytes = found.workspace_bytes as f64 / f64::from(1 << 20);
+    let _ = write!(row, " {mebibytes:>14.1} {:>8.1e}", found.setting.relative_error);
+    row
 }
 
 fn modelled(args: &BenchArgs) -> Result<()> {
@@ -63,11 +119,13 @@ fn modelled(args: &BenchArgs) -> Result<()> {
         let plan = plan(args, shape, &GPU_TOKENS);
         if !args.json {
             let on = format!("{} modelled {}s of {} SMs", args.run.ranks, machine.name, machine.sms);
-            print(&format!("{}{MODEL_HEADER}", heading(&plan, args.run.ranks, &on)));
+            print::text(&format!("{}{MODEL_HEADER}", heading(&plan, args.run.ranks, &on)))?;
         }
+        let mut printed = Ok(());
         for found in bench::modelled(&plan, machine, args.run.ranks)? {
-            print(&if args.json { json(&found) } else { model_rows(&found) });
+            show(args, &found, model_rows, &mut printed);
         }
+        printed?;
     }
     Ok(())
 }
@@ -76,23 +134,22 @@ fn plan(args: &BenchArgs, shape: BenchShape, tokens: &[usize]) -> Plan {
     args.run.plan(shape, if args.tokens.is_empty() { tokens } else { &args.tokens })
 }
 
-/// A reader that has gone away (`| head`) is no error.
-fn print(text: &str) {
-    let mut out = io::stdout().lock();
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
-}
-
-fn json(found: &impl Serialize) -> String {
-    serde_json::to_string(found).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+/// Prints a measurement, unless one before it could not be.
+fn show<T: Serialize>(args: &BenchArgs, found: &T, text: impl Fn(&T) -> String, printed: &mut Result<()>) {
+    if printed.is_ok() {
+        *printed = if args.json { print::json(found) } else { print::text(&text(found)) };
+    }
 }
 
 fn heading(plan: &Plan, ranks: usize, on: &str) -> String {
     let BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } = plan.shape;
     let experts = plan.experts / ranks.max(1);
     format!(
-        "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
+        "{name} in {}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
          {:?} routing\non {}\n",
-        plan.choice, on
+        plan.format.name(),
+        plan.choice,
+        on
     )
 }
 
@@ -165,7 +222,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::cli::args::{Cli, Command};
+    use crate::cli::args::Command;
 
     fn args(options: &str) -> Result<BenchArgs, clap::Error> {
         let words = ["ferromoe", "bench"].into_iter().chain(options.split_whitespace());

@@ -1,11 +1,17 @@
 //! What one `ferromoe run` has to do: a layer, its input and routing, cut over the ranks.
 
 use std::ops::Range;
+use std::path::PathBuf;
 
-use ferromoe::{Checkpoint, Error, HfLayer, MoeConfig, MoeInput, Result, Routing, example, reference, split_tokens};
+use ferromoe::{
+    Checkpoint, Error, ExpertFormat, Fp8Tokens, HfLayer, MoeConfig, MoeInput, Result, Routing, WorkspaceSizes, example,
+    reference, split_tokens,
+};
 use half::bf16;
 
 use super::args::{RouteArg, RunArgs};
+use super::routing::RoutingCheck;
+use super::verdict::{FiniteTokens, Place};
 
 /// Random tokens where no input is given.
 const RANDOM_TOKENS: usize = 64;
@@ -17,10 +23,14 @@ pub struct Job {
     pub layer: HfLayer,
     pub config: MoeConfig,
     pub input: MoeInput,
+    /// The input's file, or what stands for it.
+    pub input_name: PathBuf,
+    /// The tokens whose result can be compared.
+    pub finite: FiniteTokens,
     pub routing: Routing,
     pub route: RouteArg,
-    /// Tokens with the experts that the file records, where the routing is computed though the file has one.
-    pub same_experts: Option<usize>,
+    /// How the routing compares with the file's, where it is computed though the file has one for this layer.
+    pub check: Option<RoutingCheck>,
     /// The tokens of each rank.
     pub shares: Vec<Range<usize>>,
 }
@@ -33,6 +43,19 @@ pub enum Compared {
     OutputF32,
     /// `reference::forward`.
     Reference,
+    /// `reference::forward_a8`.
+    Fp8Reference,
+}
+
+impl Compared {
+    /// What it is to people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OutputF32 => "output_f32 of the input file",
+            Self::Reference => "the f64 reference",
+            Self::Fp8Reference => "the reference that quantises as the kernel does",
+        }
+    }
 }
 
 impl Job {
@@ -42,6 +65,10 @@ impl Job {
             Some(dir) => (Checkpoint::open(dir)?, dir.display().to_string()),
             None => (example::checkpoint()?, example::NAME.to_owned()),
         };
+        let input_name = args.input.clone().unwrap_or_else(|| match &args.checkpoint {
+            Some(_) => "random tokens".into(),
+            None => example::NAME.into(),
+        });
         let input = match &args.input {
             Some(path) => Some(MoeInput::open(path)?),
             None if args.checkpoint.is_none() => Some(example::input()?),
@@ -51,31 +78,93 @@ impl Job {
         let number = args.layer.or(recorded_at).or_else(|| checkpoint.first_moe_layer()).unwrap_or(0);
         let layer = checkpoint.layer(number)?;
         let input = input.unwrap_or_else(|| {
-            MoeInput::random(RANDOM_TOKENS, layer.config(1).hidden, layer.router.vocabulary(), args.seed)
+            MoeInput::random(
+                RANDOM_TOKENS,
+                layer.config(1).hidden,
+                layer.router.vocabulary(),
+                args.seed.unwrap_or_default(),
+            )
         });
 
-        let config = layer.config(input.tokens.div_ceil(args.ranks.max(1)).max(1));
+        let mut config = layer.config(input.tokens.div_ceil(args.ranks.max(1)).max(1));
+        config.experts_format = args.experts.map_or(config.experts_format, ExpertFormat::from);
         config.validate(args.ranks)?;
         check_fit(&config, &input)?;
-        let (routing, route, same_experts) = route_tokens(args.route, &layer, &input)?;
+        let (routing, route, check) = route_tokens(args.route, &layer, &input)?;
         let shares = split_tokens(input.tokens, args.ranks);
-        Ok(Self { checkpoint: name, layer, config, input, routing, route, same_experts, shares })
+        let finite = FiniteTokens::find(&input.hidden_states, config.hidden, &routing);
+        let job = Self { checkpoint: name, layer, config, input, input_name, finite, routing, route, check, shares };
+        job.check_values()?;
+        Ok(job)
     }
 
-    /// What the output should be. The file's `output_f32` counts where it belongs to the layer and experts that ran.
-    pub fn expected(&self) -> Result<(Vec<f64>, Compared)> {
-        let same_layer = self.input.layer.is_none_or(|layer| layer == self.layer.layer);
-        let same_routing = self.same_experts.is_none_or(|same| same == self.input.tokens);
-        match &self.input.output_f32 {
-            Some(output) if same_layer && same_routing => {
-                Ok((output.iter().map(|&value| f64::from(value)).collect(), Compared::OutputF32))
-            }
-            _ => {
-                let output =
-                    reference::forward(&self.config, &self.layer.weights, &self.input.hidden_states, &self.routing)?;
-                Ok((output, Compared::Reference))
-            }
+    /// What a workspace for the layer has to hold.
+    pub fn workspace_sizes(&self) -> WorkspaceSizes {
+        WorkspaceSizes::of([&self.config])
+    }
+
+    /// Checks that there is something to compare if there are tokens, and something to compare it with.
+    fn check_values(&self) -> Result<()> {
+        let problem =
+            |name: &str, problem| Err(Error::TensorValue { path: self.input_name.clone(), name: name.into(), problem });
+        if let (Some(others), 0) = (&self.finite.others, self.finite.count()) {
+            let Place { token, column, value } = &others.first;
+            return problem(
+                others.tensor,
+                format!(
+                    "no token is finite, so there is nothing to compare; token {token}, column {column} is {value}"
+                ),
+            );
         }
+        let recorded = self.recorded_output().unwrap_or_default().iter().copied().map(f64::from);
+        match self.finite.first_not_finite(recorded) {
+            Some(Place { token, column, value }) => problem(
+                "output_f32",
+                format!(
+                    "token {token}, column {column} is {value}, though the token's input is finite; it must be finite"
+                ),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// The file's `output_f32`, if it belongs to the layer and experts that run.
+    fn recorded_output(&self) -> Option<&[f32]> {
+        let same_layer = self.input.layer.is_none_or(|layer| layer == self.layer.layer);
+        let same_routing = self.check.as_ref().is_none_or(|check| check.same == self.input.tokens);
+        self.input.output_f32.as_deref().filter(|_| same_layer && same_routing)
+    }
+
+    /// What the output should be: in bf16 what the file records, or else the reference's; in FP8 that of the reference that quantises as the
+    /// kernel does.
+    pub fn expected(&self) -> Result<(Vec<f64>, Compared)> {
+        if self.config.experts_format == ExpertFormat::Fp8 {
+            let quantised = || Fp8Tokens::quantise(&self.input.hidden_states, self.config.hidden, self.config.scales);
+            let tokens = self.input.fp8.clone().map_or_else(quantised, Ok)?;
+            let output = reference::forward_a8(&self.config, &self.layer.weights, &tokens, &self.routing)?;
+            return Ok((output, Compared::Fp8Reference));
+        }
+        match self.recorded() {
+            Some(output) => Ok((output, Compared::OutputF32)),
+            None => Ok((self.plain()?, Compared::Reference)),
+        }
+    }
+
+    /// What else the distance to is told, for it is no verdict: in FP8 the outputs without quantised tokens.
+    pub fn beside(&self) -> Result<Vec<(Vec<f64>, Compared)>> {
+        if self.config.experts_format != ExpertFormat::Fp8 {
+            return Ok(Vec::new());
+        }
+        let recorded = self.recorded().map(|output| (output, Compared::OutputF32));
+        Ok([(self.plain()?, Compared::Reference)].into_iter().chain(recorded).collect())
+    }
+
+    fn plain(&self) -> Result<Vec<f64>> {
+        reference::forward(&self.config, &self.layer.weights, &self.input.hidden_states, &self.routing)
+    }
+
+    fn recorded(&self) -> Option<Vec<f64>> {
+        Some(self.recorded_output()?.iter().map(|&value| f64::from(value)).collect())
     }
 
     /// Rank `rank`'s tokens: hidden states [T, H], expert ids [T, K] and weights [T, K].
@@ -109,12 +198,12 @@ fn check_fit(config: &MoeConfig, input: &MoeInput) -> Result<()> {
     }
 }
 
-/// The routing, where it comes from, and [`Job::same_experts`].
+/// The routing, where it comes from, and [`Job::check`].
 fn route_tokens(
     asked: Option<RouteArg>,
     layer: &HfLayer,
     input: &MoeInput,
-) -> Result<(Routing, RouteArg, Option<usize>)> {
+) -> Result<(Routing, RouteArg, Option<RoutingCheck>)> {
     match (asked, &input.routing) {
         (None | Some(RouteArg::File), Some(recorded)) => Ok((recorded.clone(), RouteArg::File, None)),
         (Some(RouteArg::File), None) => Err(Error::Size {
@@ -122,10 +211,10 @@ fn route_tokens(
             found: "no `topk_idx` and `topk_weights`".into(),
             expected: "both for --route file; --route compute asks the checkpoint's router".into(),
         }),
-        (_, recorded) => {
+        _ => {
             let routing = layer.router.route(&input.hidden_states, input.input_ids.as_deref())?;
-            let same_experts = recorded.as_ref().map(|recorded| routing.same_experts(recorded));
-            Ok((routing, RouteArg::Compute, same_experts))
+            let check = RoutingCheck::new(layer, input, &routing)?;
+            Ok((routing, RouteArg::Compute, check))
         }
     }
 }
@@ -159,6 +248,28 @@ mod tests {
     }
 
     #[test]
+    fn experts_run_in_the_checkpoints_format_or_in_the_one_asked_for() {
+        let fp8 = "--checkpoint @/qwen3-moe-fp8 --input @/qwen3-moe-fp8/moe_io.safetensors";
+        for (options, format, compared) in [
+            (fp8.to_owned(), ExpertFormat::Fp8, Compared::Fp8Reference),
+            (format!("{fp8} --experts bf16"), ExpertFormat::Bf16, Compared::OutputF32),
+            ("--experts fp8".into(), ExpertFormat::Fp8, Compared::Fp8Reference),
+            ("--experts bf16".into(), ExpertFormat::Bf16, Compared::OutputF32),
+        ] {
+            let job = prepare(&options).unwrap();
+            assert_eq!((job.config.experts_format, job.expected().unwrap().1), (format, compared), "{options}");
+        }
+        let job = prepare(fp8).unwrap();
+        let (expected, _) = job.expected().unwrap();
+        let beside = job.beside().unwrap();
+        let names: Vec<_> = beside.iter().map(|(_, compared)| *compared).collect();
+        assert_eq!(names, [Compared::Reference, Compared::OutputF32]);
+        let [plain, recorded] = [0, 1].map(|at| reference::relative_l2_f64(&expected, &beside[at].0));
+        assert!(plain > 2e-2 && (plain - recorded).abs() < 1e-5, "{plain} {recorded}");
+        assert!(prepare("").unwrap().beside().unwrap().is_empty());
+    }
+
+    #[test]
     fn the_layer_is_the_recorded_one_or_the_first_with_experts() {
         let v4 = "--checkpoint @/deepseek-v4";
         assert_eq!(prepare(&format!("{v4} --input @/deepseek-v4/moe_io.safetensors")).unwrap().layer.layer, 1);
@@ -182,7 +293,9 @@ mod tests {
         for name in ["mixtral", "qwen3-moe", "deepseek-v3", "deepseek-v4"] {
             let io = format!("--checkpoint @/{name} --input @/{name}/moe_io.safetensors --ranks 4 --route compute");
             let job = prepare(&io).unwrap();
-            assert!(100 * job.same_experts.unwrap() >= 97 * job.input.tokens, "{name}");
+            let check = job.check.unwrap();
+            assert!(100 * check.same >= 97 * job.input.tokens && check.contradictions == 0, "{name}: {check:?}");
+            assert_eq!(check.same + check.near_ties, job.input.tokens);
         }
     }
 

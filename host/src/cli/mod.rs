@@ -5,19 +5,21 @@ mod bench;
 mod counts;
 mod job;
 mod output;
+mod print;
 mod report;
+mod routing;
 mod run;
 mod trace;
+mod verdict;
 
-use std::io::{self, Write};
-
+use anyhow::Result;
 use clap::Parser;
-use ferromoe::{CudaError, Error, Result};
+use ferromoe::{CudaError, Error};
 
 use args::{Cli, Command, RunArgs};
-use report::Report;
+use output::NotWritten;
 
-/// The result is wrong, or the run failed.
+/// The result is wrong, or the run failed, or what came of it could not be written.
 const FAILED: u8 = 1;
 /// The input cannot be used.
 const BAD_INPUT: u8 = 2;
@@ -32,34 +34,37 @@ pub fn main() -> u8 {
         Command::Trace(args) => trace::trace(&args).map(|()| 0),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
+        eprintln!("error: {error:#}");
         exit_code(&error)
     })
 }
 
 fn run(args: &RunArgs) -> Result<u8> {
     let report = run::run(args)?;
-    // A reader that has gone away (`| head`) does not change how the run went.
-    let _ = print(&report, args.json);
+    if args.json {
+        print::json(&report)?;
+    } else {
+        print::text(&report.to_string())?;
+    }
     Ok(if report.passed { 0 } else { FAILED })
 }
 
-fn print(report: &Report, json: bool) -> io::Result<()> {
-    let text = if json { serde_json::to_string(report)? } else { report.to_string() };
-    writeln!(io::stdout(), "{text}")
-}
-
-/// Everything is the input's fault but what happens on the device.
-fn exit_code(error: &Error) -> u8 {
-    match error {
-        Error::Cuda(CudaError::NoDriver { .. }) => NO_DRIVER,
-        Error::Cuda(CudaError::TooFewGpus { .. }) => BAD_INPUT,
-        Error::Cuda(_)
-        | Error::Deadline { .. }
-        | Error::WrongResult(_)
-        | Error::Simulator(_)
-        | Error::Ptx(_)
-        | Error::TensorMap(_) => FAILED,
+/// Everything is the input's fault but what happens on the device, and afterwards.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<NotWritten>() {
+        return FAILED;
+    }
+    match error.downcast_ref::<Error>() {
+        Some(Error::Cuda(CudaError::NoDriver { .. })) => NO_DRIVER,
+        Some(Error::Cuda(CudaError::TooFewGpus { .. })) => BAD_INPUT,
+        Some(
+            Error::Cuda(_)
+            | Error::Deadline { .. }
+            | Error::WrongResult(_)
+            | Error::Simulator(_)
+            | Error::Ptx(_)
+            | Error::TensorMap(_),
+        ) => FAILED,
         _ => BAD_INPUT,
     }
 }

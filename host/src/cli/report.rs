@@ -9,6 +9,8 @@ use serde::{Serialize, Serializer};
 
 use super::args::RouteArg;
 use super::job::{Compared, Job};
+use super::routing::RoutingCheck;
+use super::verdict::{Distance, NotFinite, Place, Verdict};
 
 /// The largest relative L2 error of a right result.
 pub const ERROR_LIMIT: f64 = 1e-2;
@@ -44,20 +46,38 @@ pub struct Report {
     pub top_k: usize,
     pub shared_experts: usize,
     pub swiglu_limit: Option<f32>,
+    /// The number format that the experts ran in: "bf16" or "fp8".
+    pub experts_format: &'static str,
+    /// The one that the checkpoint has them in.
+    pub checkpoint_format: &'static str,
     pub tokens: usize,
     pub tokens_per_rank: Vec<usize>,
     pub ranks: usize,
     pub device: String,
+    /// Bytes of the workspace on each rank; all layers of a model can share one.
+    pub workspace_bytes: u64,
     pub seed: u64,
     /// "file" or "compute".
     pub route: &'static str,
-    /// Tokens that got the experts which the input file records; null where that was not compared.
-    pub same_experts: Option<usize>,
+    /// How that compares with the routing of the input file; null where it was not compared.
+    pub route_check: Option<RoutingCheck>,
+    /// Tensors of the input file that nobody reads.
+    pub unread_input: Vec<String>,
     pub compared_with: Compared,
-    /// Null where the output or what it is compared with is not finite.
+    /// Tokens that were compared: those whose input is finite.
+    pub compared_tokens: usize,
+    /// The others, by their first; null where there are none.
+    pub input_not_finite: Option<NotFinite>,
+    /// The first value of a compared token that is not finite; null where all are.
+    pub output_not_finite: Option<Place>,
+    /// As well, of what it is compared with.
+    pub expected_not_finite: Option<Place>,
+    /// Null where no token was compared, or the output or what it is compared with is not finite.
     pub relative_l2_error: Option<f64>,
     pub error_limit: f64,
     pub passed: bool,
+    /// How far the output is from what it need not be near to: of FP8 experts, from the results without quantised tokens.
+    pub beside: Vec<Distance>,
     /// Each rank's counters; empty on a GPU.
     #[serde(serialize_with = "costs_by_name")]
     pub cost: Vec<Cost>,
@@ -70,13 +90,14 @@ pub struct Report {
 /// How a job ran.
 pub struct Execution {
     pub device: String,
+    pub workspace_bytes: u64,
     pub cost: Vec<Cost>,
     pub rank_elapsed: Vec<Duration>,
     pub elapsed: Duration,
 }
 
 impl Report {
-    pub fn new(job: &Job, seed: u64, execution: Execution, compared_with: Compared, error: f64) -> Self {
+    pub fn new(job: &Job, seed: u64, execution: Execution, verdict: Verdict) -> Self {
         let config = &job.config;
         Self {
             checkpoint: job.checkpoint.clone(),
@@ -88,20 +109,29 @@ impl Report {
             top_k: config.top_k,
             shared_experts: config.shared_experts,
             swiglu_limit: config.swiglu_limit,
+            experts_format: config.experts_format.name(),
+            checkpoint_format: job.layer.weights.format().name(),
             tokens: job.input.tokens,
             tokens_per_rank: job.shares.iter().map(ExactSizeIterator::len).collect(),
             ranks: job.shares.len(),
             device: execution.device,
+            workspace_bytes: execution.workspace_bytes,
             seed,
             route: match job.route {
                 RouteArg::File => "file",
                 RouteArg::Compute => "compute",
             },
-            same_experts: job.same_experts,
-            compared_with,
-            relative_l2_error: error.is_finite().then_some(error),
+            route_check: job.check.clone(),
+            unread_input: job.input.unread.clone(),
+            compared_with: verdict.compared_with,
+            compared_tokens: verdict.compared_tokens,
+            input_not_finite: verdict.input_not_finite,
+            output_not_finite: verdict.output_not_finite,
+            expected_not_finite: verdict.expected_not_finite,
+            relative_l2_error: (verdict.error.is_finite() && verdict.compared_tokens > 0).then_some(verdict.error),
             error_limit: ERROR_LIMIT,
-            passed: error <= ERROR_LIMIT,
+            passed: verdict.error <= ERROR_LIMIT && job.check.as_ref().is_none_or(|check| check.contradictions == 0),
+            beside: verdict.beside,
             cost: execution.cost,
             rank_seconds: execution.rank_elapsed.iter().map(Duration::as_secs_f64).collect(),
             seconds: execution.elapsed.as_secs_f64(),
@@ -118,23 +148,36 @@ impl Display for Report {
             Some(limit) => writeln!(f, ", SwiGLU limit {limit}")?,
             None => writeln!(f)?,
         }
+        match (self.experts_format, self.checkpoint_format) {
+            ("bf16", "bf16") => {}
+            (runs, kept) if runs == kept => writeln!(f, "format   {runs}")?,
+            (runs, kept) => writeln!(f, "format   {runs}, made of {kept} weights")?,
+        }
         let shares: Vec<String> = self.tokens_per_rank.iter().map(usize::to_string).collect();
         writeln!(f, "tokens   {} on {} ranks: {}", self.tokens, self.ranks, shares.join(" + "))?;
-        match (self.route, self.same_experts) {
+        if let Some(NotFinite { tokens, tensor, first: Place { token, column, value } }) = &self.input_not_finite {
+            let others = match tokens - 1 {
+                0 => String::new(),
+                others => format!(", nor {} {others} more", if others == 1 { "is" } else { "are" }),
+            };
+            let own = "results of such tokens are not compared";
+            writeln!(
+                f,
+                "         token {token} of the input is not finite ({tensor}, column {column}: {value}){others}; {own}"
+            )?;
+        }
+        if !self.unread_input.is_empty() {
+            writeln!(f, "         not read of the input: {}", self.unread_input.join(", "))?;
+        }
+        match (self.route, &self.route_check) {
             ("file", _) => writeln!(f, "routing  as in the input file")?,
             (_, None) => writeln!(f, "routing  by the checkpoint's router")?,
-            (_, Some(same)) => writeln!(
-                f,
-                "routing  by the checkpoint's router; {same} of {} tokens get the experts that the input file records",
-                self.tokens
-            )?,
+            (_, Some(check)) => writeln!(f, "routing  by the checkpoint's router; {}", check.text(self.tokens))?,
         }
         writeln!(f, "device   {}", self.device)?;
+        let mebibytes = self.workspace_bytes as f64 / f64::from(1 << 20);
+        writeln!(f, "memory   {mebibytes:.1} MiB of workspace on each rank, which all layers of a model share")?;
         self.write_costs(f)?;
-        let against = match self.compared_with {
-            Compared::OutputF32 => "output_f32 of the input file",
-            Compared::Reference => "the f64 reference",
-        };
         let slowest = self.rank_seconds.iter().copied().fold(0.0, f64::max);
         writeln!(
             f,
@@ -147,21 +190,50 @@ impl Display for Report {
             let speed = instructions as f64 / 1e6 / self.seconds.max(1e-9);
             writeln!(f, "         {speed:.1} million warp instructions a second")?;
         }
-        let verdict = if self.passed { "right" } else { "WRONG" };
-        match self.relative_l2_error {
-            Some(error) => {
-                write!(
-                    f,
-                    "result   {verdict}: relative L2 error {error:.2e} against {against}, limit {:.0e}",
-                    self.error_limit
-                )
-            }
-            None => write!(f, "result   {verdict}: not finite, compared with {against}"),
+        write!(f, "result   {}", self.result())?;
+        for Distance { compared_with, relative_l2_error } in &self.beside {
+            let error = relative_l2_error.map_or("not finite".to_owned(), |error| format!("{error:.2e}"));
+            write!(f, "\n         {error} against {}", compared_with.name())?;
         }
+        Ok(())
     }
 }
 
 impl Report {
+    /// The verdict, in words.
+    fn result(&self) -> String {
+        let against = self.compared_with.name();
+        if self.compared_tokens == 0 {
+            return "nothing to compare: the input has 0 tokens".into();
+        }
+        let part = match self.tokens - self.compared_tokens {
+            0 => String::new(),
+            _ => format!("; over {} of {} tokens, whose input is finite", self.compared_tokens, self.tokens),
+        };
+        let wrong = self.route_check.as_ref().and_then(|check| check.wrong(self.tokens));
+        let verdict = match (self.passed, wrong) {
+            (true, _) => "right".to_owned(),
+            (false, Some(wrong)) => format!("WRONG: {wrong}; with the computed routing"),
+            (false, None) => "WRONG".to_owned(),
+        };
+        let place = |place: &Place| format!("token {}, column {} is {}", place.token, place.column, place.value);
+        match (self.relative_l2_error, &self.output_not_finite, &self.expected_not_finite) {
+            (Some(error), ..) => {
+                format!(
+                    "{verdict}: relative L2 error {error:.2e} against {against}, limit {:.0e}{part}",
+                    self.error_limit
+                )
+            }
+            (None, Some(output), None) => {
+                format!("{verdict}: not finite, compared with {against}: {}{part}", place(output))
+            }
+            (None, _, Some(expected)) => {
+                format!("{verdict}: {against} is not finite, so nothing can be compared: {}{part}", place(expected))
+            }
+            (None, None, None) => format!("{verdict}: not finite, compared with {against}{part}"),
+        }
+    }
+
     /// A table with a line for every counter and a column for every rank.
     fn write_costs(&self, f: &mut Formatter<'_>) -> fmt::Result {
         if self.cost.is_empty() {
@@ -220,11 +292,14 @@ mod tests {
         let cost = |instructions| Cost { instructions, ..Cost::default() };
         let execution = Execution {
             device: "2 ranks".into(),
+            workspace_bytes: 3 << 19,
             cost: vec![cost(12), cost(3_456_789)],
             rank_elapsed: vec![Duration::from_micros(5), Duration::from_micros(9)],
             elapsed: Duration::from_millis(1500),
         };
-        Report::new(&job, 3, execution, Compared::OutputF32, error)
+        let (expected, compared_with) = job.expected().unwrap();
+        let verdict = job.finite.compare(&vec![half::bf16::ONE; expected.len()], &expected, compared_with);
+        Report::new(&job, 3, execution, Verdict { error, ..verdict })
     }
 
     #[test]
@@ -235,6 +310,7 @@ mod tests {
             "         hidden 192, intermediate 64, 16 experts, top-4, 1 shared",
             "tokens   50 on 2 ranks: 25 + 25",
             "routing  as in the input file",
+            "memory   1.5 MiB of workspace on each rank, which all layers of a model share",
             "cost                             rank 0     rank 1",
             "         warp instructions           12  3,456,789",
             "         NVLink bytes read            0          0",
@@ -248,12 +324,29 @@ mod tests {
     }
 
     #[test]
+    fn fp8_results_are_also_told_from_what_they_need_not_be_near_to() {
+        let distance = |compared_with, relative_l2_error| Distance { compared_with, relative_l2_error };
+        let beside = vec![distance(Compared::Reference, Some(3.4e-2)), distance(Compared::OutputF32, None)];
+        let report = Report { experts_format: "fp8", compared_with: Compared::Fp8Reference, beside, ..report(1e-3) };
+        let text = report.to_string();
+        let end = "result   right: relative L2 error 1.00e-3 against the reference that quantises as the kernel does, limit 1e-2\n         \
+                   3.40e-2 against the f64 reference\n         not finite against output_f32 of the input file";
+        assert!(text.ends_with(end), "{text}");
+        assert!(text.contains("\nformat   fp8, made of bf16 weights\n"), "{text}");
+        let json = serde_json::to_value(report).unwrap();
+        assert_eq!((&json["experts_format"], &json["checkpoint_format"]), (&json!("fp8"), &json!("bf16")));
+        assert_eq!(json["beside"][0], json!({"compared_with": "reference", "relative_l2_error": 3.4e-2}));
+        assert_eq!(json["beside"][1]["relative_l2_error"], Value::Null);
+    }
+
+    #[test]
     fn programs_read_one_object() {
         let json = serde_json::to_value(report(1e-2)).unwrap();
         assert_eq!(json["passed"], true);
         assert_eq!(json["relative_l2_error"], 1e-2);
         assert_eq!(json["compared_with"], "output_f32");
         assert_eq!(json["tokens_per_rank"], json!([25, 25]));
+        assert_eq!(json["workspace_bytes"], 3 << 19);
         assert_eq!(json["cost"][1]["instructions"], 3_456_789);
     }
 

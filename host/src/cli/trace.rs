@@ -1,22 +1,29 @@
 //! `ferromoe trace`.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::io::{self, Write};
 
+use anyhow::{Result, bail};
 use ferromoe::bench::{self, BenchShape, MACHINES, Plan, Traced};
 use ferromoe::cuda::Gpu;
 use ferromoe::trace::{Summary, Trace};
-use ferromoe::{Device, DeviceGroup, Error, Result, SimOptions};
+use ferromoe::{Device, DeviceGroup, SimOptions};
 
 use super::args::{MeasureOn, TraceArgs};
+use super::output::Target;
+use super::print;
 
 /// Records a launch, writes it, and prints where its time went.
 pub fn trace(args: &TraceArgs) -> Result<()> {
+    args.run.check_machine()?;
+    let output = Target::find(&args.output)?;
+    let svg = args.svg.as_deref().map(Target::find).transpose()?;
+    if let Some(svg) = &svg {
+        output.refuse_same(svg, "--svg")?;
+    }
     let gpus = args.run.device.gpus(args.run.ranks)?;
-    // A path that cannot be written is told before the launch.
-    let output = create(&args.output)?;
-    let svg = args.svg.as_deref().map(|path| create(path).map(|file| (path, file))).transpose()?;
+    if args.sms.is_some() && (gpus.is_some() || args.run.device == MeasureOn::Model) {
+        bail!("--sms is the size of a simulated rank, and nothing is simulated; add --device sim, or leave it out");
+    }
     let shown = match &gpus {
         _ if args.run.device == MeasureOn::Model => model(args)?,
         Some(gpus) => record(args, args.shape, Device::Cuda, gpus)?,
@@ -26,18 +33,28 @@ pub fn trace(args: &TraceArgs) -> Result<()> {
             record(args, args.shape.scaled_down(args.run.ranks), device, &[])?
         }
     };
+    // What was recorded is written first: a reader of the tables that has gone away costs nothing of it.
+    if let Some(svg) = &svg {
+        write(svg, |out| out.write_all(shown.trace.svg(&shown.title).as_bytes()))?;
+    }
+    write(&output, |out| shown.trace.write_json(&shown.title, out))?;
+    print::text(&tables(&shown))
+}
+
+fn tables(shown: &Shown) -> String {
     let Shown { title, note, plan, trace } = shown;
-    println!("{title}\n{note}");
+    let mut text = format!("{title}\n{note}\n");
     if !trace.one_clock {
-        println!("the ranks' clocks do not agree: each rank's times begin at its own first CTA");
+        text += "the ranks' clocks do not agree: each rank's times begin at its own first CTA\n";
     }
-    for rank in &trace.ranks {
-        println!("\n{}", Summary::new(rank, plan.shape.hidden, plan.shape.intermediate));
-    }
-    if let Some((path, file)) = svg {
-        write(path, file, |out| out.write_all(trace.svg(&title).as_bytes()))?;
-    }
-    write(&args.output, output, |out| trace.write_json(&title, out))
+    let tables = trace.ranks.iter().map(|rank| Summary::new(rank, plan.shape.hidden, plan.shape.intermediate));
+    text + &tables.map(|table| format!("\n{table}")).collect::<Vec<_>>().join("\n")
+}
+
+fn write(target: &Target, contents: impl FnOnce(&mut io::BufWriter<&std::fs::File>) -> io::Result<()>) -> Result<()> {
+    target.write(contents)?;
+    eprintln!("wrote {}", target.path().display());
+    Ok(())
 }
 
 /// What is shown, and how its times came about.
@@ -83,19 +100,4 @@ fn title(args: &TraceArgs, plan: &Plan, device: &str) -> String {
         plan.choice,
         args.tokens
     )
-}
-
-fn create(path: &Path) -> Result<File> {
-    File::create(path).map_err(|source| Error::Io { action: "write", path: path.into(), source })
-}
-
-fn write(path: &Path, file: File, text: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>) -> Result<()> {
-    let mut out = BufWriter::new(file);
-    text(&mut out).and_then(|()| out.flush()).map_err(|source| Error::Io {
-        action: "write",
-        path: path.into(),
-        source,
-    })?;
-    eprintln!("wrote {}", path.display());
-    Ok(())
 }

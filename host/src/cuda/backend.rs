@@ -40,10 +40,10 @@ struct Buffer {
 }
 
 impl CudaBackend {
-    /// Opens one rank on every GPU given, with the kernels of `ptx`, and lets every rank access every other's memory.
-    pub(crate) fn open(gpus: Vec<Gpu>, ptx: &str) -> Result<Self, CudaError> {
+    /// Opens one rank on every GPU given, and lets every rank access every other's memory.
+    pub(crate) fn open(gpus: Vec<Gpu>) -> Result<Self, CudaError> {
         let _current = Current::save()?;
-        let ranks: Vec<RankGpu> = gpus.into_iter().map(|gpu| RankGpu::open(gpu, ptx)).collect::<Result<_, _>>()?;
+        let ranks: Vec<RankGpu> = gpus.into_iter().map(RankGpu::open).collect::<Result<_, _>>()?;
         for from in &ranks {
             ranks.iter().try_for_each(|to| from.enable_peer(to))?;
         }
@@ -52,10 +52,10 @@ impl CudaBackend {
     }
 
     /// Opens this process's one rank of a group whose other ranks are other processes, met at `others`.
-    pub(crate) fn open_process(gpu: Gpu, ptx: &str, others: Rendezvous) -> Result<Self, CudaError> {
+    pub(crate) fn open_process(gpu: Gpu, others: Rendezvous) -> Result<Self, CudaError> {
         let _current = Current::save()?;
         let Member { rank, ranks, .. } = others.member();
-        Ok(Self::new(vec![RankGpu::open(gpu, ptx)?], rank, ranks, Some(Mutex::new(others))))
+        Ok(Self::new(vec![RankGpu::open(gpu)?], rank, ranks, Some(Mutex::new(others))))
     }
 
     fn new(ranks: Vec<RankGpu>, first: usize, total: usize, others: Option<Mutex<Rendezvous>>) -> Self {
@@ -303,8 +303,8 @@ impl Backend for CudaBackend {
         Ok(encode(spec)?)
     }
 
-    fn prepare(&self, entry: &'static str, shared_bytes: u32) -> Result<(), Error> {
-        self.ranks.iter().try_for_each(|rank| rank.prepare(entry, shared_bytes))?;
+    fn prepare(&self, entry: &'static str, ptx: &str, shared_bytes: u32) -> Result<(), Error> {
+        self.ranks.iter().try_for_each(|rank| rank.prepare(entry, ptx, shared_bytes))?;
         Ok(())
     }
 

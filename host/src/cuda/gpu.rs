@@ -108,7 +108,7 @@ pub(super) struct RankGpu {
     pub(super) start: Event,
     pub(super) stop: Event,
     pub(super) stream: Stream,
-    module: Module,
+    modules: Mutex<Vec<Module>>,
     context: Context,
 }
 
@@ -122,17 +122,16 @@ struct Function {
 unsafe impl Send for Function {}
 
 impl RankGpu {
-    /// Retains the GPU's primary context, leaves it current, and loads the PTX there.
-    pub(super) fn open(gpu: Gpu, ptx: &str) -> Result<Self, CudaError> {
+    /// Retains the GPU's primary context, and leaves it current.
+    pub(super) fn open(gpu: Gpu) -> Result<Self, CudaError> {
         let device = Device::get_device(gpu.ordinal).map_err(driver::failure)?;
         let context = Context::new(device).map_err(driver::failure)?;
         // `Context::new` makes it current too, but drops the error.
         CurrentContext::set_current(&context).map_err(driver::failure)?;
-        let module = Module::load(ptx, &gpu)?;
         let stream = Stream::new(StreamFlags::DEFAULT, None).map_err(driver::failure)?;
         let start = Event::new(EventFlags::DEFAULT).map_err(driver::failure)?;
         let stop = Event::new(EventFlags::DEFAULT).map_err(driver::failure)?;
-        Ok(Self { gpu, functions: Mutex::default(), start, stop, stream, module, context })
+        Ok(Self { gpu, functions: Mutex::default(), start, stop, stream, modules: Mutex::default(), context })
     }
 
     /// Makes the context current until the guard is dropped.
@@ -177,8 +176,8 @@ impl RankGpu {
         }
     }
 
-    /// Looks `entry` up and allows it `shared_bytes` of dynamic shared memory.
-    pub(super) fn prepare(&self, entry: &'static str, shared_bytes: u32) -> Result<(), CudaError> {
+    /// Looks `entry` up in `ptx`, which is loaded for its first one, and allows it `shared_bytes` of dynamic shared memory.
+    pub(super) fn prepare(&self, entry: &'static str, ptx: &str, shared_bytes: u32) -> Result<(), CudaError> {
         const MAX_DYNAMIC_SHARED_SIZE_BYTES: c_uint = 8;
         let mut functions = self.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let known = functions.get(entry).copied();
@@ -188,9 +187,14 @@ impl RankGpu {
         let _current = self.enter()?;
         let handle = match known {
             Some(function) => function.handle,
-            None => self.module.function(entry)?,
+            None => {
+                let module = Module::load(ptx, &self.gpu)?;
+                let handle = module.function(entry)?;
+                self.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(module);
+                handle
+            }
         };
-        // SAFETY: the function belongs to this rank's module.
+        // SAFETY: the function belongs to one of this rank's modules.
         unsafe { call::cuFuncSetAttribute(handle, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32) }
             .map_err(|error| error.doing(|| format!("allowing {entry} {shared_bytes} bytes of shared memory")))?;
         functions.insert(entry, Function { handle, shared_bytes });

@@ -9,8 +9,9 @@ use crate::fused::{FusedMoe, RankInputs};
 use crate::group::{Device, DeviceGroup, SimOptions};
 use crate::memory::DeviceBuffer;
 use crate::rendezvous::{Member, Rendezvous, RendezvousAddress};
-use crate::testing::{EngineRank, Tokens, small_config};
+use crate::testing::{EngineRank, Tokens, layer, small_config};
 use crate::weights::ExpertWeights;
+use crate::workspace::{Workspace, WorkspaceSizes};
 use cust::stream::{Stream, StreamFlags};
 use libloading::Library;
 use ptx_sim::TensorMapSpec;
@@ -101,8 +102,8 @@ fn launch(rank: usize, args: &[u64]) -> RankLaunch<'_> {
 
 /// Everything that a layer does with a backend, on two ranks.
 fn whole_path() -> Result<(), Error> {
-    let backend: Arc<dyn Backend> = Arc::new(CudaBackend::open(find_gpus(2)?, PTX)?);
-    backend.prepare("moe", 220 << 10)?;
+    let backend: Arc<dyn Backend> = Arc::new(CudaBackend::open(find_gpus(2)?)?);
+    backend.prepare("moe", PTX, 220 << 10)?;
     let buffers: Vec<DeviceBuffer> = (0..2)
         .map(|rank| DeviceBuffer::new(&backend, rank, 4096 + rank as u64, "symmetric buffer"))
         .collect::<Result<_, _>>()?;
@@ -138,14 +139,14 @@ fn processes(ranks: usize, work: impl Fn(Gpu, Rendezvous) -> Result<(), Error> +
 fn several_processes(ranks: usize) -> Vec<Result<(), Error>> {
     processes(ranks, |gpu, others| {
         let rank = others.member().rank;
-        let backend: Arc<dyn Backend> = Arc::new(CudaBackend::open_process(gpu, PTX, others)?);
+        let backend: Arc<dyn Backend> = Arc::new(CudaBackend::open_process(gpu, others)?);
         assert_eq!((backend.ranks(), backend.local_ranks()), (ranks, rank..rank + 1));
         let buffer = DeviceBuffer::new(&backend, rank, 4096, "symmetric buffer")?;
         let addresses = backend.share(&[buffer.address()], "symmetric buffer")?;
         assert_eq!(addresses.len(), ranks);
         assert_eq!(addresses[rank], buffer.address());
         backend.encode_tensor_map(&weights_map(buffer.address()))?;
-        backend.prepare("moe", 220 << 10)?;
+        backend.prepare("moe", PTX, 220 << 10)?;
         backend.launch(&[launch(rank, &addresses[..2])])?;
         Ok(())
     })
@@ -267,7 +268,7 @@ fn every_call_that_fails_becomes_our_error_with_its_name_and_leaks_nothing() {
 fn two_gpus_that_cannot_reach_each_other_are_named() {
     let fake = FakeDriver::with(4, 9);
     fake.forbid_peer(2, 1);
-    let error = CudaBackend::open(find_gpus(3).unwrap(), PTX).err().unwrap();
+    let error = CudaBackend::open(find_gpus(3).unwrap()).err().unwrap();
     assert!(matches!(error, CudaError::NoPeerAccess { from: 2, to: 1, .. }), "{error}");
     assert_eq!(fake.live(), "");
 }
@@ -275,7 +276,9 @@ fn two_gpus_that_cannot_reach_each_other_are_named() {
 #[test]
 fn the_compilers_log_is_in_the_error() {
     let fake = FakeDriver::with(1, 9);
-    let error = CudaBackend::open(find_gpus(1).unwrap(), "no PTX").err().unwrap();
+    let backend = CudaBackend::open(find_gpus(1).unwrap()).unwrap();
+    let error = backend.prepare("moe", "no PTX", 1024).unwrap_err();
+    drop(backend);
     let text = error.to_string();
     assert!(text.starts_with("GPU 0 (Fake GPU) rejected the kernel's PTX: cuModuleLoadDataEx failed"), "{text}");
     assert!(text.contains("\nfake ptxas: "), "{text}");
@@ -304,7 +307,7 @@ fn gpus_are_chosen_by_number_and_compute_capability() {
 #[test]
 fn a_layer_that_forgets_its_buffers_leaks_none() {
     let fake = FakeDriver::with(1, 9);
-    let backend = CudaBackend::open(find_gpus(1).unwrap(), PTX).unwrap();
+    let backend = CudaBackend::open(find_gpus(1).unwrap()).unwrap();
     let address = backend.alloc(0, 64, "forgotten").unwrap();
     let error = backend.free(0, address + 1).unwrap_err();
     assert!(error.to_string().contains("is no buffer to free"), "{error}");
@@ -315,7 +318,7 @@ fn a_layer_that_forgets_its_buffers_leaks_none() {
 #[test]
 fn too_much_memory_says_what_for() {
     let _fake = FakeDriver::with(1, 9);
-    let backend = CudaBackend::open(find_gpus(1).unwrap(), PTX).unwrap();
+    let backend = CudaBackend::open(find_gpus(1).unwrap()).unwrap();
     let error = backend.alloc(0, 1 << 40, "weights").unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -327,19 +330,19 @@ fn too_much_memory_says_what_for() {
 #[test]
 fn what_no_driver_would_take_is_refused_before_it_is_asked() {
     let fake = FakeDriver::with(1, 9);
-    let backend = CudaBackend::open(find_gpus(1).unwrap(), PTX).unwrap();
+    let backend = CudaBackend::open(find_gpus(1).unwrap()).unwrap();
     let not_prepared = backend.launch(&[launch(0, &[1, 2])]).unwrap_err();
     assert_eq!(not_prepared.to_string(), "moe was not prepared before its launch");
-    backend.prepare("moe", 1024).unwrap();
+    backend.prepare("moe", PTX, 1024).unwrap();
     let too_large = backend.launch(&[launch(0, &[1, 2])]).unwrap_err();
     assert_eq!(too_large.to_string(), "moe was prepared for 1024 bytes of shared memory, not 225280");
-    backend.prepare("moe", 220 << 10).unwrap();
+    backend.prepare("moe", PTX, 220 << 10).unwrap();
     let too_many = backend.launch(&[launch(0, &[0; 17])]).unwrap_err();
     assert_eq!(too_many.to_string(), "moe has 17 arguments, at most 16");
     let other_rank = backend.launch(&[launch(1, &[1, 2])]).unwrap_err();
     assert_eq!(other_rank.to_string(), "rank 1 is not of this process, which has ranks 0..1");
     assert!(fake.calls_of("cuLaunchKernelEx").is_empty());
-    let missing = backend.prepare("other", 0).unwrap_err();
+    let missing = backend.prepare("other", PTX, 0).unwrap_err();
     assert!(missing.to_string().starts_with("cuModuleGetFunction failed looking for other in the PTX"), "{missing}");
     let map = TensorMapSpec { box_dims: vec![128, 4], ..weights_map(0) };
     assert_eq!(
@@ -352,8 +355,8 @@ fn what_no_driver_would_take_is_refused_before_it_is_asked() {
 #[test]
 fn a_launch_can_be_captured_and_replayed() {
     let fake = FakeDriver::with(1, 9);
-    let backend = CudaBackend::open(find_gpus(1).unwrap(), PTX).unwrap();
-    backend.prepare("moe", 220 << 10).unwrap();
+    let backend = CudaBackend::open(find_gpus(1).unwrap()).unwrap();
+    backend.prepare("moe", PTX, 220 << 10).unwrap();
     let stream = Stream::new(StreamFlags::DEFAULT, None).map_err(driver::failure).err();
     assert!(
         matches!(stream, Some(CudaError::Call { call: "cuStreamCreateWithPriority", .. })),
@@ -386,8 +389,8 @@ fn a_launch_can_be_captured_and_replayed() {
 #[test]
 fn a_rank_that_cannot_be_launched_leaves_no_other_running() {
     let fake = FakeDriver::with(2, 9);
-    let backend = CudaBackend::open(find_gpus(2).unwrap(), PTX).unwrap();
-    backend.prepare("moe", 220 << 10).unwrap();
+    let backend = CudaBackend::open(find_gpus(2).unwrap()).unwrap();
+    backend.prepare("moe", PTX, 220 << 10).unwrap();
     let refused = RankLaunch { block: [2048, 1, 1], ..launch(1, &[3, 4]) };
     let error = backend.launch(&[launch(0, &[1, 2]), refused]).unwrap_err();
     assert_eq!(
@@ -408,9 +411,9 @@ fn several_ranks_share_gpus_when_told_to() {
     assert_eq!(ordinals(&share_gpu(2).unwrap()), [0, 1]);
     let shared = share_gpu(3).unwrap();
     assert_eq!(ordinals(&shared), [0, 1, 0]);
-    let backend = CudaBackend::open(shared, PTX).unwrap();
+    let backend = CudaBackend::open(shared).unwrap();
     assert_eq!((0..3).map(|rank| backend.sms(rank)).collect::<Vec<_>>(), [3; 3]);
-    backend.prepare("moe", 220 << 10).unwrap();
+    backend.prepare("moe", PTX, 220 << 10).unwrap();
     backend.launch(&[launch(0, &[1, 2]), launch(2, &[3, 4])]).unwrap();
     drop(backend);
     assert_eq!(fake.live(), "");
@@ -453,7 +456,7 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let group = DeviceGroup::open(Device::Cuda, 2).unwrap();
-    let moe = FusedMoe::new(&group, &config, &weights).unwrap();
+    let moe = layer(&group, &config, &weights).unwrap();
     let engine = [0, 1].map(|rank| EngineRank::new(&group, &config, rank));
     let capture = |rank: usize, engine: &EngineRank| {
         let stream = engine.stream.raw();
@@ -476,7 +479,7 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
             unsafe { graph.launch(engine.stream.raw()) }.unwrap();
         }
         engine.iter().for_each(|engine| engine.stream.synchronize().unwrap());
-        moe.check().unwrap();
+        moe.workspace().check().unwrap();
         for (engine, tokens) in engine.iter().zip(&tokens) {
             tokens.check(&config, &weights, &engine.output(tokens), &format!("replay {step}"));
         }
@@ -487,13 +490,58 @@ fn a_captured_layer_is_replayed_with_other_token_counts() {
     assert_eq!(fake.live(), "");
 }
 
+#[test]
+fn two_layers_of_a_workspace_are_captured_in_one_graph() {
+    let fake = FakeDriver::with(2, 9);
+    let small = small_config();
+    let configs =
+        [MoeConfig { experts: 6, intermediate: 128, ..small.clone() }, MoeConfig { shared_experts: 2, ..small }];
+    let group = DeviceGroup::open(Device::Cuda, 2).unwrap();
+    let workspace = Workspace::new(&group, &WorkspaceSizes::of(&configs)).unwrap();
+    let layers = configs.map(|config| {
+        let weights = ExpertWeights::random(&config, 5);
+        let moe = FusedMoe::new(&workspace, &config, &weights).unwrap();
+        let ranks = [0, 1].map(|rank| (EngineRank::new(&group, &config, rank), Tokens::random(&config, 3 + rank, 1)));
+        ranks.iter().for_each(|(engine, tokens)| engine.write(tokens));
+        (moe, weights, ranks)
+    });
+    let capture = |rank: usize| {
+        let stream = layers[0].2[rank].0.stream.raw();
+        let enqueue = || {
+            layers.iter().try_for_each(|(moe, _, ranks)| {
+                // SAFETY: the stream is the rank's, and everything lives until the graph is dropped.
+                unsafe { moe.enqueue(rank, stream, ranks[rank].0.inputs()) }
+            })
+        };
+        // SAFETY: as above.
+        unsafe { CapturedGraph::capture::<Error>(stream, enqueue) }.unwrap()
+    };
+    let graphs = [capture(0), capture(1)];
+    for replay in 0..2 {
+        for (graph, (engine, _)) in graphs.iter().zip(&layers[0].2) {
+            // SAFETY: the graph was captured on this stream, and all that it uses is alive.
+            unsafe { graph.launch(engine.stream.raw()) }.unwrap();
+        }
+        layers[0].2.iter().for_each(|(engine, _)| engine.stream.synchronize().unwrap());
+        workspace.check().unwrap();
+        for (moe, weights, ranks) in &layers {
+            for (engine, tokens) in ranks {
+                tokens.check(moe.config(), weights, &engine.output(tokens), &format!("replay {replay}"));
+            }
+        }
+    }
+    assert_eq!(fake.calls_of("cuLaunchKernelEx").len(), 4, "two layers of each rank");
+    drop((graphs, layers, workspace, group));
+    assert_eq!(fake.live(), "");
+}
+
 /// A kernel with the entry and the arguments of the real one that does nothing.
-const EMPTY_LAYER: &str = ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry ferromoe_forward(\n.param .u64 a,\n\
-    .param .u64 b,\n.param .u64 c,\n.param .u64 d,\n.param .u64 e,\n.param .u64 f\n)\n{ ret; }\n";
+const EMPTY_LAYER: &str = ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry ferromoe_bf16(\n.param .u64 a,\n\
+    .param .u64 b,\n.param .u64 c,\n.param .u64 d,\n.param .u64 e,\n.param .u64 f,\n.param .u64 g\n)\n{ ret; }\n";
 
 /// Everything that an engine does with a layer, one launch in a CUDA graph included.
 fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights) -> Result<(), Error> {
-    let mut moe = FusedMoe::new(group, config, weights)?;
+    let mut moe = layer(group, config, weights)?;
     moe.set_deadline(Duration::from_secs(1));
     let tokens: Vec<_> = group.local_ranks().map(|rank| Tokens::random(config, 3 + rank, 1)).collect();
     moe.forward(&tokens.iter().map(Tokens::batch).collect::<Vec<_>>())?;
@@ -503,7 +551,8 @@ fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights)
     let stream = group.stream(rank)?;
     let address = memory.address();
     let inputs = RankInputs {
-        hidden_states: moe.hidden_states(rank)?.address(),
+        hidden_states: moe.workspace().hidden_states(rank)?.address(),
+        hidden_scales: 0,
         topk_idx: address,
         topk_weights: address,
         tokens: address,
@@ -515,8 +564,8 @@ fn whole_layer(group: &DeviceGroup, config: &MoeConfig, weights: &ExpertWeights)
     // SAFETY: as above.
     unsafe { graph.launch(stream.raw()) }?;
     stream.synchronize()?;
-    moe.check()?;
-    moe.recover()
+    moe.workspace().check()?;
+    moe.workspace().recover()
 }
 
 /// Asserts that what came of a failing call is an error that names it.
@@ -536,7 +585,7 @@ fn a_layer_whose_driver_fails_anywhere_reports_the_call_and_leaks_nothing() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let layer = || {
-        let group = DeviceGroup::new(CudaBackend::open(find_gpus(2)?, EMPTY_LAYER)?, false, "as a test");
+        let group = DeviceGroup::new(CudaBackend::open(find_gpus(2)?)?, false, "as a test").with_ptx(EMPTY_LAYER);
         whole_layer(&group, &config, &weights)
     };
     for call in 0.. {
@@ -564,8 +613,8 @@ fn a_process_whose_driver_fails_anywhere_takes_the_others_along_and_nobody_leaks
                 if others.member().rank == failing {
                     fake.fail_own(call, LAUNCH_FAILED);
                 }
-                let backend = CudaBackend::open_process(gpu, EMPTY_LAYER, others)?;
-                whole_layer(&DeviceGroup::new(backend, false, "as a test"), &config, &weights)
+                let backend = CudaBackend::open_process(gpu, others)?;
+                whole_layer(&DeviceGroup::new(backend, false, "as a test").with_ptx(EMPTY_LAYER), &config, &weights)
             });
             let failed = fake.text("fake_failed");
             assert_eq!(fake.live(), "", "after rank {failing}'s call {call}, {failed}, failed: {:#?}", fake.calls());

@@ -14,10 +14,11 @@ impl FusedMoe {
     /// # Errors
     /// A group whose kernel records nothing ([`crate::DeviceGroup::open_traced`]), or memory that runs out.
     pub fn record_trace(&mut self, capacity: u32) -> Result<()> {
-        if !self.group.is_traced() {
+        let group = self.workspace.group().clone();
+        if !group.is_traced() {
             return Err(Error::NotTraced);
         }
-        let backend = &self.group.backend;
+        let backend = &group.backend;
         let buffer = |rank: usize| {
             let records = u64::from(backend.sms(rank) * ROLES) * u64::from(capacity);
             let bytes = (records * size_of::<Record>() as u64).max(1);
@@ -53,6 +54,6 @@ impl FusedMoe {
             records.truncate(ran.map_or(records.len(), |last| (last + 1) * per_cta));
             ranks.push((rank, state.params[0].wave_tiles, records));
         }
-        Trace::new(ranks, capacity)
+        Trace::new(*self.config.experts_format.kernel(), ranks, capacity)
     }
 }

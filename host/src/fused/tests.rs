@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use super::*;
-use crate::group::{Device, SimOptions};
+use crate::group::{Device, DeviceGroup, SimOptions};
 use crate::rendezvous::RendezvousAddress;
-use crate::testing::{EngineRank, Tokens, small_config};
+use crate::testing::{EngineRank, Tokens, layer, small_config};
+use crate::workspace::WorkspaceSizes;
 
 const LONG: Duration = Duration::from_secs(60);
 /// Long enough for ranks that come, also on a busy machine.
@@ -41,7 +42,7 @@ fn queued_launches_run_on_the_engines_memory_with_any_token_counts() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
-    let moe = FusedMoe::new(&group, &config, &weights).unwrap();
+    let moe = layer(&group, &config, &weights).unwrap();
     let engine = [0, 1].map(|rank| EngineRank::new(&group, &config, rank));
     for (step, counts) in [[3, 16], [0, 1], [16, 0], [7, 7]].into_iter().enumerate() {
         let tokens = counts.map(|count| Tokens::random(&config, count, (10 * step + count) as u64));
@@ -51,7 +52,7 @@ fn queued_launches_run_on_the_engines_memory_with_any_token_counts() {
             unsafe { moe.enqueue(rank, engine.stream.raw(), engine.inputs()) }.unwrap();
         }
         engine.iter().for_each(|engine| engine.stream.synchronize().unwrap());
-        moe.check().unwrap();
+        moe.workspace().check().unwrap();
         for (engine, tokens) in engine.iter().zip(&tokens) {
             tokens.check(&config, &weights, &engine.output(tokens), &format!("step {step}"));
         }
@@ -63,7 +64,7 @@ fn a_rank_may_queue_ahead_of_the_others() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
-    let moe = FusedMoe::new(&group, &config, &weights).unwrap();
+    let moe = layer(&group, &config, &weights).unwrap();
     let engine = [0, 1].map(|rank| EngineRank::new(&group, &config, rank));
     let tokens = [4, 9].map(|count| Tokens::random(&config, count, count as u64));
     engine.iter().zip(&tokens).for_each(|(engine, tokens)| engine.write(tokens));
@@ -71,7 +72,7 @@ fn a_rank_may_queue_ahead_of_the_others() {
         // SAFETY: the engine's memory is as large as it says, and lives to the end of the test.
         unsafe { moe.enqueue(rank, engine[rank].stream.raw(), engine[rank].inputs()) }.unwrap();
     }
-    moe.check().unwrap();
+    moe.workspace().check().unwrap();
     for (engine, tokens) in engine.iter().zip(&tokens) {
         tokens.check(&config, &weights, &engine.output(tokens), "after two launches");
     }
@@ -82,7 +83,7 @@ fn a_rank_that_is_not_queued_is_named_when_others_are_waited_for() {
     let config = small_config();
     let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
     let weights = ExpertWeights::random(&config, 5);
-    let mut moe = FusedMoe::new(&group, &config, &weights).unwrap();
+    let mut moe = layer(&group, &config, &weights).unwrap();
     moe.set_deadline(Duration::from_millis(1));
     let engine = EngineRank::new(&group, &config, 0);
     let tokens = Tokens::random(&config, 5, 1);
@@ -90,7 +91,7 @@ fn a_rank_that_is_not_queued_is_named_when_others_are_waited_for() {
     // SAFETY: the engine's memory is as large as it says, and lives to the end of the test.
     unsafe { moe.enqueue(0, engine.stream.raw(), engine.inputs()) }.unwrap();
     engine.stream.synchronize().unwrap();
-    let error = moe.check().unwrap_err();
+    let error = moe.workspace().check().unwrap_err();
     assert!(matches!(error, Error::Deadline { rank: 0, missing: 1, .. }), "{error}");
     let outputs = moe.forward(&[tokens.batch(), tokens.batch()]).unwrap();
     outputs.iter().for_each(|output| tokens.check(&config, &weights, &output.output, "after the deadline"));
@@ -101,7 +102,7 @@ fn a_count_above_the_maximum_in_device_memory_is_reported_and_the_next_launch_wo
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
-    let moe = FusedMoe::new(&group, &config, &weights).unwrap();
+    let moe = layer(&group, &config, &weights).unwrap();
     let engine = [0, 1].map(|rank| EngineRank::new(&group, &config, rank));
     let tokens = [16, 5].map(|count| Tokens::random(&config, count, count as u64));
     let launch = || {
@@ -109,7 +110,7 @@ fn a_count_above_the_maximum_in_device_memory_is_reported_and_the_next_launch_wo
             // SAFETY: the engine's memory is as large as it says, and lives to the end of the test.
             unsafe { moe.enqueue(rank, engine.stream.raw(), engine.inputs()) }.unwrap();
         }
-        moe.check()
+        moe.workspace().check()
     };
     engine.iter().zip(&tokens).for_each(|(engine, tokens)| engine.write(tokens));
     for excess in [17, u32::MAX] {
@@ -132,7 +133,7 @@ fn a_count_above_the_maximum_in_device_memory_is_reported_and_the_next_launch_wo
 fn addresses_that_the_kernel_cannot_use_are_refused() {
     let config = small_config();
     let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 1).unwrap();
-    let moe = FusedMoe::new(&group, &config, &ExpertWeights::random(&config, 5)).unwrap();
+    let moe = layer(&group, &config, &ExpertWeights::random(&config, 5)).unwrap();
     let engine = EngineRank::new(&group, &config, 0);
     let odd = RankInputs { output: engine.inputs().output + 8, ..engine.inputs() };
     // SAFETY: nothing is launched.
@@ -152,7 +153,7 @@ fn ranks_driven_apart_give_the_references_output() {
         let present: Vec<_> = (0..ranks).rev().collect();
         let forwards = processes(ranks, &present, LONG, |rank, group| {
             assert_eq!((group.ranks(), group.local_ranks()), (ranks, rank..rank + 1));
-            let mut moe = FusedMoe::new(&group, &config, &weights)?;
+            let mut moe = layer(&group, &config, &weights)?;
             for step in 0..3 {
                 let tokens = Tokens::random(&config, (5 * rank + 7 * step) % 17, (100 * step + rank) as u64);
                 let outputs = moe.forward(&[tokens.batch()])?;
@@ -169,26 +170,55 @@ fn ranks_driven_apart_queue_launches_on_hidden_states_that_all_can_read() {
     let config = small_config();
     let weights = ExpertWeights::random(&config, 5);
     let queued = processes(2, &[0, 1], LONG, |rank, group| {
-        let moe = FusedMoe::new(&group, &config, &weights)?;
+        let moe = layer(&group, &config, &weights)?;
         let tokens = Tokens::random(&config, 6 + rank, rank as u64);
-        moe.hidden_states(rank)?.write(bytemuck::cast_slice(&tokens.hidden_states))?;
+        moe.workspace().hidden_states(rank)?.write(bytemuck::cast_slice(&tokens.hidden_states))?;
         let engine = EngineRank::new(&group, &config, rank);
         engine.write(&tokens);
         // SAFETY: nothing is launched.
         let error = message(unsafe { moe.enqueue(rank, engine.stream.raw(), engine.inputs()) });
         assert!(error.contains("other processes read them, so they must be at 0x"), "{error}");
-        let inputs = RankInputs { hidden_states: moe.hidden_states(rank)?.address(), ..engine.inputs() };
+        let inputs = RankInputs { hidden_states: moe.workspace().hidden_states(rank)?.address(), ..engine.inputs() };
         for _ in 0..2 {
             // SAFETY: the engine's memory is as large as it says, and lives until the launch has ended.
             unsafe { moe.enqueue(rank, engine.stream.raw(), inputs) }?;
         }
         engine.stream.synchronize()?;
-        moe.check()?;
+        moe.workspace().check()?;
         tokens.check(&config, &weights, &engine.output(&tokens), "queued");
-        assert!(matches!(moe.hidden_states(1 - rank), Err(Error::NotLocal { .. })));
+        assert!(matches!(moe.workspace().hidden_states(1 - rank), Err(Error::NotLocal { .. })));
         Ok::<_, Error>(())
     });
     queued.into_iter().for_each(|queued| queued.unwrap().unwrap());
+}
+
+#[test]
+fn ranks_driven_apart_recover_together_from_layers_in_the_wrong_order() {
+    let config = small_config();
+    let results = processes(2, &[0, 1], SHORT, |rank, group| {
+        let workspace = Workspace::new(&group, &WorkspaceSizes::of([&config]))?;
+        let weights = [5, 6].map(|seed| ExpertWeights::random(&config, seed));
+        let mut layers = Vec::new();
+        for weights in &weights {
+            layers.push(FusedMoe::new(&workspace, &config, weights)?);
+        }
+        let tokens = Tokens::random(&config, 4 + rank, rank as u64);
+        let error = layers[rank].forward(&[tokens.batch()]).unwrap_err();
+        let (ours, theirs) = (rank, 1 - rank);
+        assert!(
+            matches!(error, Error::LayerOrder { rank: r, layer, other, other_layer } if [r, layer, other, other_layer] == [ours, ours, theirs, theirs]),
+            "{error}"
+        );
+        let error = layers[0].forward(&[tokens.batch()]).unwrap_err();
+        assert!(matches!(error, Error::NotRecovered), "{error}");
+        workspace.recover()?;
+        for (layer, weights) in layers.iter_mut().zip(&weights) {
+            let outputs = layer.forward(&[tokens.batch()])?;
+            tokens.check(&config, weights, &outputs[0].output, "after the wrong order");
+        }
+        Ok::<_, Error>(())
+    });
+    results.into_iter().for_each(|result| result.unwrap().unwrap());
 }
 
 #[test]
@@ -204,7 +234,7 @@ fn a_rank_that_does_not_come_is_named() {
 fn a_rank_with_another_layer_is_named_to_all() {
     let errors = processes(2, &[0, 1], LONG, |rank, group| {
         let config = MoeConfig { top_k: 2 - rank, ..small_config() };
-        message(FusedMoe::new(&group, &config, &ExpertWeights::random(&config, 5)))
+        message(layer(&group, &config, &ExpertWeights::random(&config, 5)))
     });
     for error in errors {
         assert_eq!(error.unwrap(), "rank 1 has a top-k of 1, rank 0 has 2; all ranks must have the same");
@@ -216,7 +246,7 @@ fn a_rank_that_cannot_make_its_part_is_named_to_all() {
     let config = small_config();
     let errors = processes(2, &[0, 1], LONG, |rank, group| {
         let weights = ExpertWeights::random(&MoeConfig { hidden: 64 * (1 + rank), ..config.clone() }, 5);
-        message(FusedMoe::new(&group, &config, &weights))
+        message(layer(&group, &config, &weights))
     });
     let errors: Vec<_> = errors.into_iter().map(Result::unwrap).collect();
     assert_eq!(errors[0], "rank 1 could not make its part of the layer; its own error says why");
@@ -229,7 +259,7 @@ fn ranks_driven_apart_recover_together_from_a_launch_that_lost_one() {
     let weights = ExpertWeights::random(&config, 5);
     for lost in [0, 1] {
         let results = processes(2, &[0, 1], SHORT, |rank, group| {
-            let mut moe = FusedMoe::new(&group, &config, &weights)?;
+            let mut moe = layer(&group, &config, &weights)?;
             let tokens = Tokens::random(&config, 4 + rank, rank as u64);
             moe.set_deadline(Duration::from_millis(1));
             if rank != lost {
@@ -238,7 +268,7 @@ fn ranks_driven_apart_recover_together_from_a_launch_that_lost_one() {
                 let error = moe.forward(&[tokens.batch()]).unwrap_err();
                 assert!(matches!(error, Error::NotRecovered), "{error}");
             }
-            moe.recover()?;
+            moe.workspace().recover()?;
             moe.set_deadline(DEFAULT_DEADLINE);
             for step in 0..2 {
                 let outputs = moe.forward(&[tokens.batch()])?;

@@ -40,7 +40,7 @@ impl FusedMoe {
     ) -> Result<Option<[Traffic; PARTS.len()]>> {
         let mut parts = [Traffic::default(); PARTS.len()];
         for (range, reader, writer) in self.places(rank, inputs, tokens as u64)? {
-            let Some(traffic) = self.group.backend.traffic(range)? else { return Ok(None) };
+            let Some(traffic) = self.workspace.group().backend.traffic(range)? else { return Ok(None) };
             let written =
                 Traffic { hbm_write: traffic.hbm_write, nvlink_write: traffic.nvlink_write, ..Traffic::default() };
             parts[reader as usize] += Traffic { hbm_write: 0, nvlink_write: 0, ..traffic };
@@ -71,8 +71,14 @@ impl FusedMoe {
             (shared(symmetric.counts, symmetric.flags), Dispatch, Dispatch),
             (shared(symmetric.flags, symmetric.lists), Combine, Linear2),
             (shared(symmetric.lists, symmetric.combine), Dispatch, Dispatch),
-            (shared(symmetric.combine, symmetric.bytes(&self.shape)), Combine, Linear2),
-            (own(workspace.row_meta, workspace.tokens), Linear1, Dispatch),
+            (shared(symmetric.combine, symmetric.quantised), Combine, Linear2),
+            (
+                shared(symmetric.quantised, symmetric.bytes(self.workspace.shape(), self.workspace.formats())),
+                Dispatch,
+                Dispatch,
+            ),
+            (own(workspace.row_result, workspace.row_weight), Linear2, Dispatch),
+            (own(workspace.row_weight, workspace.tokens), Linear1, Dispatch),
             (own(workspace.tokens, workspace.intermediate), Linear1, Dispatch),
             (own(workspace.intermediate, workspace.bytes), Linear2, Linear1),
             (linear1, Linear1, Control),

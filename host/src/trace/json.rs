@@ -2,8 +2,8 @@
 
 use std::io::{self, Write};
 
-use ferromoe_kernel::schedule::{Phase, Task};
-use ferromoe_kernel::tile::token_tile;
+use ferromoe_kernel::task::{Phase, Task};
+use ferromoe_kernel::tile::Tiles;
 use ferromoe_kernel::trace::Activity;
 use serde::Serialize;
 
@@ -61,12 +61,12 @@ impl Trace {
         for rank in &self.ranks {
             events.name("process_name", rank.rank, None, format!("rank {}", rank.rank))?;
             for (cta, trace) in rank.ctas.iter().enumerate() {
-                for (role, spans) in trace.roles.iter().enumerate() {
+                for (role, spans) in trace.roles.iter().enumerate().filter(|(_, spans)| !spans.is_empty()) {
                     let tid = cta * ROLE_NAMES.len() + role + 1;
                     let name = format!("CTA {cta} (SM {}) {}", trace.sm, ROLE_NAMES[role]);
                     events.name("thread_name", rank.rank, Some(tid), name)?;
                     events.sort_index(rank.rank, tid)?;
-                    events.spans(rank.rank, tid, spans)?;
+                    events.spans(rank.format.tiles, rank.rank, tid, spans)?;
                 }
             }
         }
@@ -107,12 +107,12 @@ impl<W: Write> Events<'_, W> {
         self.put(&Event { ph: "X", name, pid, tid: Some(tid), ts: us(span.start), dur: us(span.ns()), args })
     }
 
-    fn spans(&mut self, pid: usize, tid: usize, spans: &[Span]) -> io::Result<()> {
+    fn spans(&mut self, tiles: Tiles, pid: usize, tid: usize, spans: &[Span]) -> io::Result<()> {
         let thread = (pid, tid);
         for part in spans.chunk_by(|one, next| one.task.is_some() && one.task == next.task) {
             if let Some(task) = part[0].task {
                 let whole = Span { end: part[part.len() - 1].end, ..part[0] };
-                self.complete(thread, phase_name(&task), &whole, Some(task_args(&task)))?;
+                self.complete(thread, phase_name(&task), &whole, Some(task_args(tiles, &task)))?;
             }
             for span in part.iter().filter(|span| span.ns() > 0) {
                 let numbered = matches!(span.activity, Activity::Route | Activity::Pull | Activity::Combine);
@@ -129,13 +129,14 @@ fn phase_name(task: &Task) -> &'static str {
     if task.phase == Phase::Linear1 as u32 { "linear 1" } else { "linear 2" }
 }
 
-fn task_args(task: &Task) -> TaskArgs {
+fn task_args(tiles: Tiles, task: &Task) -> TaskArgs {
     let Task { expert, tile, rows, width, weight_row, .. } = *task;
-    TaskArgs { expert, tile, rows, width: token_tile(width), weight_row }
+    TaskArgs { expert, tile, rows, width: tiles.width(width), weight_row }
 }
 
 #[cfg(test)]
 mod tests {
+    use ferromoe_kernel::format::Format;
     use serde_json::Value;
 
     use super::*;
@@ -152,7 +153,14 @@ mod tests {
         ];
         let cta = CtaTrace { sm: 9, roles: vec![vec![], spans] };
         let trace = Trace {
-            ranks: vec![RankTrace { rank: 1, ctas: vec![cta], start: 0, end: 5000, wave_tiles: 1 }],
+            ranks: vec![RankTrace {
+                rank: 1,
+                ctas: vec![cta],
+                start: 0,
+                end: 5000,
+                wave_tiles: 1,
+                format: Format::BF16,
+            }],
             one_clock: true,
         };
         let mut out = Vec::new();

@@ -7,14 +7,15 @@ mod svg;
 
 pub use summary::{Milestone, Product, Share, Summary};
 
-use ferromoe_kernel::schedule::{Phase, Task};
+use ferromoe_kernel::format::Format;
+use ferromoe_kernel::task::{Phase, Task};
 use ferromoe_kernel::trace::{Activity, Argument, ROLES, Record};
 
 use crate::error::{Error, Result};
 
 /// The roles of a CTA, in the order of their records.
 pub const ROLE_NAMES: [&str; ROLES as usize] =
-    ["dispatch", "producer", "scheduler", "publisher", "consumers 0", "consumers 1"];
+    ["dispatch", "producer", "scheduler", "publisher", "consumers 0", "consumers 1", "consumers 2"];
 /// Number of the dispatch role.
 pub const DISPATCH: usize = 0;
 /// Number of the producer.
@@ -24,7 +25,7 @@ pub const SCHEDULER: usize = 2;
 /// Number of the publisher.
 pub const PUBLISHER: usize = 3;
 /// Numbers of the consumer warpgroups.
-pub const CONSUMERS: [usize; 2] = [4, 5];
+pub const CONSUMERS: [usize; 3] = [4, 5, 6];
 
 /// Clocks of ranks that begin further apart than this are not one clock.
 const MOST_APART_NS: u64 = 1_000_000_000;
@@ -51,6 +52,8 @@ pub struct RankTrace {
     pub end: u64,
     /// Token tiles of one wave.
     pub wave_tiles: u32,
+    /// The number format that its kernel is of.
+    pub format: Format,
 }
 
 /// One CTA.
@@ -94,10 +97,10 @@ impl Trace {
     ///
     /// # Errors
     /// A role that recorded nothing, more than the capacity, or times that run backwards.
-    pub(crate) fn new(ranks: Vec<(usize, u32, Vec<Record>)>, capacity: usize) -> Result<Self> {
+    pub(crate) fn new(format: Format, ranks: Vec<(usize, u32, Vec<Record>)>, capacity: usize) -> Result<Self> {
         let mut ranks: Vec<RankTrace> = ranks
             .into_iter()
-            .map(|(rank, wave_tiles, records)| RankTrace::new(rank, wave_tiles, &records, capacity))
+            .map(|(rank, wave_tiles, records)| RankTrace::new(format, rank, wave_tiles, &records, capacity))
             .collect::<Result<_>>()?;
         let first = ranks.iter().map(|rank| rank.start).min().unwrap_or(0);
         let one_clock = ranks.iter().all(|rank| rank.start - first <= MOST_APART_NS);
@@ -108,13 +111,14 @@ impl Trace {
     }
 
     /// A time line that a model made: each rank's CTAs, and token tiles of a wave.
-    pub(crate) fn modelled(ranks: impl Iterator<Item = (Vec<CtaTrace>, u32)>) -> Self {
+    pub(crate) fn modelled(format: Format, ranks: impl Iterator<Item = (Vec<CtaTrace>, u32)>) -> Self {
         let rank = |(rank, (ctas, wave_tiles)): (usize, (Vec<CtaTrace>, u32))| RankTrace {
             rank,
             start: 0,
             end: last_end(&ctas),
             ctas,
             wave_tiles,
+            format,
         };
         Self { ranks: ranks.enumerate().map(rank).collect(), one_clock: true }
     }
@@ -126,17 +130,17 @@ impl Trace {
 }
 
 impl RankTrace {
-    fn new(rank: usize, wave_tiles: u32, records: &[Record], capacity: usize) -> Result<Self> {
+    fn new(format: Format, rank: usize, wave_tiles: u32, records: &[Record], capacity: usize) -> Result<Self> {
         let per_cta = (capacity * ROLE_NAMES.len()).max(1);
         let ctas: Vec<CtaTrace> = records
             .chunks(per_cta)
             .enumerate()
-            .map(|(cta, records)| CtaTrace::new(rank, cta, records, capacity))
+            .map(|(cta, records)| CtaTrace::new(&format, rank, cta, records, capacity))
             .collect::<Result<_>>()?;
         let spans = || ctas.iter().flat_map(|cta| cta.roles.iter().flatten());
         let start = spans().map(|span| span.start).min().unwrap_or(0);
         let end = last_end(&ctas);
-        Ok(Self { rank, ctas, start, end, wave_tiles })
+        Ok(Self { rank, ctas, start, end, wave_tiles, format })
     }
 
     /// Counts time from `origin` on.
@@ -160,11 +164,16 @@ fn last_end(ctas: &[CtaTrace]) -> u64 {
 }
 
 impl CtaTrace {
-    fn new(rank: usize, cta: usize, records: &[Record], capacity: usize) -> Result<Self> {
+    fn new(format: &Format, rank: usize, cta: usize, records: &[Record], capacity: usize) -> Result<Self> {
         let wrong = |role: usize, problem: String| Error::Trace { rank, cta, role: ROLE_NAMES[role], problem };
         let mut sm = 0;
         let mut roles = Vec::new();
+        let recorded = CONSUMERS[0] + format.consumer_warpgroups as usize;
         for (role, records) in records.chunks(capacity).enumerate() {
+            if role >= recorded {
+                roles.push(Vec::new());
+                continue;
+            }
             let found: Option<Vec<_>> = records
                 .iter()
                 .map(|record| record.activity().map(|(activity, argument)| (record.time_ns, activity, argument)))
@@ -253,7 +262,7 @@ mod tests {
             record(1075, Activity::Combine, 0),
             record(1080, Activity::Done, 0),
         ]);
-        let trace = Trace::new(vec![(2, 1, records)], capacity).unwrap();
+        let trace = Trace::new(Format::FP8, vec![(2, 1, records)], capacity).unwrap();
         let rank = &trace.ranks[0];
         assert_eq!((rank.rank, rank.start, rank.end, rank.ctas[0].sm), (2, 0, 80, 7));
         let span = |activity, start, end, task, argument| Span { activity, start, end, task, argument };
@@ -278,10 +287,12 @@ mod tests {
             (vec![Record { time_ns: 1010, word: 99 }], "no kernel writes"),
         ] {
             let (records, capacity) = records(&marks);
-            let error = Trace::new(vec![(0, 1, records)], capacity).unwrap_err().to_string();
+            let error = Trace::new(Format::FP8, vec![(0, 1, records)], capacity).unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");
         }
-        let error = Trace::new(vec![(1, 1, vec![record(0, Activity::Start, 0); 12])], 2).unwrap_err().to_string();
+        let error = Trace::new(Format::FP8, vec![(1, 1, vec![record(0, Activity::Start, 0); 2 * ROLES as usize])], 2)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("rank 1") && error.contains("no launch"), "{error}");
     }
 
@@ -294,7 +305,7 @@ mod tests {
             records
         };
         let starts = |from| {
-            let trace = Trace::new(vec![(0, 1, rank(500)), (1, 1, rank(from))], 3).unwrap();
+            let trace = Trace::new(Format::FP8, vec![(0, 1, rank(500)), (1, 1, rank(from))], 3).unwrap();
             (trace.one_clock, trace.ranks.iter().map(|rank| rank.start).collect::<Vec<_>>())
         };
         assert_eq!(starts(2500), (true, vec![0, 2000]));

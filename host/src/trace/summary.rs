@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
 
-use ferromoe_kernel::schedule::Phase;
-use ferromoe_kernel::tile::{TOKEN_TILES, WEIGHT_TILE};
+use ferromoe_kernel::task::Phase;
+use ferromoe_kernel::tile::WEIGHT_TILE;
 use ferromoe_kernel::trace::Activity;
 
 use super::{CONSUMERS, DISPATCH, PRODUCER, PUBLISHER, RankTrace, SCHEDULER, Span};
@@ -226,11 +226,12 @@ fn products(trace: &RankTrace, hidden: usize, intermediate: usize) -> Vec<Produc
         times.iter_mut().for_each(|times| times.sort_unstable());
         let first = phase == Phase::Linear1 as u32;
         let (phase, depth) = if first { (Phase::Linear1, hidden) } else { (Phase::Linear2, intermediate) };
-        let width = TOKEN_TILES.get(width as usize).copied().unwrap_or(0);
+        let tiles = trace.format.tiles;
+        let width = tiles.width(width.min(tiles.count - 1));
         Product {
             phase,
             width,
-            tasks: (times[0].len() / CONSUMERS.len()) as u64,
+            tasks: times[0].len() as u64 / u64::from(trace.format.consumer_warpgroups),
             wait: median(&times[0]),
             multiply: median(&times[1]),
             epilogue: median(&times[2]),
@@ -310,9 +311,11 @@ impl Display for Summary {
 
 #[cfg(test)]
 mod tests {
-    use ferromoe_kernel::schedule::Task;
+    use ferromoe_kernel::task::Task;
 
     use super::*;
+    use ferromoe_kernel::format::Format;
+
     use crate::trace::{CtaTrace, ROLE_NAMES};
 
     /// Consumers that wait for `wait`, multiply for 100 and store for 20, on a task of width 32.
@@ -337,7 +340,14 @@ mod tests {
 
     #[test]
     fn times_are_medians_and_the_most_over_ctas() {
-        let trace = RankTrace { rank: 3, ctas: [30, 10, 50].map(cta).to_vec(), start: 10, end: 210, wave_tiles: 1 };
+        let trace = RankTrace {
+            rank: 3,
+            ctas: [30, 10, 50].map(cta).to_vec(),
+            start: 10,
+            end: 210,
+            wave_tiles: 1,
+            format: Format::BF16,
+        };
         let summary = Summary::new(&trace, 64, 128);
         assert_eq!((summary.ns, summary.ctas, summary.clock_step), (200, 3, 10));
         assert_eq!((summary.multiplying, summary.both_multiplying), ([104; 3], [96; 3]));

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use ferromoe_kernel::schedule::Phase;
+use ferromoe_kernel::task::Phase;
 use ferromoe_kernel::trace::Activity;
 
 use super::{CONSUMERS, DISPATCH, PRODUCER, RankTrace, Span, Trace};
@@ -24,8 +24,13 @@ const TIMES: (f64, f64) = (1.0, 5.0);
 /// Height of the lowest row, the last pixel of which is left free.
 const ROW: f64 = 9.0;
 /// Lanes of the lowest row: the role, and its place from and to.
-const LANES: [(usize, f64, f64); 4] =
-    [(DISPATCH, 0.0, 1.0), (PRODUCER, 1.0, 2.0), (CONSUMERS[0], 2.0, 5.0), (CONSUMERS[1], 5.0, 8.0)];
+const LANES: [(usize, f64, f64); 5] = [
+    (DISPATCH, 0.0, 1.0),
+    (PRODUCER, 1.0, 2.0),
+    (CONSUMERS[0], 2.0, 4.0),
+    (CONSUMERS[1], 4.0, 6.0),
+    (CONSUMERS[2], 6.0, 8.0),
+];
 
 /// What is drawn alike.
 #[derive(Clone, Copy, PartialEq, Eq)]

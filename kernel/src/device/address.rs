@@ -39,12 +39,12 @@ macro_rules! store {
 pub struct SharedAddress(pub u32);
 
 impl SharedAddress {
-    /// The start of the CTA's dynamic shared memory.
+    /// The start of the CTA's dynamic shared memory: a constant to ptxas. What depends on it is computed anew behind each call, and so has no register in between.
     #[inline(always)]
     pub fn dynamic() -> Self {
         let address: u32;
         // SAFETY: reads the address of a symbol.
-        unsafe { asm!("mov.u32 {0}, ferromoe_shared;", out(reg32) address, options(pure, nomem)) };
+        unsafe { asm!("mov.u32 {0}, ferromoe_shared;", out(reg32) address) };
         Self(address)
     }
 
@@ -59,6 +59,18 @@ impl SharedAddress {
     store!(store_u32, u32, reg32, "st.shared.u32", "no other thread touches it at the same time");
     store!(store_u64, u64, reg64, "st.shared.u64", "no other thread touches it at the same time");
     store!(red_add_relaxed_cta, u32, reg32, "red.relaxed.cta.shared.add.u32", "other threads only add to it");
+
+    /// `ld.shared.v2.u32`.
+    ///
+    /// # Safety
+    /// As for [`Self::load_u32`], 8-byte aligned.
+    #[inline(always)]
+    pub unsafe fn load_v2(self) -> [u32; 2] {
+        let (a, b): (u32, u32);
+        // SAFETY: the caller's.
+        unsafe { asm!("ld.shared.v2.u32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg32) self.0) };
+        [a, b]
+    }
 
     /// `ld.shared.v4.u32`.
     ///

@@ -30,6 +30,13 @@ pub fn fence_proxy_async_global() {
     unsafe { asm!("fence.proxy.async.global;") };
 }
 
+/// `fence.proxy.async.shared::cta`: as [`fence_proxy_async`], for this CTA's shared memory alone.
+#[inline(always)]
+pub fn fence_proxy_async_shared() {
+    // SAFETY: orders memory.
+    unsafe { asm!("fence.proxy.async.shared::cta;") };
+}
+
 /// `fence.mbarrier_init`: makes initialised mbarriers visible to the asynchronous proxy.
 #[inline(always)]
 pub fn fence_mbarrier_init() {

@@ -48,6 +48,21 @@ store!(st_weak_u64, u64, reg64, "st.global.u64", "; the address may be a peer's.
 store!(st_relaxed_sys_u32, u32, reg32, "st.relaxed.sys.global.u32", "; the address may be a peer's.");
 store!(st_relaxed_sys_u64, u64, reg64, "st.relaxed.sys.global.u64", "; the address may be a peer's.");
 
+/// `ld.global.v4.u32`.
+///
+/// # Safety
+/// The address is global, 16-byte aligned, in bounds and initialised.
+#[inline(always)]
+pub unsafe fn ld_weak_v4(address: *const u8) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("ld.global.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address)
+    };
+    [a, b, c, d]
+}
+
 /// `st.global.v4.u32`; the address may be a peer's.
 ///
 /// # Safety

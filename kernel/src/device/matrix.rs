@@ -39,3 +39,16 @@ pub unsafe fn stmatrix_x4_trans(row: SharedAddress, [a, b, c, d]: [u32; 4]) {
             in(reg32) row.0, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d)
     };
 }
+
+/// `stmatrix.x4`: four 8x8 matrices of 16-bit elements; every lane holds a row address.
+///
+/// # Safety
+/// As for [`stmatrix_x1_trans`].
+#[inline(always)]
+pub unsafe fn stmatrix_x4(row: SharedAddress, [a, b, c, d]: [u32; 4]) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{0}], {{{1}, {2}, {3}, {4}}};",
+            in(reg32) row.0, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d)
+    };
+}

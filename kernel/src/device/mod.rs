@@ -9,6 +9,7 @@ pub mod barrier;
 pub mod bulk;
 pub mod cluster;
 pub mod convert;
+pub mod copy;
 pub mod fence;
 pub mod global;
 pub mod matrix;

@@ -60,8 +60,8 @@ pub fn wgmma_wait_group<const N: u32>() {
 /// (last two) of the warp's sixteen, columns `2 * (lane % 4)` and the next (PTX ISA 8.6, "wgmma register fragments").
 pub type Accumulators<const QUADS: usize> = [[f32; 4]; QUADS];
 
-/// A width of the product.
-pub trait MmaAsync {
+/// Products of bf16.
+pub trait Bf16Product {
     /// `wgmma.mma_async.sync.aligned.m64nNk16.f32.bf16.bf16`: adds the product of two K-major matrices.
     ///
     /// # Safety
@@ -69,45 +69,98 @@ pub trait MmaAsync {
     unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor);
 }
 
+/// Products of e4m3. The tensor cores keep about 14 bits of a sum, so that sums over many columns must be made elsewhere.
+pub trait E4m3Product: Sized {
+    /// `wgmma.mma_async.sync.aligned.m64nNk32.f32.e4m3.e4m3`: adds the product of two K-major matrices.
+    ///
+    /// # Safety
+    /// As for [`Bf16Product::mma_async`].
+    unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor);
+
+    /// The same, with nothing to add to: scale-d is 0.
+    ///
+    /// # Safety
+    /// As for [`Bf16Product::mma_async`].
+    unsafe fn start_mma_async(a: MatrixDescriptor, b: MatrixDescriptor) -> Self;
+
+    /// `wgmma.wait_group.sync.aligned 0`: all groups are complete. These accumulators are not looked at before.
+    fn wait(&mut self);
+}
+
 macro_rules! mma_async {
-    ($quads:literal, $shape:literal, [$($quad:literal)*]) => {
-        impl MmaAsync for Accumulators<$quads> {
+    ($quads:literal, $columns:literal, [$($quad:literal)*]) => {
+        impl Bf16Product for Accumulators<$quads> {
             #[inline(always)]
             unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor) {
-                // SAFETY: the caller's.
+                mma_async!(@product inout, self, a, b, [$($quad)*], concat!("m64n", $columns, "k16.f32.bf16.bf16"), "1, 1, 1, 0, 0");
+            }
+        }
+
+        impl E4m3Product for Accumulators<$quads> {
+            #[inline(always)]
+            unsafe fn mma_async(&mut self, a: MatrixDescriptor, b: MatrixDescriptor) {
+                mma_async!(@product inout, self, a, b, [$($quad)*], concat!("m64n", $columns, "k32.f32.e4m3.e4m3"), "1, 1, 1");
+            }
+
+            #[inline(always)]
+            unsafe fn start_mma_async(a: MatrixDescriptor, b: MatrixDescriptor) -> Self {
+                // SAFETY: zeros are valid f32.
+                let mut d: Self = unsafe { core::mem::zeroed() };
+                mma_async!(@product out, d, a, b, [$($quad)*], concat!("m64n", $columns, "k32.f32.e4m3.e4m3"), "0, 1, 1");
+                d
+            }
+
+            #[inline(always)]
+            fn wait(&mut self) {
+                // SAFETY: waits. The comment names the accumulators, so that no use of them comes before.
                 unsafe {
                     asm!(
-                        "{{",
-                        ".reg .b64 a, b;",
-                        "mov.b64 a, {{{}, {upper}}};",
-                        "mov.b64 b, {{{}, {upper}}};",
-                        concat!("wgmma.mma_async.sync.aligned.", $shape, ".f32.bf16.bf16 {{", mma_async!(@list $($quad)*), "}}, a, b, 1, 1, 1, 0, 0;"),
-                        "}}",
-                        in(reg32) a.0,
-                        in(reg32) b.0,
+                        "wgmma.wait_group.sync.aligned 0;",
+                        concat!("// ", mma_async!(@list $($quad)*)),
                         $(
                             inout(reg32) self[$quad][0],
                             inout(reg32) self[$quad][1],
                             inout(reg32) self[$quad][2],
                             inout(reg32) self[$quad][3],
                         )*
-                        upper = in(reg32) MatrixDescriptor::UPPER,
                     )
                 };
             }
         }
     };
+    (@product $direction:ident, $d:ident, $a:ident, $b:ident, [$($quad:literal)*], $shape:expr, $scales:literal) => {
+        // SAFETY: the caller's.
+        unsafe {
+            asm!(
+                "{{",
+                ".reg .b64 a, b;",
+                "mov.b64 a, {{{a}, {upper}}};",
+                "mov.b64 b, {{{b}, {upper}}};",
+                concat!("wgmma.mma_async.sync.aligned.", $shape, " {{", mma_async!(@list $($quad)*), "}}, a, b, ", $scales, ";"),
+                "}}",
+                $(
+                    $direction(reg32) $d[$quad][0],
+                    $direction(reg32) $d[$quad][1],
+                    $direction(reg32) $d[$quad][2],
+                    $direction(reg32) $d[$quad][3],
+                )*
+                a = in(reg32) $a.0,
+                b = in(reg32) $b.0,
+                upper = in(reg32) MatrixDescriptor::UPPER,
+            )
+        };
+    };
     (@list $first:literal $($quad:literal)*) => { concat!("{}, {}, {}, {}" $(, mma_async!(@further $quad))*) };
     (@further $quad:literal) => { ", {}, {}, {}, {}" };
 }
 
-mma_async!(1, "m64n8k16", [0]);
-mma_async!(2, "m64n16k16", [0 1]);
-mma_async!(4, "m64n32k16", [0 1 2 3]);
-mma_async!(8, "m64n64k16", [0 1 2 3 4 5 6 7]);
-mma_async!(12, "m64n96k16", [0 1 2 3 4 5 6 7 8 9 10 11]);
-mma_async!(16, "m64n128k16", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
-mma_async!(20, "m64n160k16", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19]);
-mma_async!(24, "m64n192k16", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23]);
-mma_async!(28, "m64n224k16", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27]);
-mma_async!(32, "m64n256k16", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);
+mma_async!(1, "8", [0]);
+mma_async!(2, "16", [0 1]);
+mma_async!(4, "32", [0 1 2 3]);
+mma_async!(8, "64", [0 1 2 3 4 5 6 7]);
+mma_async!(12, "96", [0 1 2 3 4 5 6 7 8 9 10 11]);
+mma_async!(16, "128", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]);
+mma_async!(20, "160", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19]);
+mma_async!(24, "192", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23]);
+mma_async!(28, "224", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27]);
+mma_async!(32, "256", [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);

@@ -1,6 +1,6 @@
 //! Combine: the sum of a token's results, in the order of its choices, then the shared experts'.
 
-use crate::cta::{Cta, Ring, TaskReader};
+use crate::cta::{CONSUMER_WARPS, Cta, Ring, TaskReader};
 use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::bulk_load;
 use crate::device::convert::bf16x2;
@@ -11,11 +11,12 @@ use crate::device::warp::ballot;
 use crate::launch::Launch;
 use crate::roles::choice::{Choice, choose};
 use crate::schedule::combine_tokens;
-use crate::shared::{COMBINE_BUFFERS, COMBINE_BYTES, CONSUMER_WARPS, WARP};
+use crate::shared::{COMBINE_BUFFERS, COMBINE_BYTES};
 use crate::status::{Stage, Timeout};
+use crate::warps::WARP;
 
 /// Columns of one piece of a row; a warp sums piece by piece.
-pub const COLUMNS_PER_PIECE: u32 = COMBINE_BYTES / 2;
+const COLUMNS_PER_PIECE: u32 = COMBINE_BYTES / 2;
 /// Columns of one 16-byte access.
 const COLUMNS_PER_LANE: u32 = 8;
 /// Accesses of one lane to a whole piece.

@@ -3,8 +3,6 @@
 pub mod choice;
 pub mod combine;
 pub mod consume;
-pub mod linear1;
-pub mod linear2;
 pub mod produce;
 pub mod publish;
 pub mod pull;

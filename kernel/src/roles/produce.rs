@@ -1,18 +1,20 @@
 //! The producer warp: keeps the stages full of weight and token tiles.
 
-use crate::cta::{Cta, Pipeline, Ring, TaskReader};
+use crate::cta::{Cta, Pipeline, Ring, TaskReader, stages};
 use crate::device::bulk::{
     prefetch_tensormap, tensor_load_2d, tensor_load_2d_multicast, tensor_load_3d, tensor_load_3d_evict_first,
 };
 use crate::device::cluster::{cluster_cta, cluster_ctas};
 use crate::device::fence::fence_proxy_async_global;
 use crate::device::global::ld_acquire_gpu_u32;
+use crate::format::{FORMAT, WEIGHT_STAGE_BYTES};
 use crate::launch::Launch;
+use crate::main_loop::{Loop, MainLoop};
 use crate::params::TensorMap;
-use crate::schedule::{Phase, Task, weight_tasks};
-use crate::shared::WEIGHT_STAGE_BYTES;
+use crate::schedule::weight_tasks;
 use crate::status::{Stage, Timeout};
-use crate::tile::{K_BLOCK, TOKEN_TILES, loaded_rows, token_tile};
+use crate::task::{Block, Phase, Task};
+use crate::tile::{K_BLOCK_BYTES, MAX_TILES, WEIGHT_TILE, loaded_rows};
 
 /// Loads the operands of every task.
 #[inline(always)]
@@ -53,11 +55,10 @@ impl Producer<'_> {
     #[inline(always)]
     fn load_linear1(&mut self, task: &Task) {
         let params = self.launch.params();
-        let pulled = self.launch.counter(params.workspace.counter.rows_ready, task.tile);
         let operands = [&raw const params.maps.linear1, map_of(&params.maps.tokens, task)];
         let missing = || Timeout { stage: Stage::Rows, rank: params.rank, subject: task.tile };
-        // SAFETY: a counter of this launch.
-        self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(pulled) } >= task.rows);
+        let launch = self.launch;
+        self.load(task, operands, missing, || Loop::rows_there(launch, task));
     }
 
     /// Linear 2 multiplies intermediate rows: waits until all of the tile's columns are in the pool.
@@ -67,7 +68,7 @@ impl Producer<'_> {
         let stored = self.launch.counter(params.workspace.counter.columns_ready, task.tile);
         let operands = [&raw const params.maps.linear2, map_of(&params.maps.intermediate, task)];
         let missing = || Timeout { stage: Stage::Columns, rank: params.rank, subject: task.tile };
-        let blocks = weight_tasks(2 * params.shape.intermediate, cluster_ctas());
+        let blocks = weight_tasks(2 * params.shape.intermediate, FORMAT.linear1_rows(), cluster_ctas());
         // SAFETY: a counter of this launch.
         self.load(task, operands, missing, || unsafe { ld_acquire_gpu_u32(stored) } >= blocks);
     }
@@ -97,24 +98,29 @@ impl Producer<'_> {
     ) {
         let Self { launch, cta, .. } = *self;
         let shape = &launch.params().shape;
-        let (width, cluster) = (token_tile(task.width), cluster_ctas());
+        let (width, cluster) = (FORMAT.tiles.width(task.width), cluster_ctas());
         let rows = loaded_rows(width, cluster);
         let shared = rows < width;
         let first_row = if shared { cluster_cta() * rows } else { 0 };
         let everyone = (1 << cluster) - 1;
         let pipeline = cta.pipeline(task);
-        let (k_blocks, claim_block) = (task.k_blocks(shape), task.claim_block(shape));
+        let scales = Loop::scales(launch, task);
+        let k_blocks = FORMAT.k_blocks(task.columns(shape));
+        let blocks = task.weight_tiles(&FORMAT, shape) * k_blocks;
+        // As late as the way there and back lets it, so that tickets are taken up in their order, by CTAs that have the time.
+        let claim_block = blocks.saturating_sub(FORMAT.claim_stages * stages(task.widest));
         if task.old_stages > 0 {
             self.retire(task.old_stages);
         }
         let mut early = 0;
         mark!(launch, LoadWeights, task);
         if !tokens_ready() {
-            let mut ring = self.ring;
-            early = k_blocks.min(pipeline.stages);
-            for k_block in 0..early {
-                load_weights(cta, pipeline, weights, task, ring, k_block);
+            let (mut ring, mut at) = (self.ring, Block::FIRST);
+            early = blocks.min(pipeline.stages);
+            for _ in 0..early {
+                load_weights(cta, pipeline, weights, task, &scales, ring, at);
                 ring.advance(pipeline.stages);
+                at.advance(&FORMAT, k_blocks);
             }
             mark!(launch, WaitForTokens);
             launch.wait_until(missing, tokens_ready);
@@ -122,17 +128,18 @@ impl Producer<'_> {
         mark!(launch, Load);
         // The rows were acquired by ordinary loads, and will be read by bulk copies.
         fence_proxy_async_global();
-        for k_block in 0..k_blocks {
-            if k_block == claim_block {
+        let mut at = Block::FIRST;
+        for block in 0..blocks {
+            if block == claim_block {
                 cta.task_wanted().of(0).arrive();
             }
             let ring = self.ring;
-            if k_block >= early {
-                load_weights(cta, pipeline, weights, task, ring, k_block);
+            if block >= early {
+                load_weights(cta, pipeline, weights, task, &scales, ring, at);
             }
             let (destination, full) =
-                (pipeline.tokens(ring.slot).offset(first_row * K_BLOCK * 2), cta.stage_full(ring.slot));
-            let coordinates = [k_block * K_BLOCK, task.pool_row + first_row];
+                (pipeline.tokens(ring.slot).offset(first_row * K_BLOCK_BYTES), cta.stage_full(ring.slot));
+            let coordinates = [at.k_block * FORMAT.k_block(), task.pool_row + first_row];
             // SAFETY: the stage is free in all CTAs of the cluster; their barriers expect these bytes.
             unsafe {
                 if shared {
@@ -141,24 +148,36 @@ impl Producer<'_> {
                     tensor_load_2d(destination, tokens, coordinates, full);
                 }
             };
+            Loop::load_token_scales(&scales, cta, task, ring.slot, at);
             self.ring.advance(pipeline.stages);
+            at.advance(&FORMAT, k_blocks);
         }
     }
 }
 
 /// The map of a pool for a task's token tile.
 #[inline(always)]
-fn map_of(maps: &[TensorMap; TOKEN_TILES.len()], task: &Task) -> *const TensorMap {
+fn map_of(maps: &[TensorMap; MAX_TILES], task: &Task) -> *const TensorMap {
     (&raw const *maps).cast::<TensorMap>().wrapping_add(task.width as usize)
 }
 
 /// Waits until a stage is free, announces both tiles, and loads the weight tile.
 #[inline(always)]
-fn load_weights(cta: Cta, pipeline: Pipeline, weights: *const TensorMap, task: &Task, ring: Ring, k_block: u32) {
+fn load_weights(
+    cta: Cta,
+    pipeline: Pipeline,
+    weights: *const TensorMap,
+    task: &Task,
+    scales: &<Loop as MainLoop>::Scales,
+    ring: Ring,
+    at: Block,
+) {
     cta.stage_empty(ring.slot).wait(ring.parity ^ 1);
     let full = cta.stage_full(ring.slot);
-    full.arrive_expect_tx(WEIGHT_STAGE_BYTES + token_tile(task.width) * K_BLOCK * 2);
-    let (destination, coordinates) = (pipeline.weights(ring.slot), [k_block * K_BLOCK, task.weight_row, task.expert]);
+    let width = FORMAT.tiles.width(task.width);
+    full.arrive_expect_tx(WEIGHT_STAGE_BYTES + width * K_BLOCK_BYTES + Loop::scale_bytes(width));
+    let coordinates = [at.k_block * FORMAT.k_block(), task.weight_row + at.tile * WEIGHT_TILE, task.expert];
+    let destination = pipeline.weights(ring.slot);
     // SAFETY: the stage is free; its barrier expects these bytes.
     unsafe {
         if task.widest == 0 {
@@ -168,4 +187,5 @@ fn load_weights(cta: Cta, pipeline: Pipeline, weights: *const TensorMap, task: &
             tensor_load_3d(destination, weights, coordinates, full);
         }
     };
+    Loop::load_weight_scales(scales, cta, ring.slot, at);
 }

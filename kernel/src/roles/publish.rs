@@ -6,9 +6,9 @@ use crate::device::global::st_relaxed_sys_u32;
 use crate::launch::Launch;
 use crate::layout::MAX_RANKS;
 use crate::roles::pull::sources_of;
-use crate::schedule::{Phase, Task};
 use crate::shared::UNANNOUNCED_TASKS;
 use crate::sources::{Sources, source_at};
+use crate::task::{Phase, Task};
 
 /// Publishes the results of every product.
 #[inline(always)]

@@ -3,28 +3,28 @@
 //! A ticket stands for a few rows, a lane for each: their pieces are under way together. What a token has for several experts of this rank comes
 //! once, with the row that leads, which is the first in this order: other lanes store it for the rows that follow, whose own tickets have nothing to do.
 
-use crate::cta::{CountedRows, Cta, Ring};
+use crate::cta::{CountedRows, Cta, FORMAT, Ring};
 use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
 use crate::device::fence::fence_proxy_async_global;
-use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64, st_weak_u64};
+use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64};
 use crate::device::special::ctas;
 use crate::device::warp::{ballot, redux_add, shfl_idx};
 use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
-use crate::roles::route::claim;
+use crate::main_loop::{Loop, MainLoop};
 use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows, shared_row};
-use crate::shared::{PULL_BUFFERS, PULL_BYTES, WARP};
+use crate::shared::PULL_BUFFERS;
 use crate::sources::{Sources, place_of, source_at};
-use crate::tile::tile_of_row;
+use crate::warps::WARP;
 
 /// Pieces are multiples of so many bytes, as rows are: whole lines.
 const PIECE_STEP: u32 = 128;
 
 /// Bytes of a piece when `rows` rows share a pull buffer. As many as the next power of two could: a division takes its time.
 const fn piece_bytes(rows: u32) -> u32 {
-    PULL_BYTES >> rows.next_power_of_two().ilog2()
+    FORMAT.pull_bytes >> rows.next_power_of_two().ilog2()
 }
 
 const _: () = assert!(piece_bytes(MAX_PULL_ROWS).is_multiple_of(PIECE_STEP) && piece_bytes(MAX_PULL_ROWS) > 0);
@@ -33,11 +33,12 @@ const _: () = assert!(piece_bytes(MAX_PULL_ROWS).is_multiple_of(PIECE_STEP) && p
 #[inline(always)]
 pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let shape = &launch.params().shape;
-    let next = launch.counter(launch.params().workspace.counter.pull_ticket, 0);
-    let claim = || shfl_idx(claim(next, lane), 0);
+    let claim = || shfl_idx(launch.claim(launch.params().workspace.counter.pull_ticket, lane), 0);
     let shared_rows = shape.shared_experts * launch.tokens();
-    let batch = pull_rows(shared_rows, ctas());
-    let shared_tickets = (shared_rows + batch - 1) >> batch.ilog2();
+    // In a format with scales, who quantises a token writes it to the shared experts' rows.
+    let to_pull = if FORMAT.scaled { 0 } else { shared_rows };
+    let batch = pull_rows(to_pull, ctas());
+    let shared_tickets = (to_pull + batch - 1) >> batch.ilog2();
     // SAFETY: asked for nothing before the counts are there.
     let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
     let mut puller = Puller { launch, cta, warp, lane, rows, batch, ring: Ring::new() };
@@ -50,8 +51,9 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     }
     mark!(launch, WaitForCounts);
     cta.counted().wait(0);
+    Loop::wait_for_records(launch, lane < shape.ranks, lane);
     puller.batch = pull_rows(count_rows(&puller.rows, lane) - shared_rows, ctas());
-    let mut cursor = RowCursor::START;
+    let mut cursor = RowCursor::new(FORMAT.tiles);
     loop {
         let number = shared_rows + (ticket - shared_tickets) * puller.batch + lane;
         let row = if lane < puller.batch { cursor.seek(number, &puller.rows) } else { None };
@@ -105,10 +107,8 @@ pub fn sources_of(launch: &Launch, expert: u32) -> Sources {
 /// A list's entry at a slot, with the rank that has written it: the meta of a row; then how many follow it, or [`FOLLOWER`].
 #[inline(always)]
 fn entry(launch: &Launch, source: u32, expert: u32, slot: u32) -> (RowMeta, u32) {
-    let params = launch.params();
-    let list = (source * params.shape.routed_experts() + expert) as u64 * params.shape.max_tokens as u64;
     // SAFETY: the source has written `count` entries before its counts, and `slot` is below `count`.
-    let word = unsafe { ld_weak_u64(launch.symmetric(params.rank, params.symmetric.lists, list + slot as u64)) };
+    let word = unsafe { ld_weak_u64(launch.list_place(launch.params().rank, source, expert, slot)) };
     let entry = RowMeta::unpack(word);
     (RowMeta { rank: source, ..entry }, entry.rank)
 }
@@ -118,7 +118,6 @@ fn entry(launch: &Launch, source: u32, expert: u32, slot: u32) -> (RowMeta, u32)
 fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
     let params = launch.params();
     let shape = &params.shape;
-    let bytes = launch.row_bytes() as u64;
     let expert = row.expert - shape.shared_experts;
     let (source, slot) = if shape.ranks == 1 {
         // Its rows are in the order of its list: no counts to wait for.
@@ -128,10 +127,7 @@ fn source_of(launch: &Launch, row: Row) -> (RowMeta, u32, u64) {
         (source_at(params.rank, shape.ranks, place), slot)
     };
     let (meta, followers) = entry(launch, source, expert, slot);
-    // SAFETY: the source has written the distance before its counts.
-    let distance = unsafe { ld_weak_u64(launch.hidden_distance(params.rank, source)) };
-    let token = meta.combine_row / shape.slots();
-    (meta, followers, launch.symmetric_base(source).wrapping_add(distance) + token as u64 * bytes)
+    (meta, followers, Loop::token(launch, source, meta.combine_row / shape.slots()))
 }
 
 /// A dispatch warp that copies rows.
@@ -151,9 +147,13 @@ impl Puller<'_> {
     #[inline(always)]
     fn copy_shared(&mut self, number: u32) {
         let (launch, shape) = (self.launch, &self.launch.params().shape);
-        let row = if self.lane < self.batch { shared_row(shape.shared_experts, launch.tokens(), number) } else { None };
+        let row = if self.lane < self.batch {
+            shared_row(FORMAT.tiles, shape.shared_experts, launch.tokens(), number)
+        } else {
+            None
+        };
         let token = row.map_or(0, |row| row.row);
-        let source = launch.hidden_states() + token as u64 * launch.row_bytes() as u64;
+        let source = Loop::token(launch, launch.params().rank, token);
         let destination = |_: &Self| {
             let row = row?;
             let combine_row = token * shape.slots() + shape.top_k + row.expert;
@@ -229,13 +229,13 @@ impl Puller<'_> {
         let mut position = PoolPosition {
             expert: shfl_idx(row.expert, leader),
             pool_row: shfl_idx(row.pool_row - row.row, leader),
-            tile: shfl_idx(row.tile - tile_of_row(row.row, self.rows.rows(row.expert)), leader),
+            tile: shfl_idx(row.tile - FORMAT.tiles.tile_of_row(row.row, self.rows.rows(row.expert)), leader),
         };
         follower?;
-        let token = source * shape.max_tokens + combine_row / shape.slots();
-        let index = token as u64 * shape.top_k as u64 + number as u64;
         // SAFETY: the source has written the places of all followers before its counts.
-        let word = unsafe { ld_weak_u32(self.launch.symmetric(params.rank, params.symmetric.followers, index)) };
+        let word = unsafe {
+            ld_weak_u32(self.launch.follower_place(params.rank, source, combine_row / shape.slots(), number))
+        };
         let ListPlace { expert, slot } = ListPlace::unpack(word);
         // The leader's expert is the first of all, but for what a launch reads that is past its deadline.
         let local = shape.shared_experts + expert;
@@ -245,9 +245,9 @@ impl Puller<'_> {
         let (meta, _) = entry(self.launch, source, expert, slot);
         let row = sources_of(self.launch, expert).index_of(place_of(params.rank, shape.ranks, source), slot);
         while position.expert < local {
-            position = position.next(&self.rows);
+            position = position.next(FORMAT.tiles, &self.rows);
         }
-        let tile = position.tile + tile_of_row(row, self.rows.rows(local));
+        let tile = position.tile + FORMAT.tiles.tile_of_row(row, self.rows.rows(local));
         let pool_row = position.pool_row + row;
         Some((meta, Row { expert: local, row, pool_row, tile }))
     }
@@ -263,7 +263,9 @@ impl Puller<'_> {
         destination: impl FnOnce(&Self) -> Option<(RowMeta, Row)>,
     ) {
         let Self { launch, cta, warp, lane, .. } = *self;
-        let (bytes, rows) = (launch.row_bytes(), leaders.count_ones());
+        let hidden = launch.params().shape.hidden;
+        let (bytes, rows) = (FORMAT.record_bytes(hidden), leaders.count_ones());
+        let row_bytes = FORMAT.row_bytes(hidden);
         let piece = piece_bytes(rows);
         let part = |ring: Ring| {
             let number = (leaders & ((1 << leader) - 1)).count_ones();
@@ -287,8 +289,7 @@ impl Puller<'_> {
         // While the first pieces are on their way.
         let workspace = &launch.params().workspace;
         let destination = destination(self).map(|(meta, row)| {
-            // SAFETY: the row lies in the pool, and this lane alone has it.
-            unsafe { st_weak_u64(launch.workspace(workspace.row_meta, row.pool_row as u64), meta.pack()) };
+            launch.write_row(row.pool_row, meta);
             row
         });
         let mut at = 0;
@@ -300,10 +301,14 @@ impl Puller<'_> {
             }
             cta.pull_full(warp * PULL_BUFFERS + self.ring.slot).wait(self.ring.parity);
             if let Some(Row { pool_row, .. }) = destination {
-                let row: *mut u8 = launch.workspace(workspace.tokens, pool_row as u64 * bytes as u64);
-                // SAFETY: the piece has landed, and the row in the pool is this lane's.
-                unsafe { bulk_store(row.wrapping_add(at as usize), part(self.ring), piece.min(bytes - at)) };
-                bulk_commit_group();
+                let row = launch.pool_row(workspace.tokens, hidden, pool_row);
+                let elements = piece.min(row_bytes.saturating_sub(at));
+                if elements > 0 {
+                    // SAFETY: the piece has landed, and the row in the pool is this lane's.
+                    unsafe { bulk_store(row.wrapping_add(at as usize), part(self.ring), elements) };
+                    bulk_commit_group();
+                }
+                Loop::store_scales(launch, part(self.ring), at, piece.min(bytes - at), pool_row);
             }
             self.ring.advance(PULL_BUFFERS);
             at += piece;

@@ -3,9 +3,7 @@
 //! Dispatch warps claim chunks of tokens; while tokens are few, one chunk is all of them. The warp that finishes a rank's last chunk publishes
 //! the rank's counts to every rank.
 
-use crate::device::atomic::{
-    atom_add_acq_rel_gpu, atom_add_relaxed_gpu, atom_inc_relaxed_gpu, red_min_relaxed_gpu_u64,
-};
+use crate::device::atomic::{atom_add_acq_rel_gpu, atom_add_relaxed_gpu, red_min_relaxed_gpu_u64};
 use crate::device::barrier::bar_warp_sync;
 use crate::device::global::{ld_relaxed_gpu_u32, ld_weak_f32, st_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::warp::{ballot, shfl_idx};
@@ -13,8 +11,8 @@ use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, RowMeta};
 use crate::roles::choice::{Choice, check, lanes_alike, load};
 use crate::schedule::{ROUTE_PASSES, route_chunks, route_step, route_tokens};
-use crate::shared::WARP;
 use crate::status::BadChoice;
+use crate::warps::WARP;
 
 const PASSES: usize = ROUTE_PASSES as usize;
 /// Counts that a lane has under way at once.
@@ -26,8 +24,7 @@ pub fn route(launch: &Launch, lane: u32) {
     let counters = &launch.params().workspace.counter;
     let (tokens, top_k) = (launch.tokens(), launch.params().shape.top_k);
     let (per_chunk, chunks) = (route_tokens(tokens, top_k), route_chunks(tokens, top_k));
-    let ticket = launch.counter(counters.route_ticket, 0);
-    let mut claimed = claim(ticket, lane);
+    let mut claimed = launch.claim(counters.route_ticket, lane);
     // Under way together with the claim: while tokens are few, nothing else is there to do.
     let mut chosen = Chosen::load(launch, 0, per_chunk.min(tokens), lane);
     loop {
@@ -58,15 +55,8 @@ pub fn route(launch: &Launch, lane: u32) {
             mark!(launch, PublishCounts);
             publish(launch, lane);
         }
-        claimed = claim(ticket, lane);
+        claimed = launch.claim(counters.route_ticket, lane);
     }
-}
-
-/// Claims the next ticket: lane 0 has it.
-#[inline(always)]
-pub fn claim(ticket: *mut u32, lane: u32) -> u32 {
-    // SAFETY: a counter of this launch.
-    if lane == 0 { unsafe { atom_inc_relaxed_gpu(ticket) } } else { 0 }
 }
 
 /// The token and the choice that a lane looks at in a pass over the tokens from `first` on.
@@ -120,7 +110,7 @@ impl Chosen {
                     slots[PASS] = unsafe { atom_add_relaxed_gpu(sent, 1) };
                 }
                 Choice::Bad(fault) => {
-                    let report = BadChoice { token, k, fault }.pack();
+                    let report = BadChoice { layer: params.layer, token, k, fault }.pack();
                     // SAFETY: the status words lie in the workspace.
                     unsafe { red_min_relaxed_gpu_u64(&raw mut (*launch.status()).bad_choice, report) };
                 }
@@ -139,8 +129,7 @@ impl Chosen {
                 let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
                 let combine_row = token * shape.slots() + k;
                 let entry = RowMeta { combine_row, rank: followers[PASS], weight: self.weights[PASS] };
-                let list = (params.rank * shape.routed_experts() + local) as u64 * shape.max_tokens as u64;
-                let place = launch.symmetric(owner, params.symmetric.lists, list + slots[PASS] as u64);
+                let place = launch.list_place(owner, params.rank, local, slots[PASS]);
                 // SAFETY: a token names an expert at most once, so that the slot is below the maximum of tokens.
                 unsafe { st_weak_u64(place, entry.pack()) };
             }
@@ -190,8 +179,7 @@ impl Chosen {
                 let (token, _) = choice_at(shape.top_k, first, PASS, lane);
                 let (owner, local) = (experts[PASS] / shape.routed_experts(), experts[PASS] % shape.routed_experts());
                 let number = (together[PASS] & !(1 << leader) & ((1 << lane) - 1)).count_ones();
-                let row = (params.rank * shape.max_tokens + token) as u64 * shape.top_k as u64;
-                let place = launch.symmetric(owner, params.symmetric.followers, row + number as u64);
+                let place = launch.follower_place(owner, params.rank, token, number);
                 // SAFETY: a token has fewer followers than choices.
                 unsafe { st_weak_u32(place, ListPlace { expert: local, slot: slots[PASS] }.pack()) };
             }
@@ -200,7 +188,7 @@ impl Chosen {
     }
 }
 
-/// Tells every rank where this rank's hidden states are, then how many rows it gets for each of its experts.
+/// Tells every rank which layer this rank has launched and where its hidden states are, then how many rows it gets for each of its experts.
 #[inline(always)]
 fn publish(launch: &Launch, lane: u32) {
     let params = launch.params();
@@ -209,6 +197,8 @@ fn publish(launch: &Launch, lane: u32) {
         let distance = launch.hidden_states().wrapping_sub(launch.symmetric_base(params.rank));
         // SAFETY: every rank has a place for every source's distance.
         unsafe { st_weak_u64(launch.hidden_distance(lane, params.rank), distance) };
+        // SAFETY: every rank has a place for every source's layer.
+        unsafe { st_relaxed_sys_u64(launch.layer_place(lane, params.rank), launch.launched_layer()) };
     }
     bar_warp_sync();
     let mut first = lane;

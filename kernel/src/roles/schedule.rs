@@ -1,7 +1,7 @@
 //! The scheduler warp: waits for all ranks' counts, and that of a cluster's first CTA claims tickets and hands tasks to the other roles. Before it waits, it hands
 //! out the first, if that does not depend on the counts.
 
-use crate::cta::{CountedRows, Cta, TaskWriter};
+use crate::cta::{CountedRows, Cta, FORMAT, TaskWriter, stages};
 use crate::device::atomic::atom_inc_relaxed_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::cluster::{cluster_cta, cluster_ctas};
@@ -9,10 +9,10 @@ use crate::device::global::{ld_relaxed_sys_u64, st_weak_u32, st_weak_u64};
 use crate::device::special::{cta as cta_index, ctas};
 use crate::device::warp::{ballot, redux_max};
 use crate::launch::Launch;
-use crate::schedule::{Phase, ScheduleShape, Task, TaskCursor, combine_chunks};
-use crate::shared::{WARP, pipeline_width, stages};
+use crate::schedule::{ScheduleShape, TaskCursor, combine_chunks};
 use crate::status::{Stage, Timeout};
-use crate::tile::tile_index;
+use crate::task::{Phase, Task};
+use crate::warps::WARP;
 
 /// Counts that a lane loads at once.
 const COUNTS_AT_ONCE: usize = 8;
@@ -50,6 +50,7 @@ pub fn schedule(launch: &Launch, cta: Cta, lane: u32) {
 fn shape_of(launch: &Launch, most_rows: u32) -> ScheduleShape {
     let params = launch.params();
     ScheduleShape {
+        format: FORMAT,
         wave_tiles: params.wave_tiles,
         linear1_rows: 2 * params.shape.intermediate,
         linear2_rows: params.shape.hidden,
@@ -63,9 +64,10 @@ fn shape_of(launch: &Launch, most_rows: u32) -> ScheduleShape {
 #[inline(always)]
 fn check_tokens(launch: &Launch, lane: u32) {
     let claimed = launch.claimed_tokens();
+    let excess = (launch.params().layer as u64) << 32 | claimed as u64;
     if lane == 0 && cta_index() == 0 && claimed > launch.params().shape.max_tokens {
         // SAFETY: the status words lie in the workspace, and only this thread writes this one.
-        unsafe { st_weak_u64(&raw mut (*launch.status()).excess_tokens, claimed as u64) };
+        unsafe { st_weak_u64(&raw mut (*launch.status()).excess_tokens, excess) };
     }
 }
 
@@ -81,7 +83,8 @@ pub fn zero_next_counters(launch: &Launch, lane: u32) {
     }
 }
 
-/// Waits for every rank's counts, and adds up the rows of every local expert in shared memory.
+/// Waits for every rank's counts, and adds up the rows of every local expert in shared memory: none for routed experts if a rank has launched another
+/// layer, or has not launched before the deadline.
 #[inline(always)]
 fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     let params = launch.params();
@@ -98,6 +101,13 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     // SAFETY: a place in the counts, which lie as `[ranks][routed_experts]`.
     let load = |index: u32| unsafe { ld_relaxed_sys_u64(counts.wrapping_add(index as usize)) };
     let is_new = |word: u64| (word >> 32) as u32 == epoch;
+    // Every lane looks at a rank's layer too: one for each rank gets here, as there are at least as many experts.
+    let source = lane.min(shape.ranks - 1);
+    let layer_place = launch.layer_place(params.rank, source);
+    // SAFETY: a place in the layers.
+    let load_layer = || unsafe { ld_relaxed_sys_u64(layer_place) };
+    let expected = launch.launched_layer();
+    let mut launched = expected;
     let last = shape.experts - 1;
     let mut first = lane;
     // Divisions take their time: a lane steps from expert to expert.
@@ -109,6 +119,9 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
         // SAFETY: zeros are valid u64.
         let mut words: [u64; COUNTS_AT_ONCE] = unsafe { core::mem::zeroed() };
         let missing = || {
+            if !is_new(load_layer()) {
+                return Timeout { stage: Stage::Counts, rank: source, subject: params.rank * routed };
+            }
             let mut index = first;
             while index + WARP <= last && is_new(load(index)) {
                 index += WARP;
@@ -117,9 +130,11 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
         };
         launch.wait_until(missing, || {
             unroll!(COUNT < COUNTS_AT_ONCE, { words[COUNT] = load(within(at(COUNT))) });
-            let mut all = true;
+            launched = load_layer();
+            let mut all = is_new(launched);
             unroll!(COUNT < COUNTS_AT_ONCE, { all &= is_new(words[COUNT]) });
-            all
+            // Who has launched another layer may have counts elsewhere.
+            all || is_new(launched) && launched != expected
         });
         unroll!(COUNT < COUNTS_AT_ONCE, {
             if at(COUNT) <= last && is_new(words[COUNT]) {
@@ -135,6 +150,18 @@ fn gather_counts(launch: &Launch, cta: Cta, lane: u32) {
     // wrote before their counts, for this warp and those that it tells.
     bar_warp_sync();
     launch.fence();
+    if ballot(launched != expected) != 0 {
+        if is_new(launched) && launched != expected {
+            launch.give_up(Timeout { stage: Stage::Layer, rank: source, subject: launched as u32 });
+        }
+        bar_warp_sync();
+        let mut expert = shared + lane;
+        while expert < shape.local_experts() {
+            // SAFETY: as above; all lanes have added what they had.
+            unsafe { cta.expert_rows(expert).store_u32(0) };
+            expert += WARP;
+        }
+    }
 }
 
 /// Marks the local experts that have rows; returns the rows of the one that has the most.
@@ -177,7 +204,8 @@ fn hand_out_tasks(
     // SAFETY: this warp wrote them.
     let rows = unsafe { CountedRows::new(cta, launch.params().shape.local_experts()) };
     let mut cursor = TaskCursor::new(shape, &rows);
-    let is_cut_alike = |early: Task| pipeline_width(early.widest) == pipeline_width(tile_index(shape.most_rows));
+    let widest = FORMAT.tiles.index(shape.most_rows);
+    let is_cut_alike = |early: Task| FORMAT.pipeline_width(early.widest) == FORMAT.pipeline_width(widest);
     let mut old_stages = last.map_or(0, |early| if is_cut_alike(early) { 0 } else { stages(early.widest) });
     loop {
         if let Some(last) = last {

@@ -150,6 +150,9 @@ pub(super) struct Clock {
     /// The same for ordinary accesses to global and to shared memory that a proxy fence has made visible to the
     /// asynchronous proxy.
     proxied: [Known<Entry>; 2],
+    /// Ordinary accesses to global memory that `fence.proxy.tensormap::generic` has released, and those of them that such a fence
+    /// has acquired since; hardly any kernel has them.
+    mapped: Option<Box<[Known<Entry>; 2]>>,
     /// Strong writes that were read: they come before, though what their warp did before them does not.
     seen: Known<Entry>,
     /// Of asynchronous operations, by the agent that stands for their completion.
@@ -163,6 +166,9 @@ impl Clock {
         self.warps.join(&other.warps);
         for (mine, theirs) in self.proxied.iter_mut().zip(&other.proxied) {
             mine.join(theirs);
+        }
+        if let Some(theirs) = &other.mapped {
+            self.mapped.get_or_insert_default().iter_mut().zip(&**theirs).for_each(|(mine, theirs)| mine.join(theirs));
         }
         self.seen.join(&other.seen);
         self.completed.join(&other.completed);
@@ -210,6 +216,12 @@ impl Clock {
         }
     }
 
+    /// Releases all that is known to the proxy of tensor maps, or acquires there what was released.
+    pub fn fence_tensor_map(&mut self, release: bool) {
+        let [released, acquired] = &mut **self.mapped.get_or_insert_default();
+        if release { released.join(&self.warps) } else { acquired.join(released) }
+    }
+
     /// Knows of ordinary accesses only what another clock did.
     pub fn forget_warps(&mut self, other: &Self) {
         self.warps = other.warps.clone();
@@ -240,6 +252,12 @@ impl Clock {
     #[inline]
     pub fn knows_proxied(&self, shared: bool, warp: u32, tick: u32, lanes: u32) -> bool {
         self.proxied[usize::from(shared)].get(warp).is_some_and(|entry| entry.covers(tick, lanes))
+    }
+
+    /// Whether accesses are known to be visible to the proxy of tensor maps.
+    pub fn knows_mapped(&self, warp: u32, tick: u32, lanes: u32) -> bool {
+        let entry = self.mapped.as_ref().and_then(|mapped| mapped[1].get(warp));
+        entry.is_some_and(|entry| entry.covers(tick, lanes))
     }
 
     #[inline]

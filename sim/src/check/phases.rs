@@ -3,6 +3,9 @@
 //! A wait names a phase by its parity, and so tells it only from its neighbours. It must come before the phase after the one that it waits for
 //! is complete: whatever lets that phase complete must be ordered after the wait. Else the wait may find the barrier a phase further, and then
 //! it passes too early or waits for ever.
+//!
+//! Bytes that complete on a barrier count for whatever phase is current then. So who sends them must know that the phase before the one that they
+//! are meant for is complete, or they may count for that one.
 
 use super::clock::{Clock, Entry};
 use super::shadow::{Agent, ClashKind, Site, shared_key};
@@ -168,6 +171,27 @@ impl Checker {
         self.verdicts.judge(clash, &self.ctas)
     }
 
+    /// How many phases of an mbarrier some lanes of a warp know to be complete.
+    pub(super) fn phases_known(&mut self, warp: u32, (cta, address): (u64, u32)) -> u32 {
+        let agent = self.phases(cta, address).map(|phases| phases.phase_agent);
+        let views = self.warps.get(warp as usize).map_or(&[][..], |state| &state.views);
+        agent.and_then(|agent| views.iter().map(|view| view.clock.completed(agent)).max()).unwrap_or(0)
+    }
+
+    /// The bytes of a copy are about to count for the current phase of an mbarrier.
+    ///
+    /// # Errors
+    /// Nothing orders the copy behind the phase before.
+    pub fn check_bytes(&mut self, number: u64, (cta, address): (u64, u32)) -> Result<(), MbarrierError> {
+        let completed = self.phases(cta, address).map_or(0, |phases| phases.completed);
+        match self.flights.get(&number) {
+            Some(flight) if flight.phases_known < completed => {
+                Err(MbarrierError::UnorderedBytes { completed, known: flight.phases_known })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A warp evaluates a wait: the parity must be of the current phase or the one before, as far as the warp can know them.
     ///
     /// # Errors
@@ -179,11 +203,10 @@ impl Checker {
         parity: u32,
         at: u32,
     ) -> Result<(), MbarrierError> {
-        let Some(&Phases { phase_agent, completed, .. }) = self.phases(cta, address).map(|phases| &*phases) else {
+        let Some(completed) = self.phases(cta, address).map(|phases| phases.completed) else {
             return Ok(());
         };
-        let views = self.warps.get(warp as usize).map_or(&[][..], |state| &state.views);
-        let known = views.iter().map(|view| view.clock.completed(phase_agent)).max().unwrap_or(0);
+        let known = self.phases_known(warp, (cta, address));
         // The latest phase of this parity that the warp may wait for: the first that it does not know to be complete, or the last that it does.
         let meant = if known & 1 == parity { known + 1 } else { known };
         // A barrier that was overwritten is not what was counted.

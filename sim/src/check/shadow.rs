@@ -29,6 +29,7 @@ pub(super) struct Site {
     pub device: usize,
     pub cluster: u64,
     pub cta: u64,
+    pub launch: usize,
 }
 
 impl Scope {
@@ -88,7 +89,9 @@ pub(crate) struct Record {
 const PROXY: u32 = 1;
 const STRONG: u32 = 2;
 const SCOPE_SHIFT: u32 = 2;
-const SITE_SHIFT: u32 = 4;
+const READ_ONLY: u32 = 16;
+const WAITS: u32 = 32;
+const SITE_SHIFT: u32 = 6;
 const FLAGS: u32 = (1 << SITE_SHIFT) - 1;
 
 impl Record {
@@ -104,6 +107,16 @@ impl Record {
         let scope = strong.map_or(0, |scope| STRONG | (scope as u32) << SCOPE_SHIFT);
         let site = pc << SITE_SHIFT | scope | if async_proxy { PROXY } else { 0 };
         Self { agent: agent.pack(), tick, lanes, site, issuer }
+    }
+
+    /// The same, by `ld.global.nc`.
+    pub fn read_only(self) -> Self {
+        Self { site: self.site | READ_ONLY, ..self }
+    }
+
+    /// The same, by a wait for an mbarrier.
+    pub fn waits(self) -> Self {
+        Self { site: self.site | WAITS, ..self }
     }
 
     pub fn is_async(self) -> bool {
@@ -143,6 +156,8 @@ pub(crate) struct Actor<'a> {
     pub observes: bool,
     /// Of each warp.
     pub homes: &'a [Site],
+    /// What came before the launch, to any of its warps.
+    pub began: &'a Clock,
 }
 
 /// What is wrong with two accesses.
@@ -152,6 +167,10 @@ pub(crate) enum ClashKind {
     Race,
     /// They are ordered, but no proxy fence lies between.
     Proxy,
+    /// A read by `ld.global.nc`, and a write while the kernel runs.
+    ReadOnly,
+    /// A tensor map was written, and no fence of its proxy lies between that and its use.
+    TensorMap,
     /// A wait for a phase of an mbarrier, and the completion of the next, which nothing orders.
     Phase,
 }
@@ -198,8 +217,22 @@ impl Actor<'_> {
                     || self.clock.knows(warp, before.tick, lanes)
                     || before_mode == Mode::Read && self.clock.knows_read(warp, before.tick, lanes)
                     || before.site & STRONG != 0 && self.clock.has_seen(warp, before.tick, before.lanes)
+                    || before.site & WAITS != 0 && self.knows_wait(warp, before)
             }
         }
+    }
+
+    /// Whether a wait for an mbarrier by some lanes together is over: it is for all of them if it is for one, as the instruction is
+    /// (`cuda::pipeline` has one lane invalidate the barrier that all have waited at).
+    #[cold]
+    fn knows_wait(&self, warp: u32, wait: Record) -> bool {
+        let known = |lane: usize| {
+            let lane = 1 << lane;
+            wait.agent == self.record.agent && self.record.lanes & lane != 0
+                || self.clock.knows(warp, wait.tick, lane)
+                || self.clock.knows_read(warp, wait.tick, lane)
+        };
+        crate::registers::lanes(wait.lanes).any(known)
     }
 
     /// Whether the accesses are unordered, and no race as both are strong.
@@ -221,7 +254,41 @@ impl Actor<'_> {
         {
             return clash(ClashKind::Proxy);
         }
+        if (me.site | before.site) & READ_ONLY != 0 && self.breaks_read_only(before, before_mode) {
+            return clash(ClashKind::ReadOnly);
+        }
         Ok(false)
+    }
+
+    /// Of two accesses in order, of which one is by `ld.global.nc`: whether the other is a write while the same kernel runs.
+    #[cold]
+    fn breaks_read_only(&self, before: Record, before_mode: Mode) -> bool {
+        let launch = |record: Record| self.homes.get(record.issuer as usize).map(|site| site.launch);
+        match before_mode {
+            Mode::Read => self.mode == Mode::Write && launch(before) == launch(self.record),
+            Mode::Write => {
+                let earlier = Actor { clock: self.began, record: Record::default(), ..*self };
+                !earlier.follows(before, Mode::Write)
+            }
+        }
+    }
+
+    /// Checks the use of a tensor map, by who last wrote a part of it.
+    fn check_map(&self, before: Record) -> Result<(), Clash> {
+        let clash =
+            |kind| Clash { before, before_mode: Mode::Write, now: self.record, now_mode: Mode::Read, kind, key: 0 };
+        if before.tick == 0 {
+            return Ok(());
+        }
+        if !self.follows(before, Mode::Write) {
+            return Err(clash(ClashKind::Race));
+        }
+        match Agent::unpack(before.agent) {
+            Agent::Warp(warp) if !self.clock.knows_mapped(warp, before.tick, before.lanes) => {
+                Err(clash(ClashKind::TensorMap))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -333,10 +400,44 @@ impl Shadow {
         Ok(())
     }
 
+    /// Checks the use of a tensor map, without remembering it.
+    pub fn use_map(&self, bytes: u64, actor: &Actor<'_>) -> Result<(), Clash> {
+        let (at, end) = (actor.key, actor.key + bytes);
+        for line in at / LINE..end.div_ceil(LINE) {
+            let start = line * LINE;
+            let Some(first) = self.pages.get(&(start >> PAGE_SHIFT)) else {
+                continue;
+            };
+            let mut rest = vec![(first + line as u32 % PAGE_CELLS, 0, start)];
+            while let Some((cell, level, from)) = rest.pop() {
+                let (size, parts) = LEVELS[level];
+                if from >= end || from + u64::from(size) <= at {
+                    continue;
+                }
+                let Cell { write, split, .. } = self.cells[cell as usize];
+                if split == 0 {
+                    actor.check_map(write).map_err(|clash| Clash { key: from, ..clash })?;
+                } else {
+                    let each = size / parts;
+                    rest.extend((0..parts).map(|part| (split + part, level + 1, from + u64::from(part * each))));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// An access to the shared memory of a CTA, by another one, that `clock` does not know: what a CTA that exits knows.
     pub fn unknown_to_exit(&self, cta: u64, bytes: u64, clock: &Clock, homes: &[Site]) -> Option<Clash> {
         let now = Record::new(Agent::Warp(u32::MAX >> 1), 0, 0, 0, None, false, 0);
-        let actor = Actor { key: shared_key(cta, 0), record: now, clock, mode: Mode::Write, observes: false, homes };
+        let actor = Actor {
+            key: shared_key(cta, 0),
+            record: now,
+            clock,
+            mode: Mode::Write,
+            observes: false,
+            homes,
+            began: clock,
+        };
         let unknown = |record: Record, mode: Mode| {
             let foreign = homes.get(record.issuer as usize).is_some_and(|home| home.cta != cta);
             record.tick != 0 && foreign && !actor.follows(record, mode)
@@ -598,7 +699,7 @@ mod tests {
                 let others = bytes[range.clone()].iter().flatten().filter(|(other, _)| *other != warp);
                 let race = others.into_iter().any(|(_, other)| (*other, mode) != (Mode::Read, Mode::Read));
                 let record = Record::new(Agent::Warp(warp), 1 + step as u32, 1, 0, None, false, warp);
-                let actor = Actor { key: at, record, clock: &Clock::default(), mode, observes: false, homes: &[] };
+                let actor = Actor { key: at, record, clock: &Clock::default(), mode, observes: false, homes: &[], began: &Clock::default() };
                 prop_assert_eq!(shadow.access(length, &actor).is_err(), race);
                 if race {
                     break;

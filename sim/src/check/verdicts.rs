@@ -34,6 +34,8 @@ impl Verdicts {
             ClashKind::Race => Check::DataRace,
             ClashKind::Proxy if on_mbarrier() => Check::InitWithoutProxyFence,
             ClashKind::Proxy => Check::MissingProxyFence,
+            ClashKind::ReadOnly => Check::WrittenReadOnly,
+            ClashKind::TensorMap => Check::MissingTensorMapFence,
             ClashKind::Phase => Check::PhaseOrder,
         };
         match self.policy.verdict(Some(check)) {

@@ -82,6 +82,8 @@ impl Decoder {
 
     fn decode_small_copy(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
         if opcode.take("wait_all") {
+            // "Equivalent to commit_group and wait_group 0" (PTX ISA 8.6, "cp.async.wait_all").
+            self.push(Op::CommitGroup(CopyKind::Small));
             self.push(Op::WaitGroup { kind: CopyKind::Small, pending: 0, read: false });
             return Ok(());
         }

@@ -97,6 +97,9 @@ impl Decoder {
             return Err(format!("type {kind:?}"));
         }
         let add = opcode.name() == "add";
+        if add && !saturate && matches!(kind, Type::U16x2 | Type::S16x2) {
+            return self.halves(kind, o, |x, y| x.wrapping_add(y));
+        }
         Ok(match (add, saturate) {
             (true, false) => by_type!(self, kind, o, |x, y| x.wrapping_add(y)),
             (false, false) => by_type!(self, kind, o, |x, y| x.wrapping_sub(y)),
@@ -276,10 +279,25 @@ impl Decoder {
 
     fn divide(&mut self, opcode: &mut Opcode<'_>, o: &[Operand]) -> Decoded<Op> {
         expect_count(o, 3)?;
-        if opcode.take("relu") {
-            return Err("`.relu` is not supported".to_owned());
-        }
+        let relu = opcode.take("relu");
         let kind = opcode.need_type()?;
+        let extremum = matches!(opcode.name(), "min" | "max");
+        if relu && !(extremum && matches!(kind, Type::S32 | Type::S16x2)) {
+            return Err(format!("`.relu` of type {kind:?}"));
+        }
+        if relu || matches!(kind, Type::U16x2 | Type::S16x2) {
+            let f: fn(i32, i32) -> i32 = match opcode.name() {
+                "min" => Ord::min,
+                "max" => Ord::max,
+                other => return Err(format!("`{other}` of type {kind:?}")),
+            };
+            let f = move |x, y| if relu { f(x, y).max(0) } else { f(x, y) };
+            if kind != Type::S32 {
+                return self.halves(kind, o, f);
+            }
+            let (d, a, b): (R32, R32, R32) = (self.write(&o[0])?, self.read(&o[1], kind)?, self.read(&o[2], kind)?);
+            return Ok(binary(d, a, b, move |x, y| f(x as i32, y as i32) as u32));
+        }
         if matches!(kind, Type::B16 | Type::B32 | Type::B64) {
             return Err(format!("type {kind:?}"));
         }
@@ -290,6 +308,20 @@ impl Decoder {
             "min" => by_type!(self, kind, o, |x, y| x.min(y)),
             _ => by_type!(self, kind, o, |x, y| x.max(y)),
         })
+    }
+
+    /// `f` of the two halves of a register, each extended as its type says.
+    fn halves(
+        &mut self,
+        kind: Type,
+        o: &[Operand],
+        f: impl Fn(i32, i32) -> i32 + Send + Sync + 'static,
+    ) -> Decoded<Op> {
+        let (d, a, b): (R32, R32, R32) = (self.write(&o[0])?, self.read(&o[1], kind)?, self.read(&o[2], kind)?);
+        let signed = kind.is_signed();
+        let extend = move |half: u32| if signed { i32::from(half as u16 as i16) } else { i32::from(half as u16) };
+        let one = move |x: u32, y: u32| f(extend(x), extend(y)) as u32 & 0xFFFF;
+        Ok(binary(d, a, b, move |x: u32, y: u32| one(x >> 16, y >> 16) << 16 | one(x, y)))
     }
 
     fn one_operand(&mut self, opcode: &mut Opcode<'_>, o: &[Operand]) -> Decoded<Op> {

@@ -141,6 +141,7 @@ impl Decoder {
         opcode.take("weak");
         let scope = take_scope(opcode).unwrap_or(Scope::Sys);
         let named = take_space(opcode);
+        let read_only = opcode.take("nc") || opcode.name() == "ldu";
         opcode.ignore(&CACHE_HINTS);
         // The cache policy operand that follows is a hint too.
         let hint = opcode.take("L2::cache_hint");
@@ -186,6 +187,7 @@ impl Decoder {
             signed: kind.is_signed(),
             order,
             scope,
+            read_only,
         });
         self.push(if store { Op::Store(access) } else { Op::Load(access) });
         Ok(())
@@ -239,6 +241,7 @@ impl Decoder {
             signed: false,
             order: Order::Weak,
             scope: Scope::Cluster,
+            read_only: false,
         };
         self.push(Op::AsyncStore(Box::new(AsyncStore { access, mbarrier, reduction })));
         Ok(())

@@ -256,9 +256,8 @@ fn proxy_fence(opcode: &mut Opcode<'_>, proxies: &[&'static str]) -> Decoded<Op>
             Op::FenceProxy(Space::Shared)
         }
         _ => {
-            one_way(opcode)?;
-            take_scope(opcode).ok_or("the scope is missing")?;
-            Op::Nothing
+            let release = one_way(opcode)? == "release";
+            Op::FenceTensorMap { release, scope: take_scope(opcode).ok_or("the scope is missing")? }
         }
     })
 }

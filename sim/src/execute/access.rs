@@ -153,8 +153,16 @@ impl Context<'_> {
                 return Ok(());
             };
             // The load of an acquire comes before what it learns.
-            let one =
-                check::Access { warp: self.agent, lanes, pc: self.pc, reads: false, mode, strong: order.strong(scope) };
+            let one = check::Access {
+                warp: self.agent,
+                lanes,
+                pc: self.pc,
+                reads: false,
+                mode,
+                strong: order.strong(scope),
+                read_only: access.read_only,
+                waits: false,
+            };
             if let Err(fault) = checker.access(one, key, bytes) {
                 self.fault_lanes = lanes;
                 return Err(fault);

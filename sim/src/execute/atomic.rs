@@ -168,7 +168,16 @@ impl Context<'_> {
         };
         let (warp, lanes, bytes) = (self.agent, 1 << lane, bytes as u64);
         let (order, scope) = (atomic.order, atomic.scope);
-        let access = check::Access { warp, lanes, pc: self.pc, reads: true, mode: Mode::Write, strong: Some(scope) };
+        let access = check::Access {
+            warp,
+            lanes,
+            pc: self.pc,
+            reads: true,
+            mode: Mode::Write,
+            strong: Some(scope),
+            read_only: false,
+            waits: false,
+        };
         checker.access(access, key, bytes)?;
         if atomic.destination.is_some() {
             checker.observe(warp, lanes, key, bytes, order, scope);

@@ -6,7 +6,7 @@ use crate::asynchronous::{Completion, CopyPart, Event, Place, Transfer};
 use crate::cta::Wait;
 use crate::error::Fault;
 use crate::mbarrier::Mbarrier;
-use crate::memory::Copied;
+use crate::memory::{Copied, Window, window_offset};
 use crate::program::{
     Address, AsyncStore, AtomicOperation, AtomicType, BulkCopy, CopyKind, SmallCopy, Space, TensorCopy,
 };
@@ -160,6 +160,11 @@ impl Context<'_> {
         for lane in lanes(issued) {
             self.fault_lanes = 1 << lane;
             let map = self.tensor_map(maps[lane])?;
+            if let Some(checker) = &mut self.checker
+                && Window::of(maps[lane]) != Window::Param
+            {
+                checker.use_tensor_map(self.agent, 1 << lane, self.pc, maps[lane])?;
+            }
             let coordinates: Vec<i32> =
                 copy.coordinates.iter().map(|register| register.get(&self.warp.registers)[lane] as i32).collect();
             let base = self.locate(places[lane], space)?.address as u32;
@@ -202,7 +207,6 @@ impl Context<'_> {
 
     /// Reads the 128 bytes of a tensor map from global memory or the kernel's parameters.
     fn tensor_map(&mut self, address: u64) -> Result<TensorMap, Fault> {
-        use crate::memory::{Window, window_offset};
         if !address.is_multiple_of(64) {
             return Err(Fault::Misaligned {
                 place: format!("tensor map at {}", self.memory.place(address)),

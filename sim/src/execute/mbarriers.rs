@@ -16,6 +16,9 @@ use crate::waiver::Check;
 /// limit is its own.
 const SUSPEND_NS: u64 = 1000;
 
+/// One of so many `try_wait`s that would suspend their warp gives up at once, as it may.
+const GIVES_UP: u64 = 16;
+
 fn misuse(state: &CtaState, address: u32, error: MbarrierError) -> Fault {
     Fault::Mbarrier { place: shared_place(&state.shared, u64::from(address)), error }
 }
@@ -99,6 +102,8 @@ impl Context<'_> {
                 reads: false,
                 mode: Mode::Read,
                 strong: Some(Scope::Cta),
+                read_only: false,
+                waits: true,
             };
             checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
             if let (WaitPhase::Parity(parity), Some(barrier)) = (phase, mbarrier_at(self.state, address)) {
@@ -175,12 +180,6 @@ impl Context<'_> {
             }
         }
         self.fault_lanes = 0;
-        if let Some(checker) = &mut self.checker
-            && matches!(operation.action, MbarrierAction::Arrive { .. })
-            && !active.is_power_of_two()
-        {
-            checker.end_reads(self.agent, active);
-        }
         *self.progress += 1;
         self.warp.polls.reset();
         Ok(Flow::Next)
@@ -203,7 +202,7 @@ impl Context<'_> {
             }
         }
         let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cluster)) };
-        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong };
+        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong, read_only: false, waits: false };
         checker.access(access, shared_key(place.cta, place.address), 8)?;
         match operation.action {
             MbarrierAction::Arrive { .. } => {
@@ -258,7 +257,7 @@ impl Context<'_> {
             if !self.warp.unmet.contains(&(address, phase)) {
                 self.warp.unmet.push((address, phase));
             }
-            if suspends && !timed_out {
+            if suspends && !timed_out && self.random.below(GIVES_UP) != 0 {
                 let limit = limit.map_or(SUSPEND_NS, |limit| u64::from(limit.get(&self.warp.registers)[lane]));
                 let until = self.time() + limit;
                 return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
@@ -282,7 +281,6 @@ impl Context<'_> {
                 checker.wait_mbarrier((self.agent, same, self.pc), (self.state.id, address), scope, relaxed);
                 rest &= !same;
             }
-            checker.end_reads(self.agent, complete);
         }
         if blocking.is_some() && !suspends {
             return Ok(self.poll(index, u64::from(complete)));

@@ -161,7 +161,16 @@ impl Context<'_> {
             return Ok(());
         };
         for address in &addresses[..8 * access.registers.len()] {
-            let one = Access { warp: self.agent, lanes: ALL, pc: self.pc, reads: false, mode, strong: None };
+            let one = Access {
+                warp: self.agent,
+                lanes: ALL,
+                pc: self.pc,
+                reads: false,
+                mode,
+                strong: None,
+                read_only: false,
+                waits: false,
+            };
             checker.access(one, shared_key(self.state.id, u64::from(*address)), 16)?;
         }
         Ok(())

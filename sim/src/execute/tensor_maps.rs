@@ -90,7 +90,7 @@ impl Context<'_> {
         self.set_map_bytes(Space::Global, to, 0, &bytes)?;
         self.release(scope);
         if let Some(checker) = &mut self.checker {
-            checker.fence(self.agent, active, scope);
+            checker.fence_tensor_map(self.agent, active, scope, true);
         }
         self.fault_lanes = 0;
         *self.progress += 1;
@@ -146,7 +146,16 @@ impl Context<'_> {
             return Ok(());
         };
         let key = if space == Space::Global { address } else { shared_key(cta, address) };
-        let access = Access { warp: agent, lanes: 1 << lane, pc, mode, reads: false, strong: None };
+        let access = Access {
+            warp: agent,
+            lanes: 1 << lane,
+            pc,
+            mode,
+            reads: false,
+            strong: None,
+            read_only: false,
+            waits: false,
+        };
         checker.access(access, key, BYTES as u64)
     }
 }

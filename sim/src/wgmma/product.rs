@@ -2,10 +2,11 @@
 //!
 //! The accumulator stays as the instruction lays it out, `d[register][thread]`. Four threads that follow each other
 //! hold one row and the columns 0, 2, 4 and 6 (or 1, 3, 5, 7) of a block of 8, so both operands are stored per group of
-//! four: A's element once for each thread, B's columns in that order.
+//! four: A's element once for each thread, B's columns in that order. Operands of 8 bits come with their exponents in the
+//! same order, for [`accumulate_aligned`].
 
 use super::descriptor::Chunk;
-use super::{Major, OperandType, THREADS};
+use super::{FP8_FRACTION_BITS, Major, OperandType, THREADS};
 use crate::convert::arithmetic::CANONICAL_NAN_F32;
 use std::cell::RefCell;
 
@@ -24,8 +25,14 @@ pub struct Operands {
 pub fn with_operands<T>(body: impl FnOnce(&mut Operands) -> T) -> T {
     thread_local! {
         static BUFFERS: RefCell<Operands> = RefCell::new(Operands {
-            left: LeftOperand { rows: Box::new([[[0.0; THREADS]; 2]; MAX_K]) },
-            right: RightOperand { columns: Box::new([[[[0.0; 4]; 2]; MAX_N / 8]; MAX_K]) },
+            left: LeftOperand {
+                rows: Box::new([[[0.0; THREADS]; 2]; MAX_K]),
+                exponents: Box::new([[[0; THREADS]; 2]; MAX_K]),
+            },
+            right: RightOperand {
+                columns: Box::new([[[[0.0; 4]; 2]; MAX_N / 8]; MAX_K]),
+                exponents: Box::new([[[[0; 4]; 2]; MAX_N / 8]; MAX_K]),
+            },
         });
     }
     BUFFERS.with_borrow_mut(body)
@@ -35,14 +42,18 @@ pub fn with_operands<T>(body: impl FnOnce(&mut Operands) -> T) -> T {
 /// warp's 16.
 pub struct LeftOperand {
     rows: Box<[[[f32; THREADS]; 2]; MAX_K]>,
+    /// What [`exponent`] gives for each of them, where they have 8 bits.
+    exponents: Box<[[[u8; THREADS]; 2]; MAX_K]>,
 }
 
 /// B as `columns[k][block][odd][i]`: the element at k of column `8 * block + 2 * i + odd`.
 pub struct RightOperand {
-    columns: Box<[[Block; MAX_N / 8]; MAX_K]>,
+    columns: Box<[[Block<f32>; MAX_N / 8]; MAX_K]>,
+    /// What [`exponent`] gives for each of them, where they have 8 bits.
+    exponents: Box<[[Block<u8>; MAX_N / 8]; MAX_K]>,
 }
 
-type Block = [[f32; 4]; 2];
+type Block<T> = [[T; 4]; 2];
 
 /// Converts chunks to f32.
 #[derive(Clone, Copy)]
@@ -74,9 +85,9 @@ impl Decoder {
                 }
             }
             OperandType::E4m3 | OperandType::E5m2 => {
-                let table = byte_values(self.operand);
+                let table = byte_table(self.operand);
                 for (value, &byte) in values.iter_mut().zip(bytes) {
-                    *value = table[byte as usize];
+                    *value = table.values[byte as usize];
                 }
             }
         }
@@ -85,18 +96,53 @@ impl Decoder {
         }
         (values, 16 / self.operand.bytes())
     }
+
+    /// The exponents of 16 elements of 8 bits; `None` of wider ones.
+    #[inline(always)]
+    fn exponents(self, bytes: &[u8; 16]) -> Option<[u8; 16]> {
+        let table = match self.operand {
+            OperandType::E4m3 | OperandType::E5m2 => byte_table(self.operand),
+            _ => return None,
+        };
+        Some(bytes.map(|byte| table.exponents[byte as usize]))
+    }
 }
 
-/// The values of all bytes of an 8-bit type.
-fn byte_values(operand: OperandType) -> &'static [f32; 256] {
+/// The values of all bytes of an 8-bit type, and their exponents.
+struct ByteTable {
+    values: [f32; 256],
+    exponents: [u8; 256],
+}
+
+/// The table of an 8-bit type.
+fn byte_table(operand: OperandType) -> &'static ByteTable {
     use std::sync::LazyLock;
-    static E4M3: LazyLock<[f32; 256]> = LazyLock::new(|| all_bytes(OperandType::E4m3));
-    static E5M2: LazyLock<[f32; 256]> = LazyLock::new(|| all_bytes(OperandType::E5m2));
+    static E4M3: LazyLock<ByteTable> = LazyLock::new(|| all_bytes(OperandType::E4m3));
+    static E5M2: LazyLock<ByteTable> = LazyLock::new(|| all_bytes(OperandType::E5m2));
     if operand == OperandType::E4m3 { &E4M3 } else { &E5M2 }
 }
 
-fn all_bytes(operand: OperandType) -> [f32; 256] {
-    std::array::from_fn(|byte| operand.numeric().to_f32(byte as u32))
+fn all_bytes(operand: OperandType) -> ByteTable {
+    ByteTable {
+        values: std::array::from_fn(|byte| operand.numeric().to_f32(byte as u32)),
+        exponents: std::array::from_fn(|byte| exponent(operand, byte as u8)),
+    }
+}
+
+/// What [`exponent`] adds to the exponent of a number that is not 0: more than any of them, so that only a sum for two such
+/// numbers has [`NOT_ZERO`] in it.
+const EXPONENT_BIAS: i32 = 96;
+/// The bit of a sum of two biased exponents, of numbers that are not 0.
+const NOT_ZERO: u8 = 0x80;
+
+/// The biased exponent of an 8-bit number: of a subnormal one the least that there is, as its significand is not
+/// normalised; 0 of zero.
+fn exponent(operand: OperandType, byte: u8) -> u8 {
+    let (mantissa_bits, bias) = if operand == OperandType::E4m3 { (3, 7) } else { (2, 15) };
+    match byte & 0x7F {
+        0 => 0,
+        bits => (i32::from(bits >> mantissa_bits).max(1) - bias + EXPONENT_BIAS) as u8,
+    }
 }
 
 impl LeftOperand {
@@ -109,6 +155,11 @@ impl LeftOperand {
                 let (half, thread) = place(chunk.row);
                 for (rows, x) in self.rows[chunk.k..][..count].iter_mut().zip(values) {
                     rows[half][thread..thread + 4].fill(x);
+                }
+                if let Some(exponents) = decoder.exponents(bytes) {
+                    for (rows, x) in self.exponents[chunk.k..][..count].iter_mut().zip(exponents) {
+                        rows[half][thread..thread + 4].fill(x);
+                    }
                 }
             }
             Major::MN => {
@@ -144,6 +195,11 @@ impl RightOperand {
                 for (blocks, x) in self.columns[chunk.k..][..count].iter_mut().zip(values) {
                     blocks[block][column % 2][column / 2] = x;
                 }
+                if let Some(exponents) = decoder.exponents(bytes) {
+                    for (blocks, x) in self.exponents[chunk.k..][..count].iter_mut().zip(exponents) {
+                        blocks[block][column % 2][column / 2] = x;
+                    }
+                }
             }
             // A chunk of a 16-bit type is a whole block.
             Major::MN => {
@@ -174,6 +230,28 @@ pub fn accumulate(left: &LeftOperand, right: &RightOperand, depth: usize, d: &mu
     unsafe { accumulate_blocks::<[f32; 4]>(left, right, depth, d) }
 }
 
+/// `d += left * right` for operands of 8 bits as Hopper's tensor cores have it: of the `depth` products of each element, and of
+/// its old value, what is below `FP8_FRACTION_BITS` bits behind the point is cut off, once all are aligned to the largest
+/// exponent among them. What is left is added without any rounding. With `cut`, the sum too keeps that many bits behind its
+/// leading one, and no more.
+///
+/// Neither the width of the vectors nor the instruction set changes a result: all sums are of whole numbers below 2^24.
+pub fn accumulate_aligned(left: &LeftOperand, right: &RightOperand, depth: usize, cut: bool, d: &mut [[f32; THREADS]]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the CPU has AVX-512F and AVX-512BW.
+            return unsafe { x86::accumulate_aligned_avx512(left, right, depth, cut, d) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has AVX2.
+            return unsafe { x86::accumulate_aligned_avx2(left, right, depth, cut, d) };
+        }
+    }
+    // SAFETY: an array needs no CPU feature.
+    unsafe { aligned_blocks::<[f32; 4]>(left, right, depth, cut, d) }
+}
+
 /// A vector of f32, one per thread.
 ///
 /// # Safety
@@ -189,6 +267,8 @@ unsafe trait Lanes: Copy {
     unsafe fn repeat(four: &[f32; 4]) -> Self;
     /// `self + a * b`, both rounded.
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    /// `self` and the whole part of `a * b * scale`, whose first product must be exact.
+    unsafe fn add_whole_product(self, a: Self, b: Self, scale: Self) -> Self;
     /// With the canonical NaN in place of any other, which hosts choose differently.
     unsafe fn canonical(self) -> Self;
 }
@@ -215,6 +295,11 @@ unsafe impl Lanes for [f32; 4] {
     #[inline(always)]
     unsafe fn add_product(self, a: Self, b: Self) -> Self {
         std::array::from_fn(|i| self[i] + a[i] * b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn add_whole_product(self, a: Self, b: Self, scale: Self) -> Self {
+        std::array::from_fn(|i| self[i] + (a[i] * b[i] * scale[i]).trunc())
     }
 
     #[inline(always)]
@@ -287,9 +372,106 @@ unsafe fn accumulate_registers<V: Lanes, const BLOCKS: usize>(
     }
 }
 
+/// [`accumulate_aligned`] with vectors `V`.
+///
+/// # Safety
+/// The CPU has the instruction set of `V`.
+#[inline(always)]
+unsafe fn aligned_blocks<V: Lanes>(
+    left: &LeftOperand,
+    right: &RightOperand,
+    depth: usize,
+    cut: bool,
+    d: &mut [[f32; THREADS]],
+) {
+    for (block, registers) in d.chunks_exact_mut(4).enumerate() {
+        let mut units = [const { Units { scale: [1.0; THREADS], old: [0.0; THREADS] } }; 4];
+        // Loops and not closures, which would not have the caller's instruction set.
+        for (r, units) in units.iter_mut().enumerate() {
+            units.set(&largest_exponents(left, right, depth, block, r), &registers[r]);
+        }
+        for thread in (0..THREADS).step_by(V::COUNT) {
+            // SAFETY: as the caller promises.
+            unsafe {
+                let scales: [V; 4] = std::array::from_fn(|r| V::load(&units[r].scale[thread..]));
+                // The old value is an addend like all others.
+                let mut sums: [V; 4] = std::array::from_fn(|r| V::load(&units[r].old[thread..]));
+                for (rows, columns) in left.rows[..depth].iter().zip(&right.columns[..depth]) {
+                    let upper = V::load(&rows[0][thread..]);
+                    let lower = V::load(&rows[1][thread..]);
+                    let [even, odd] = &columns[block];
+                    let (even, odd) = (V::repeat(even), V::repeat(odd));
+                    sums[0] = sums[0].add_whole_product(upper, even, scales[0]);
+                    sums[1] = sums[1].add_whole_product(upper, odd, scales[1]);
+                    sums[2] = sums[2].add_whole_product(lower, even, scales[2]);
+                    sums[3] = sums[3].add_whole_product(lower, odd, scales[3]);
+                }
+                for (sum, register) in sums.iter().zip(&mut *registers) {
+                    sum.store(&mut register[thread..]);
+                }
+            }
+        }
+        for (units, register) in units.iter().zip(registers) {
+            units.finish(cut, register);
+        }
+    }
+}
+
+/// For each thread the largest of the biased exponents (EXPONENT_BIAS twice) of the products of register `4 * block + r`, with
+/// the bit [`NOT_ZERO`]; without it if all products are 0.
+#[inline(always)]
+fn largest_exponents(left: &LeftOperand, right: &RightOperand, depth: usize, block: usize, r: usize) -> [u8; THREADS] {
+    let mut largest = [0u8; THREADS];
+    for (rows, columns) in left.exponents[..depth].iter().zip(&right.exponents[..depth]) {
+        let columns: [u8; 64] = bytemuck::cast([u32::from_ne_bytes(columns[block][r % 2]); 16]);
+        for (half, rows) in largest.as_chunks_mut::<64>().0.iter_mut().zip(rows[r / 2].as_chunks::<64>().0) {
+            for ((largest, x), y) in half.iter_mut().zip(rows).zip(&columns) {
+                *largest = (*largest).max(x.wrapping_add(*y));
+            }
+        }
+    }
+    largest
+}
+
+/// What the addends of a register's elements are counted in.
+struct Units {
+    /// Units in 1: a power of two.
+    scale: [f32; THREADS],
+    /// The old values, in whole units.
+    old: [f32; THREADS],
+}
+
+impl Units {
+    /// The least bit that is kept, by the largest exponents of the products (see [`largest_exponents`]) and the old values.
+    #[inline(always)]
+    fn set(&mut self, products: &[u8; THREADS], old: &[f32; THREADS]) {
+        for thread in 0..THREADS {
+            let (largest, old) = (products[thread], old[thread]);
+            let of_old = (old.to_bits() >> 23 & 0xFF) as i32 - 127;
+            // Infinity and NaN, whose unit does not matter, have exponent 128.
+            let exponent = (i32::from(largest) - 2 * EXPONENT_BIAS).max(of_old).min(127);
+            let scale = f32::from_bits(((FP8_FRACTION_BITS - exponent + 127) as u32) << 23);
+            // Where all products are 0 the old value is alone; what it keeps is decided at the end.
+            let alone = largest & NOT_ZERO == 0;
+            self.scale[thread] = if alone { 1.0 } else { scale };
+            self.old[thread] = if alone { old } else { (old * scale).trunc() };
+        }
+    }
+
+    /// Makes values of `sums` in units; with `cut`, of [`FP8_FRACTION_BITS`] bits.
+    #[inline(always)]
+    fn finish(&self, cut: bool, sums: &mut [f32; THREADS]) {
+        let kept = if cut { u32::MAX << (23 - FP8_FRACTION_BITS) } else { u32::MAX };
+        for (sum, scale) in sums.iter_mut().zip(&self.scale) {
+            let value = *sum / scale + 0.0;
+            *sum = if value.is_nan() { CANONICAL_NAN_F32 } else { f32::from_bits(value.to_bits() & kept) };
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{CANONICAL_NAN_F32, Lanes, LeftOperand, RightOperand, THREADS, accumulate_blocks};
+    use super::{CANONICAL_NAN_F32, Lanes, LeftOperand, RightOperand, THREADS, accumulate_blocks, aligned_blocks};
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx512f")]
@@ -302,6 +484,30 @@ mod x86 {
     pub fn accumulate_avx2(left: &LeftOperand, right: &RightOperand, depth: usize, d: &mut [[f32; THREADS]]) {
         // SAFETY: this function's target feature.
         unsafe { accumulate_blocks::<__m256>(left, right, depth, d) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub fn accumulate_aligned_avx512(
+        left: &LeftOperand,
+        right: &RightOperand,
+        depth: usize,
+        cut: bool,
+        d: &mut [[f32; THREADS]],
+    ) {
+        // SAFETY: this function's target feature.
+        unsafe { aligned_blocks::<__m512>(left, right, depth, cut, d) }
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub fn accumulate_aligned_avx2(
+        left: &LeftOperand,
+        right: &RightOperand,
+        depth: usize,
+        cut: bool,
+        d: &mut [[f32; THREADS]],
+    ) {
+        // SAFETY: this function's target feature.
+        unsafe { aligned_blocks::<__m256>(left, right, depth, cut, d) }
     }
 
     // SAFETY: needs AVX-512F.
@@ -330,6 +536,15 @@ mod x86 {
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             // SAFETY: the caller promises the CPU feature.
             unsafe { _mm512_add_ps(self, _mm512_mul_ps(a, b)) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_whole_product(self, a: Self, b: Self, scale: Self) -> Self {
+            // SAFETY: the caller promises the CPU feature.
+            unsafe {
+                let scaled = _mm512_mul_ps(_mm512_mul_ps(a, b), scale);
+                _mm512_add_ps(self, _mm512_roundscale_ps::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(scaled))
+            }
         }
 
         #[inline(always)]
@@ -371,6 +586,15 @@ mod x86 {
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             // SAFETY: the caller promises the CPU feature.
             unsafe { _mm256_add_ps(self, _mm256_mul_ps(a, b)) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_whole_product(self, a: Self, b: Self, scale: Self) -> Self {
+            // SAFETY: the caller promises the CPU feature.
+            unsafe {
+                let scaled = _mm256_mul_ps(_mm256_mul_ps(a, b), scale);
+                _mm256_add_ps(self, _mm256_round_ps::<{ _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC }>(scaled))
+            }
         }
 
         #[inline(always)]
@@ -422,6 +646,43 @@ mod tests {
                 if is_x86_feature_detected!("avx2") {
                     // SAFETY: the CPU has AVX2.
                     check(&|d| unsafe { x86::accumulate_avx2(left, right, MAX_K, d) });
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn aligned_sums_of_all_widths_agree_bit_for_bit() {
+        let byte = |i: usize| (i as u32).wrapping_mul(2_654_435_761).to_le_bytes()[3];
+        let decoder = Decoder { operand: OperandType::E5m2, negate: false };
+        with_operands(|Operands { left, right }| {
+            for row in 0..MAX_N {
+                for k in [0, 16] {
+                    let chunk = Chunk { row, k, major: Major::K, address: 0 };
+                    // Infinities and NaNs are among them.
+                    let bytes = std::array::from_fn(|i| byte(row * 32 + k + i));
+                    if row < 64 {
+                        left.store(decoder, chunk, &bytes);
+                    }
+                    right.store(decoder, chunk, &bytes.map(|byte| if row % 3 == 0 { byte } else { byte & 0xBF }));
+                }
+            }
+            for (blocks, cut) in [(1, true), (2, false), (7, true), (32, true)] {
+                let start = vec![[-0.3; THREADS]; 4 * blocks];
+                let mut expected = start.clone();
+                // SAFETY: an array needs no CPU feature.
+                unsafe { aligned_blocks::<[f32; 4]>(left, right, MAX_K, cut, &mut expected) };
+                assert!(expected.iter().flatten().any(|x| x.is_finite()));
+                let check = |accumulate: &dyn Fn(&mut [[f32; THREADS]])| {
+                    let mut d = start.clone();
+                    accumulate(&mut d);
+                    assert!(d.iter().flatten().zip(expected.iter().flatten()).all(|(x, y)| x.to_bits() == y.to_bits()));
+                };
+                check(&|d| accumulate_aligned(left, right, MAX_K, cut, d));
+                #[cfg(target_arch = "x86_64")]
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the CPU has AVX2.
+                    check(&|d| unsafe { x86::accumulate_aligned_avx2(left, right, MAX_K, cut, d) });
                 }
             }
         });

@@ -22,7 +22,7 @@ use rayon::prelude::*;
 #[command(bin_name = "cargo xtask soak")]
 struct Arguments {
     /// Seeds to run: 0 to N - 1.
-    #[arg(long, default_value_t = 2000, value_name = "N")]
+    #[arg(long, default_value_t = 2000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
     /// Only this seed, whether it was run before or not.
     #[arg(long, value_name = "S", conflicts_with = "seeds")]
@@ -31,7 +31,7 @@ struct Arguments {
     #[arg(long, value_name = "NAME", requires = "seed")]
     case: Option<String>,
     /// As many seeds as can be begun in so many seconds: fresh ones, which come from the time of day.
-    #[arg(long, value_name = "S", conflicts_with_all = ["seeds", "seed", "restart"])]
+    #[arg(long, value_name = "S", conflicts_with_all = ["seeds", "seed", "restart"], value_parser = clap::value_parser!(u64).range(1..))]
     seconds: Option<u64>,
     /// The first of the fresh seeds, to repeat those of another day.
     #[arg(long, value_name = "S", requires = "seconds")]
@@ -40,7 +40,7 @@ struct Arguments {
     #[arg(long)]
     unchecked: bool,
     /// Forget the seeds that were run before.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "seed")]
     restart: bool,
 }
 
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
     let mut cases = small_matrix();
     if let Some(name) = &arguments.case {
         let names: Vec<_> = cases.iter().map(|case| case.name).collect();
@@ -115,7 +115,7 @@ fn run_fresh(
         }
         anyhow::Ok(())
     })?;
-    let seeds = next.into_inner() - base;
+    let seeds = next.into_inner().wrapping_sub(base);
     println!("{} cases, {seeds} seeds from {base} on: all right ({:.0} s)", cases.len(), start.elapsed().as_secs_f64());
     Ok(())
 }
@@ -136,7 +136,11 @@ fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64, checks: bool) 
 fn done_path(checks: bool) -> Result<PathBuf> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
     let target = binary.ancestors().nth(2).context("this program is not in cargo's target folder")?;
-    let digest = ferromoe::PTX.lines().next().and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
+    let digest = ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false)
+        .lines()
+        .next()
+        .and_then(|line| line.rsplit(' ').next())
+        .unwrap_or_default();
     Ok(target.join("soak").join(format!("{digest:.16}{}.seeds", if checks { "" } else { ".unchecked" })))
 }
 
@@ -152,4 +156,27 @@ fn open_done(path: &PathBuf) -> Result<(BTreeSet<u64>, File)> {
     };
     let file = OpenOptions::new().create(true).append(true).open(path).with_context(context)?;
     Ok((done, file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_soak_of_nothing_and_options_without_effect_are_refused() {
+        for (options, expected) in [
+            ("--seeds 0", "0 is not in 1.."),
+            ("--seconds 0", "0 is not in 1.."),
+            ("--case plain", "--seed"),
+            ("--base 7", "--seconds"),
+            ("--seed 1 --restart", "cannot be used with"),
+            ("--seed 1 --seeds 2", "cannot be used with"),
+            ("--seed 1 --seconds 2", "cannot be used with"),
+        ] {
+            let words = ["soak"].into_iter().chain(options.split_whitespace());
+            let error = Arguments::try_parse_from(words).err().unwrap();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(expected), "{options}: {error}");
+        }
+    }
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use clap::builder::RangedU64ValueParser;
+use ferromoe::MAX_RANKS;
 use ferromoe_tests::small::{SmallCase, small_matrix};
 use ptx_sim::{Kind, Module, Profile, RunOptions};
 
@@ -20,7 +22,7 @@ const CHECKS_GOAL: f64 = 4.0;
 #[command(bin_name = "cargo xtask bench simulator")]
 struct Arguments {
     /// Ranks to simulate, one table row each.
-    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", value_name = "N,...")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", value_name = "N,...", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_RANKS as u64))]
     ranks: Vec<usize>,
     /// Runs of each kind; the fastest counts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
@@ -52,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
     println!(
         "The kernel's PTX in the simulator, a second being one of processor time; the fastest of {} runs.\n\
          Goals: {:.0} M thread instructions/s without checks and without wgmma, checks on at most {CHECKS_GOAL}x.\n\n\
@@ -164,4 +166,24 @@ fn table(profile: &Profile) -> String {
     };
     let rows: String = Kind::ALL.iter().map(row).collect();
     format!("    {:<26} {:>7} {:>14} {:>8} {:>18}\n{rows}", "", "time", "warp instr", "ns each", "lanes active")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_ranks_and_runs_that_cannot_be_are_refused() {
+        for (options, expected) in [
+            ("--ranks 0", "0 is not in 1..=8"),
+            ("--ranks 2,9", "9 is not in 1..=8"),
+            ("--ranks two", "invalid digit"),
+            ("--runs 0", "0 is not in 1.."),
+        ] {
+            let words = ["simulator"].into_iter().chain(options.split_whitespace());
+            let error = Arguments::try_parse_from(words).err().unwrap();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(expected), "{options}: {error}");
+        }
+    }
 }

@@ -110,12 +110,15 @@ fn any_number_of_sms_and_any_residency() {
 /// they run on one.
 #[test]
 fn a_seed_gives_the_same_run_on_any_number_of_threads() {
-    let module = Arc::new(Module::parse(ferromoe::PTX).unwrap_or_else(|error| panic!("{error}")));
+    let module = Arc::new(
+        Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))
+            .unwrap_or_else(|error| panic!("{error}")),
+    );
     let case = case(config(128, 64, 6, 2), &[21, 9, 40]);
     let run = |threads: usize, seed| {
         let options = RunOptions { checks: false, threads: NonZeroUsize::new(threads), ..RunOptions::default() };
         let sim = SimOptions { seed, ..case.sim };
-        let group = DeviceGroup::simulated(module.clone(), case.ranks(), sim, options);
+        let group = DeviceGroup::simulated(Some(module.clone()), case.ranks(), sim, options);
         let group = group.unwrap_or_else(|error| panic!("{error}"));
         let outputs = case.layer_on(&group).check(&case.tokens(), &format!("{threads} threads, seed {seed}"));
         let bits = |output: Vec<half::bf16>| output.into_iter().map(half::bf16::to_bits).collect::<Vec<_>>();

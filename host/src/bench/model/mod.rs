@@ -3,16 +3,18 @@
 
 mod timeline;
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{BF16_BYTES, Shape};
-use ferromoe_kernel::schedule::{Phase, ScheduleShape, Task, TaskCursor, group_tiles};
-use ferromoe_kernel::tile::{K_BLOCK, MAX_CLUSTER, WEIGHT_TILE, token_tile, token_tiles};
+use ferromoe_kernel::schedule::{ScheduleShape, TaskCursor, group_tiles};
+use ferromoe_kernel::task::{Phase, Task};
 use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
 use crate::error::Result;
-use crate::fused::{clusters_pay, layer_shape, wave_tiles};
+use crate::fused::{clusters_pay, wave_tiles};
 use crate::router::Routing;
 use crate::trace::Trace;
+use crate::workspace::layer_shape;
 use timeline::{COUNTS_NS, FIRST_ROWS_NS, RankModel};
 
 /// The rates of a GPU.
@@ -28,15 +30,40 @@ pub struct Machine {
     pub nvlink_gbs: f64,
     /// Dense bf16 products, 1e12 operations a second.
     pub tflops: f64,
+    /// Dense e4m3 products.
+    pub fp8_tflops: f64,
     /// Bytes that stay in the L2 cache while others go through it: half of it, for each half keeps what its SMs read.
     pub l2_bytes: u64,
 }
 
 /// The machines that are modelled: an H200 as measured (docs/measurements.md, its NVLink by the datasheet), an H20 by its datasheet.
 pub const MACHINES: [Machine; 2] = [
-    Machine { name: "H200", sms: 132, memory_gbs: 4273.0, nvlink_gbs: 450.0, tflops: 680.0, l2_bytes: 30 << 20 },
-    Machine { name: "H20", sms: 78, memory_gbs: 4000.0, nvlink_gbs: 450.0, tflops: 148.0, l2_bytes: 30 << 20 },
+    Machine {
+        name: "H200",
+        sms: 132,
+        memory_gbs: 4273.0,
+        nvlink_gbs: 450.0,
+        tflops: 680.0,
+        fp8_tflops: 1260.0,
+        l2_bytes: 30 << 20,
+    },
+    Machine {
+        name: "H20",
+        sms: 78,
+        memory_gbs: 4000.0,
+        nvlink_gbs: 450.0,
+        tflops: 148.0,
+        fp8_tflops: 296.0,
+        l2_bytes: 30 << 20,
+    },
 ];
+
+impl Machine {
+    /// Dense products of a format, 1e12 operations a second.
+    pub fn tflops(&self, format: &Format) -> f64 {
+        if format.scaled { self.fp8_tflops } else { self.tflops }
+    }
+}
 
 /// From a launch to the first rows in the pool, in microseconds.
 pub(super) const START_US: f64 = (COUNTS_NS + FIRST_ROWS_NS) / 1e3;
@@ -101,10 +128,12 @@ pub const PHASES: [&str; 4] = ["dispatch", "linear 1", "linear 2", "combine"];
 pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Modelled>> {
     let config = plan.config();
     let shape = layer_shape(&config, ranks)?;
+    let format = config.experts_format.kernel();
+    let tflops = machine.tflops(format);
     let of_tokens = |&tokens: &usize| {
         let routings: Vec<Routing> =
             (0..ranks).map(|rank| draw::routing(&config, tokens, plan.choice, rank as u64)).collect::<Result<_>>()?;
-        let loads: Vec<Load> = (0..ranks).map(|rank| Load::new(&shape, machine, &routings, rank)).collect();
+        let loads: Vec<Load> = (0..ranks).map(|rank| Load::new(&shape, format, machine, &routings, rank)).collect();
         let mut models: Vec<RankModel> = loads.iter().map(|load| RankModel::new(load, machine)).collect();
         let results = models.iter().map(|model| model.products_end).fold(0.0, f64::max);
         models.iter_mut().zip(&loads).for_each(|(model, load)| model.combine(load, machine, results));
@@ -114,7 +143,7 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
         let sum = |part: fn(&PhaseWork) -> f64| phases.iter().map(part).sum::<f64>();
         let memory_us = sum(|phase| phase.memory_bytes) / machine.memory_gbs / 1e3;
         let nvlink_us = sum(|phase| phase.nvlink_bytes) / machine.nvlink_gbs / 1e3;
-        let tensor_us = sum(|phase| phase.tensor_ops) / machine.tflops / 1e6;
+        let tensor_us = sum(|phase| phase.tensor_ops) / tflops / 1e6;
         let largest = memory_us.max(nvlink_us).max(tensor_us);
         let terms = [
             ("memory", memory_us),
@@ -136,7 +165,10 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
             nvlink_us,
             tensor_us,
             bottleneck,
-            trace: Trace::modelled(models.into_iter().zip(&loads).map(|(model, load)| (model.ctas, load.wave_tiles))),
+            trace: Trace::modelled(
+                *format,
+                models.into_iter().zip(&loads).map(|(model, load)| (model.ctas, load.wave_tiles)),
+            ),
             sizes: [config.hidden, config.intermediate],
         })
     };
@@ -146,6 +178,7 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
 /// What one rank has to do.
 pub(super) struct Load {
     shape: Shape,
+    format: Format,
     /// Tokens of the rank.
     tokens: u32,
     /// Rows of each local expert, shared ones first.
@@ -164,7 +197,7 @@ pub(super) struct Load {
 }
 
 impl Load {
-    fn new(shape: &Shape, machine: &Machine, routings: &[Routing], rank: usize) -> Self {
+    fn new(shape: &Shape, format: &Format, machine: &Machine, routings: &[Routing], rank: usize) -> Self {
         let (shared, routed) = (shape.shared_experts as usize, shape.routed_experts() as usize);
         let own = rank * routed..(rank + 1) * routed;
         let mut rows = vec![0u32; shape.local_experts() as usize];
@@ -189,12 +222,13 @@ impl Load {
             rows.iter().zip(parts).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect::<Vec<_>>()
         };
         let (remote, crossing) = (part_of_rows(&from_others), part_of_rows(&leading));
-        let cluster = if clusters_pay(shape, shape.max_tokens) { MAX_CLUSTER } else { 1 };
+        let cluster = if clusters_pay(shape, shape.max_tokens) { format.max_cluster } else { 1 };
         let kept = [2, 1].map(|times| {
-            times * u64::from(shape.intermediate) * u64::from(shape.hidden) * BF16_BYTES <= machine.l2_bytes
+            times * u64::from(shape.intermediate) * u64::from(format.row_bytes(shape.hidden)) <= machine.l2_bytes
         });
         Self {
             shape: *shape,
+            format: *format,
             tokens,
             rows,
             remote,
@@ -202,7 +236,7 @@ impl Load {
             received,
             cluster,
             ctas: machine.sms / cluster * cluster,
-            wave_tiles: wave_tiles(shape, machine.sms),
+            wave_tiles: wave_tiles(shape, format, machine.sms),
             kept,
         }
     }
@@ -210,6 +244,7 @@ impl Load {
     /// The GEMM tasks of clusters, in ticket order.
     fn tasks(&self) -> impl Iterator<Item = Task> {
         let shape = ScheduleShape {
+            format: self.format,
             wave_tiles: self.wave_tiles,
             linear1_rows: 2 * self.shape.intermediate,
             linear2_rows: self.shape.hidden,
@@ -225,15 +260,22 @@ impl Load {
 
     /// Elements that a task's products sum over.
     fn depth(&self, task: &Task) -> f64 {
-        f64::from(task.k_blocks(&self.shape) * K_BLOCK)
+        f64::from(task.columns(&self.shape))
+    }
+
+    /// The part of a task's stages after which the next is claimed.
+    fn claimed_after(&self, task: &Task) -> f64 {
+        let blocks = task.weight_tiles(&self.format, &self.shape) * self.format.k_blocks(task.columns(&self.shape));
+        let stages = (self.format.packed_stages() >> (4 * task.widest)) as u32 & 0xf;
+        f64::from(blocks.saturating_sub(self.format.claim_stages * stages)) / f64::from(blocks)
     }
 
     /// The number of each expert's first tile.
     fn first_tiles(&self) -> Vec<u32> {
         let mut next = 0;
         let first = |&rows: &u32| {
-            next += token_tiles(rows);
-            next - token_tiles(rows)
+            next += self.format.tiles.tiles(rows);
+            next - self.format.tiles.tiles(rows)
         };
         self.rows.iter().map(first).collect()
     }
@@ -241,18 +283,34 @@ impl Load {
     /// Bytes of weights that a cluster's task reads from device memory: all of its block, but for tiles that take turns at it behind another one.
     fn weight_bytes(&self, task: &Task, first_tiles: &[u32]) -> f64 {
         let tile = task.tile - first_tiles[task.expert as usize];
-        let group = group_tiles(task.k_blocks(&self.shape) * K_BLOCK);
+        let group = group_tiles(self.format.tiles, self.format.row_bytes(task.columns(&self.shape)));
         let read = if self.kept[task.phase as usize] { tile == 0 } else { tile.is_multiple_of(group) };
-        if read { f64::from(WEIGHT_TILE * self.cluster) * self.depth(task) * BF16_BYTES as f64 } else { 0.0 }
+        if read { self.block_bytes(task) } else { 0.0 }
     }
 
     /// Operations of one CTA's task.
     fn operations(&self, task: &Task) -> f64 {
-        2.0 * f64::from(WEIGHT_TILE * token_tile(task.width)) * self.depth(task)
+        2.0 * f64::from(self.rows_of(task) * self.format.tiles.width(task.width)) * self.depth(task)
     }
 
+    /// Weight rows of one CTA's task.
+    fn rows_of(&self, task: &Task) -> u32 {
+        task.weight_rows(&self.format)
+    }
+
+    /// Bytes of the weights of a cluster's task.
+    fn block_bytes(&self, task: &Task) -> f64 {
+        f64::from(self.rows_of(task) * self.cluster * self.format.element_bytes) * self.depth(task)
+    }
+
+    /// Bytes of a row of results, and of the output.
     fn row_bytes(&self) -> f64 {
         f64::from(self.shape.hidden) * BF16_BYTES as f64
+    }
+
+    /// Bytes of a token as it is pulled.
+    fn record_bytes(&self) -> f64 {
+        f64::from(self.format.record_bytes(self.shape.hidden))
     }
 
     /// Bytes that combine reads and writes.
@@ -267,20 +325,21 @@ impl Load {
         let all: f64 = self.rows.iter().map(|&rows| f64::from(rows)).sum();
         let sum = |parts: &[f64]| self.rows.iter().zip(parts).map(|(&rows, part)| f64::from(rows) * part).sum::<f64>();
         // Own tokens are read once; every row is written to the pool.
-        phases[0].memory_bytes = f64::from(self.tokens) * row + all * row;
+        let record = self.record_bytes();
+        let quantised = if self.format.scaled { f64::from(self.tokens) * record } else { 0.0 };
+        phases[0].memory_bytes = f64::from(self.tokens) * row + quantised + all * record;
         phases[0].least_memory_bytes = f64::from(self.tokens) * row;
-        phases[0].nvlink_bytes = sum(&self.crossing) * row;
+        phases[0].nvlink_bytes = sum(&self.crossing) * record;
         let first_tiles = self.first_tiles();
         for task in self.tasks() {
             let work = &mut phases[1 + task.phase as usize];
             work.memory_bytes += self.weight_bytes(&task, &first_tiles);
             if first_tiles[task.expert as usize] == task.tile {
-                work.least_memory_bytes +=
-                    f64::from(WEIGHT_TILE * self.cluster) * self.depth(&task) * BF16_BYTES as f64;
+                work.least_memory_bytes += self.block_bytes(&task);
             }
             let operations = f64::from(self.cluster) * self.operations(&task);
             work.tensor_ops += operations;
-            work.useful_ops += operations * f64::from(task.rows) / f64::from(token_tile(task.width));
+            work.useful_ops += operations * f64::from(task.rows) / f64::from(self.format.tiles.width(task.width));
         }
         phases[2].nvlink_bytes = (sum(&self.remote) * row).max(f64::from(self.received) * row);
         phases[3].memory_bytes = self.combine_bytes();
@@ -293,6 +352,7 @@ impl Load {
 mod tests {
     use super::*;
     use crate::bench::{BenchShape, simulated};
+    use crate::config::ExpertFormat;
     use crate::fused::Part;
     use crate::group::{Device, DeviceGroup, SimOptions};
 
@@ -305,7 +365,10 @@ mod tests {
         let machine = Machine { sms, l2_bytes: u64::MAX, ..MACHINES[0] };
         let mut sum = [PhaseWork::default(); 4];
         for rank in 0..ranks {
-            for (sum, phase) in sum.iter_mut().zip(Load::new(&shape, &machine, &routings, rank).phases()) {
+            for (sum, phase) in sum
+                .iter_mut()
+                .zip(Load::new(&shape, config.experts_format.kernel(), &machine, &routings, rank).phases())
+            {
                 sum.memory_bytes += phase.memory_bytes;
                 sum.tensor_ops += phase.tensor_ops;
                 sum.useful_ops += phase.useful_ops;
@@ -318,7 +381,7 @@ mod tests {
     fn the_schedule_s_operations_are_those_that_the_simulator_counts() {
         let options = SimOptions::default();
         let shape = BenchShape::find("flash").unwrap().scaled_down(2);
-        let plan = Plan { shape, experts: 16, choice: Choice::Skewed, tokens: vec![3, 90] };
+        let plan = Plan { shape, experts: 16, format: ExpertFormat::Bf16, choice: Choice::Skewed, tokens: vec![3, 90] };
         let group = DeviceGroup::open(Device::Sim(options), 2).unwrap();
         simulated(&plan, &group, |found| {
             let tokens = found.setting.tokens;

@@ -4,8 +4,9 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use ferromoe_kernel::layout::BF16_BYTES;
-use ferromoe_kernel::schedule::{Phase, Task, combine_chunks, pull_rows};
-use ferromoe_kernel::tile::{WEIGHT_TILE, rows_of_tile, token_tiles};
+use ferromoe_kernel::schedule::{combine_chunks, pull_rows};
+use ferromoe_kernel::task::{Phase, Task};
+use ferromoe_kernel::tile::WEIGHT_TILE;
 use ferromoe_kernel::trace::Activity;
 
 use super::{Load, Machine};
@@ -63,7 +64,7 @@ impl RankModel {
         // Times as whole nanoseconds: they are ordered.
         let mut claims: BinaryHeap<Reverse<(u64, usize)>> =
             (0..free.len()).map(|cluster| Reverse((EARLY_NS as u64, cluster))).collect();
-        let ops_per_ns = machine.tflops * 1e3 / f64::from(machine.sms);
+        let ops_per_ns = machine.tflops(&load.format) * 1e3 / f64::from(machine.sms);
         let first_tiles = load.first_tiles();
         let mut columns_there: HashMap<u32, f64> = HashMap::new();
         let mut products_end: f64 = COUNTS_NS;
@@ -92,15 +93,15 @@ impl RankModel {
                 let roles = &mut ctas[index * load.cluster as usize + cta as usize].roles;
                 let parts = [
                     (Activity::WaitForTask, free[index], begins, None),
-                    (Activity::WaitForStage, begins, starts, Some(task.of(cta))),
-                    (Activity::Multiply, starts, multiplied, Some(task.of(cta))),
-                    (Activity::Epilogue, multiplied, stored, Some(task.of(cta))),
+                    (Activity::WaitForStage, begins, starts, Some(task.of(cta, &load.format))),
+                    (Activity::Multiply, starts, multiplied, Some(task.of(cta, &load.format))),
+                    (Activity::Epilogue, multiplied, stored, Some(task.of(cta, &load.format))),
                 ];
-                CONSUMERS.into_iter().for_each(|role| parts.into_iter().for_each(|part| push(&mut roles[role], part)));
+                consumers(load).for_each(|role| parts.into_iter().for_each(|part| push(&mut roles[role], part)));
             }
             free[index] = stored;
             // The next task is claimed with one of this one's last k-blocks, and no sooner than its tokens are there.
-            let loads = f64::from(task.claim_block(&load.shape)) / f64::from(task.k_blocks(&load.shape));
+            let loads = load.claimed_after(&task);
             let next = starts + (multiplied - starts) * loads;
             claims.push(Reverse((next as u64, index)));
         }
@@ -115,7 +116,7 @@ impl RankModel {
         let takes = 2.0 * MEMORY_NS + load.combine_bytes() / machine.memory_gbs;
         for (index, (cta, &free)) in self.ctas.iter_mut().zip(&self.free).enumerate() {
             if (index as u32) < chunks {
-                for role in CONSUMERS {
+                for role in consumers(load) {
                     push(&mut cta.roles[role], (Activity::WaitForResults, free, there, None));
                     push(&mut cta.roles[role], (Activity::Combine, there, there + takes, None));
                 }
@@ -123,6 +124,11 @@ impl RankModel {
         }
         self.end = there + takes;
     }
+}
+
+/// The numbers of the format's consumer warpgroups.
+fn consumers(load: &Load) -> impl Iterator<Item = usize> {
+    CONSUMERS.into_iter().take(load.format.consumer_warpgroups as usize)
 }
 
 /// When it is known which rows an expert has.
@@ -138,19 +144,19 @@ fn pull(load: &Load, machine: &Machine, ctas: &mut [CtaTrace]) -> Vec<f64> {
     let (mut pulled, mut tiles) = (0.0, Vec::new());
     for (expert, (&rows, &crossing)) in load.rows.iter().zip(&load.crossing).enumerate() {
         let first = known_at(load, expert as u32) + FIRST_ROWS_NS;
-        for tile in 0..token_tiles(rows) {
-            let (first_row, end) = rows_of_tile(tile, rows);
+        for tile in 0..load.format.tiles.tiles(rows) {
+            let (first_row, end) = load.format.tiles.rows_of_tile(tile, rows);
             let rows = f64::from(end - first_row);
             pulled += rows;
             let in_time = first + ROW_NS * (pulled / in_flight - 1.0).max(0.0);
-            tiles.push(in_time.max(nvlink.pass(COUNTS_NS, rows * crossing * load.row_bytes())));
+            tiles.push(in_time.max(nvlink.pass(COUNTS_NS, rows * crossing * load.record_bytes())));
         }
     }
     let last = tiles.last().copied().unwrap_or(COUNTS_NS);
     for cta in ctas {
         push(&mut cta.roles[DISPATCH], (Activity::Route, 0.0, COUNTS_NS, None));
         push(&mut cta.roles[DISPATCH], (Activity::Pull, COUNTS_NS, last, None));
-        CONSUMERS.into_iter().for_each(|role| push(&mut cta.roles[role], (Activity::WaitForTask, 0.0, EARLY_NS, None)));
+        consumers(load).for_each(|role| push(&mut cta.roles[role], (Activity::WaitForTask, 0.0, EARLY_NS, None)));
     }
     tiles
 }

@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
+use ptx_sim::wgmma::Fp8Sums;
 use ptx_sim::{Check, RunOptions};
 use session::{LaunchLine, Modules, NamedBuffer, NamedMap, OnDisk, Session, Show, Step};
 
@@ -87,6 +88,9 @@ struct How {
     /// Do without the checks that take time: data races and proxy fences.
     #[arg(long)]
     no_checks: bool,
+    /// Add the products of a `wgmma` of e4m3 or e5m2 in f32, in place of the few bits that Hopper keeps.
+    #[arg(long)]
+    exact_fp8: bool,
     /// Waive a check, such as data-race, uninitialised-read, exit-with-stores or init-without-proxy-fence.
     #[arg(long = "allow", value_name = "CHECK")]
     allow: Vec<Check>,
@@ -230,6 +234,7 @@ fn all_seeds(how: &How, devices: usize, steps: &[Step]) -> Result<ExitCode> {
             checks: !how.no_checks,
             allow: how.allow.iter().copied().collect(),
             keep_going: how.keep_going,
+            fp8_sums: if how.exact_fp8 { Fp8Sums::Exact } else { Fp8Sums::Hopper },
             ..RunOptions::default()
         };
         let mut session = Session::new(devices, &modules, options);

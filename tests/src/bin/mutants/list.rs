@@ -1,8 +1,18 @@
 //! The planted bugs.
 
+use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::MAX_LOCAL_EXPERTS;
-use ferromoe_kernel::shared::{CONSUMER_WARPS, PASS_BYTES, TASK_FINISHED_OFFSET, stage_bytes};
-use ferromoe_kernel::tile::MAX_TOKEN_TILE;
+use ferromoe_kernel::shared::{PASS_BYTES, SharedLayout};
+
+/// The format whose kernel bugs are planted in.
+const FORMAT: Format = Format::BF16;
+const CONSUMER_WARPS: u32 = FORMAT.consumer_warps();
+const TASK_FINISHED_OFFSET: u32 = SharedLayout::new(&FORMAT).task_finished;
+const MAX_TOKEN_TILE: u32 = FORMAT.tiles.widest();
+
+const fn stage_bytes(width: u32) -> u32 {
+    FORMAT.stage_bytes(width)
+}
 
 use crate::edit::Edit::{
     Add, Become, BecomeRank, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Twice, WithoutBit,
@@ -72,10 +82,6 @@ const COMPLETED: &str = "rows are written and read by bulk copies, and the compl
 /// Why it is no bug to claim a task earlier.
 const CLAIMED: &str =
     "when a task is claimed decides which CTA has it, and nothing else: its slot is waited for where it is written";
-
-/// Why nothing finds stages that are passed over and given back to the own CTA only.
-const LATE: &str = "it takes a producer that has yet to pass over its stages when the other CTA's next tokens reach them: none in the \
-    small matrix is so late, and no check orders bytes that land behind the phase before theirs";
 
 /// Why nothing finds that the lanes of a warp are not brought together at the end.
 const ALIGNED: &str = "the cluster's barrier behind it orders as much, and the simulator's `.aligned` instructions wait for all lanes, \
@@ -379,8 +385,7 @@ fn stages_of_another_cut() -> Vec<Mutant> {
         bug("consumers wait for old stages with the other parity", WAIT, consumers, Flip(1)),
         bug("consumers do not give old stages back", ARRIVE, consumers, Drop),
         bug("consumers give old stages back twice", ARRIVE, consumers, Twice),
-        bug("consumers give old stages back to their own CTA only", "mapa.shared::cluster", consumers, BecomeRank(2))
-            .harmless(LATE),
+        bug("consumers give old stages back to their own CTA only", "mapa.shared::cluster", consumers, BecomeRank(2)),
         bug("consumers give old stages back to the first CTA only", "mapa.shared::cluster", consumers, Become(2, 0)),
     ]
 }
@@ -777,5 +782,6 @@ fn progress() -> Vec<Mutant> {
             .harmless("a rank that is lost publishes no counts: that wait ends, and all others fall through"),
         bug("a deadline that passes is not reported", "atom.relaxed.gpu.global.cas", "launch::wait_until", Drop),
         bug("the deadline passes at once", "setp.gt.u64", "launch::wait_until", Branch),
+        bug("a deadline is compared with the time since 1970", "sub.s64", "launch::wait_until", Become(-1, 0)),
     ]
 }

@@ -30,7 +30,7 @@ const PATIENCE: u64 = 30;
 #[command(bin_name = "cargo xtask mutants")]
 struct Arguments {
     /// Seeds that each bug gets to be found in.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
     /// Only bugs whose description contains this.
     #[arg(long)]
@@ -39,7 +39,7 @@ struct Arguments {
     #[arg(long, conflicts_with = "write")]
     unchecked: bool,
     /// Only count the bugs.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["seeds", "unchecked", "write"])]
     list: bool,
     /// Write the table to docs/mutants.md.
     #[arg(long, conflicts_with = "only")]
@@ -96,9 +96,8 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<bool> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let source = Source::read(ferromoe::PTX, &root)?;
-    let mut mutants = mutants();
-    mutants.retain(|mutant| arguments.only.as_ref().is_none_or(|only| mutant.what.contains(only)));
+    let source = Source::read(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false), &root)?;
+    let mutants = chosen(arguments.only.as_deref())?;
     let modules = mutants.iter().map(|mutant| plant(&source, mutant)).collect::<Vec<_>>();
     let broken: Vec<_> = modules.iter().filter_map(|module| module.as_ref().err()).collect();
     ensure!(
@@ -141,6 +140,19 @@ fn run(arguments: &Arguments) -> Result<bool> {
     Ok(caught * 100 >= REQUIRED_PERCENT * found.len())
 }
 
+/// The bugs whose description contains `only`; at least one.
+fn chosen(only: Option<&str>) -> Result<Vec<Mutant>> {
+    let mut mutants = mutants();
+    let all = mutants.len();
+    mutants.retain(|mutant| only.is_none_or(|only| mutant.what.contains(only)));
+    ensure!(
+        !mutants.is_empty(),
+        "none of the {all} planted bugs has {:?} in its description; docs/mutants.md lists them",
+        only.unwrap_or_default()
+    );
+    Ok(mutants)
+}
+
 fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
     let ptx = source.edited(&mutant.plants).with_context(|| mutant.what.to_owned())?;
     Module::parse(&ptx).with_context(|| mutant.what.to_owned())
@@ -148,7 +160,7 @@ fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
 
 /// Runs the kernel as it is, and returns each case's limit of warp instructions.
 fn right_kernel(cases: &[SmallCase], checks: bool) -> Result<Vec<u64>> {
-    let module = Arc::new(Module::parse(ferromoe::PTX)?);
+    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
     let limit = |case: &SmallCase| match case.run(&module, 0, &run_options(None, checks)) {
         Ok(ran) => Ok(PATIENCE * ran.instructions),
         Err(failure) => bail!(
@@ -271,4 +283,28 @@ fn write(path: &PathBuf, table: &str) -> Result<()> {
 
 fn lines(lines: impl Iterator<Item = String>) -> String {
     lines.collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_over_nothing_and_options_without_effect_are_refused() {
+        for (options, expected) in [
+            ("--seeds 0", "0 is not in 1.."),
+            ("--list --seeds 3", "cannot be used with"),
+            ("--list --write", "cannot be used with"),
+            ("--only x --write", "cannot be used with"),
+            ("--write --unchecked", "cannot be used with"),
+        ] {
+            let words = ["mutants"].into_iter().chain(options.split_whitespace());
+            let error = Arguments::try_parse_from(words).err().unwrap();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(expected), "{options}: {error}");
+        }
+        let error = chosen(Some("no such bug")).err().unwrap().to_string();
+        assert!(error.contains("has \"no such bug\" in its description"), "{error}");
+        assert!(chosen(Some(mutants()[0].what)).is_ok());
+    }
 }

@@ -1,13 +1,13 @@
-//! The end of a linear 2 task: bf16 rows straight into the combine buffers of the ranks that own the tokens.
+//! The end of a linear 2 task whose A operand were weights: bf16 rows straight into the combine buffers of the ranks that own the tokens.
 
+use crate::consumer::Consumer;
 use crate::device::address::SharedAddress;
 use crate::device::convert::bf16x2;
 use crate::device::matrix::{stmatrix_x2_trans, stmatrix_x4_trans};
 use crate::device::wgmma::Accumulators;
-use crate::roles::consume::Consumer;
-use crate::schedule::Task;
-use crate::shared::WARPGROUP;
+use crate::task::Task;
 use crate::tile::WARPGROUP_ROWS;
+use crate::warps::WARPGROUP;
 
 /// Lanes that store one token's 128 bytes, 16 each.
 const LANES_PER_ROW: u32 = WARPGROUP_ROWS * 2 / 16;
