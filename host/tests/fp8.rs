@@ -80,11 +80,11 @@ fn fp8_tokens_run_as_bf16() {
     assert!(report["relative_l2_error"].as_f64().unwrap() < 6e-3, "{report}");
 }
 
-/// Quantised again with scales that are no powers of two, they would be 2e-2 away.
+/// Also where ranks have unequal shares, each with the scales of its own tokens.
 #[test]
 fn fp8_tokens_run_as_they_are() {
     let folder = copy(quantise_tokens, |_| {});
-    for options in [&["--json"][..], &["--json", "--ranks", "4"], &["--json", "--route", "compute"]] {
+    for options in [&["--json"][..], &["--json", "--ranks", "3"], &["--json", "--route", "compute"]] {
         let report = report(&run(folder.path(), options));
         assert_eq!((&report["compared_with"], &report["experts_format"]), (&json!("fp8_reference"), &json!("fp8")));
         assert!(report["relative_l2_error"].as_f64().unwrap() < 1e-2, "{report}");
