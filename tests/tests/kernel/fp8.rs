@@ -102,11 +102,15 @@ fn fp8_tokens_give_the_bits_of_those_they_were_made_from() {
     }
 }
 
+/// The largest relative L2 error of one token: a few of its intermediate that are rounded the other way weigh more than among many tokens. With the kernel's
+/// scales and with others, the worst token of these cases has 1.9e-2.
+const TOKEN_TOLERANCE: f64 = 3e-2;
+
 /// Scales between 1/4 and 4 of what the kernel would make, and some tokens a thousand times as large.
 #[test]
 fn fp8_tokens_with_other_scales() {
-    let wide = narrow_and_wide().into_iter().chain([case(config(64, 64, 4, 2), &[20, 0, 3, 9])]);
-    for case in wide {
+    let cases = narrow_and_wide().into_iter().chain([case(config(64, 64, 4, 2), &[20, 0, 3, 9])]);
+    for case in cases {
         let (mut layer, tokens) = (case.layer(), case.tokens());
         let mut random = StdRng::seed_from_u64(3);
         let mut other = |fp8: Fp8Tokens| {
@@ -126,8 +130,9 @@ fn fp8_tokens_with_other_scales() {
             let expected = expected.unwrap_or_else(|error| panic!("{case:?}: {error}"));
             let rows = output.output.chunks(case.config.hidden).zip(expected.chunks(case.config.hidden));
             let parts = rows.map(|(found, expected)| reference::relative_l2(found, expected));
-            let error = parts.fold(reference::relative_l2(&output.output, &expected), f64::max);
-            assert!(error <= tolerance(ExpertFormat::Fp8), "rank {rank} has an error of {error:.2e}: {case:?}");
+            let (worst, error) = (parts.fold(0.0, f64::max), reference::relative_l2(&output.output, &expected));
+            let right = error <= tolerance(ExpertFormat::Fp8) && worst <= TOKEN_TOLERANCE;
+            assert!(right, "rank {rank} has an error of {error:.2e}, its worst token {worst:.2e}: {case:?}");
         }
     }
 }
