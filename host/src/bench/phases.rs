@@ -300,10 +300,11 @@ mod tests {
     fn in_fp8_scales_and_records_are_counted_too() {
         let config = MoeConfig { experts_format: ExpertFormat::Fp8, ..small_config() };
         let least = least(&config, &routings());
-        // As above; a row of 64 elements has one scale, and so has a matrix. A record has whole lines.
+        // As above, but who quantises a token writes the shared expert's rows: two tokens go to routed experts of their own rank, and are read from their records. A row of 64 elements has
+        // one scale, and so has a matrix. A record has whole lines.
         let (bf16, row, record, matrix) = (128, 64 + 4, 128, 4096 + 4);
         let memory = [
-            3 * 2 * 8 + 3 * (bf16 + record) + 3 * record + 8 * row,
+            3 * 2 * 8 + 3 * (bf16 + record) + 2 * record + 8 * row,
             5 * 2 * matrix + 8 * 2 * row,
             5 * matrix + 8 * row + 6 * bf16,
             (8 + 3) * bf16,
