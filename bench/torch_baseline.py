@@ -5,7 +5,11 @@ One GPU: tokens sorted by expert, `torch._grouped_mm` for linear 1, SiLU x up x 
 linear 2, and a sum of each token's results in f32; the shared expert as dense products. Several GPUs: the same between two
 NCCL all-to-alls, one process a GPU. Shapes, routing and the fields of the JSON lines are those of `ferromoe bench --json`.
 
+In FP8 the products are those of `torch._scaled_grouped_mm` and `torch._scaled_mm`: e4m3 with a scale for each row of weights and
+for each token, tokens and intermediate quantised on the way; ferromoe's scales are finer. The error is against the quantised weights and unquantised tokens.
+
     torch_baseline.py --shape flash                       one GPU
+    torch_baseline.py --shape flash --experts fp8         in FP8
     torch_baseline.py --shape v3 --ranks 8 --json         eight GPUs
     torch_baseline.py --table results.jsonl               one table of what both printed
 """
@@ -21,7 +25,10 @@ SHAPES = {
     "flash": (4096, 2048, 256, 6, 1, True),
     "pro": (7168, 3072, 384, 6, 1, True),
     "v3": (7168, 2048, 256, 8, 1, True),
+    "glm-5": (6144, 2048, 256, 8, 1, True),
+    "glm-flash": (4096, 2048, 288, 8, 1, True),
     "qwen3-30b": (2048, 768, 128, 8, 0, False),
+    "gpt-oss-120b": (2880, 2880, 128, 4, 0, False),
     "mixtral-8x7b": (4096, 14336, 8, 2, 0, False),
 }
 TOKENS = [1, 8, 64, 512, 2048, 8192]
@@ -29,7 +36,12 @@ INPUT_SETS = 4
 WARM_UP_SECONDS = 0.2
 MEASURED_SECONDS = 0.5
 LAUNCHES = (20, 1000)
-ERROR_LIMIT = 1e-2
+# Quantised tokens and intermediate cost FP8 4.4e-2 to 4.8e-2.
+ERROR_LIMITS = {"bf16": 1e-2, "fp8": 6e-2}
+ROUTINGS = ["balanced", "skewed", "one-expert"]
+E4M3_MAX = 448.0
+# Columns that share a scale in ferromoe.
+GROUP = 128
 COPY_BYTES = 2 << 30
 PRODUCT_SIZE = 8192
 
@@ -47,12 +59,14 @@ def splitmix(state):
         return z ^ (z >> np.uint64(31))
 
 
-def draw_routing(tokens, experts, top_k, skewed, seed):
+def draw_routing(tokens, experts, top_k, routing, seed):
     """Expert ids [T, K] i64 and weights [T, K] f32."""
     import numpy as np
 
     weights = np.ones(experts)
-    if skewed:
+    if routing == "one-expert":
+        weights[0] = np.inf
+    if routing == "skewed":
         order = np.argsort(splitmix(np.arange(experts, dtype=np.uint64)), kind="stable")
         weights[order] = 1.0 / (np.arange(experts) + 1)
     token = np.arange(tokens, dtype=np.uint64)[:, None] << np.uint64(16)
@@ -69,7 +83,11 @@ def count_work(layer, routings):
     import numpy as np
 
     matrices, row = 3 * layer.hidden * layer.intermediate, 2 * layer.hidden
-    pairs, crossing = np.zeros(layer.ranks), np.zeros(layer.ranks)
+    # Bytes of a weight, and of a token as it crosses NVLink: in FP8 with its scales, in whole lines of 128 bytes.
+    element, record = 2, row
+    if layer.format == "fp8":
+        element, record = 1, -(-(layer.hidden + -(-layer.hidden // GROUP) * 4) // 128) * 128
+    pairs, crossing = np.zeros(layer.ranks), np.zeros(layer.ranks)  # crossing: bytes
     loads = np.zeros(layer.experts)
     for source, ids in enumerate(routings):
         owner = ids // layer.local_experts
@@ -79,23 +97,68 @@ def count_work(layer, routings):
         loads += np.bincount(ids.ravel(), minlength=layer.experts)
         pairs += owners
         reached[:, source] = 0
-        crossing += reached.sum(axis=0)
-        crossing[source] += owners.sum() - owners[source]
+        crossing += reached.sum(axis=0) * record
+        crossing[source] += (owners.sum() - owners[source]) * row
     works = []
     for rank in range(layer.ranks):
         tokens = len(routings[rank])
         shared = layer.shared if tokens else 0
         hit = int((loads[rank * layer.local_experts : (rank + 1) * layer.local_experts] > 0).sum()) + shared
         operations = 2 * matrices * (pairs[rank] + shared * tokens)
-        works.append((operations, hit * matrices * 2 + 2 * tokens * row, crossing[rank] * row, hit))
+        works.append((operations, hit * matrices * element + 2 * tokens * row, crossing[rank], hit))
     return np.array(works, dtype=np.float64), loads.max() * layer.experts / loads.sum()
 
 
-class Layer:
-    """Sizes, and one rank's weights [E, H, 2I] and [E, I, H], each expert's in torch's K-major storage for grouped_mm."""
+class Weights:
+    """Matrices [E, K, N], each in torch's K-major storage as grouped products like their second operand; in FP8 with a scale for each column, [E, N]."""
 
-    def __init__(self, name, rank, ranks, experts_per_rank=None):
-        self.name, self.rank, self.ranks = name, rank, ranks
+    def __init__(self, layer, experts, rows, cols, generator):
+        import torch
+
+        kind = torch.float8_e4m3fn if layer.format == "fp8" else torch.bfloat16
+        values = torch.empty(experts, rows, cols, dtype=kind, device="cuda")
+        self.scales = torch.empty(experts, rows, device="cuda") if layer.format == "fp8" else None
+        bound = (3.0 / cols) ** 0.5
+        for index in range(experts):
+            expert = torch.empty(rows, cols, dtype=torch.bfloat16, device="cuda").uniform_(-bound, bound, generator=generator)
+            if self.scales is None:
+                values[index] = expert
+            else:
+                values[index], self.scales[index] = plain_quantise(expert)
+        self.values = values.transpose(1, 2)
+
+    def double(self, index):
+        """One matrix in f64."""
+        matrix = self.values[index].double()
+        return matrix if self.scales is None else matrix * self.scales[index]
+
+    def grouped(self, rows, scales, ends):
+        """The products of rows [n, K] with the matrix of the group that each is in."""
+        import torch
+
+        ends = ends.to(torch.int32)
+        if scales is None:
+            return torch._grouped_mm(rows, self.values, offs=ends)
+        return torch._scaled_grouped_mm(
+            rows, self.values, scales, self.scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    def dense(self, index, rows, scales):
+        """The product of all rows with one matrix."""
+        import torch
+
+        if scales is None:
+            return torch.mm(rows, self.values[index])
+        return torch._scaled_mm(
+            rows, self.values[index], scales[:, None], self.scales[index][None], out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+
+class Layer:
+    """Sizes, and one rank's weights."""
+
+    def __init__(self, name, rank, ranks, experts_per_rank=None, format="bf16"):
+        self.name, self.rank, self.ranks, self.format = name, rank, ranks, format
         self.hidden, self.intermediate, experts, self.top_k, self.shared, cut = SHAPES[name]
         if cut and ranks < 8:
             experts = experts // 8 * ranks
@@ -108,12 +171,7 @@ class Layer:
         generator = torch.Generator(device="cuda").manual_seed(1 + self.rank)
 
         def random(experts, rows, cols):
-            values = torch.empty(experts, rows, cols, dtype=torch.bfloat16, device="cuda")
-            bound = (3.0 / cols) ** 0.5
-            for expert in values:
-                expert.uniform_(-bound, bound, generator=generator)
-            # [experts, cols, rows]: columns contiguous, as grouped_mm likes its second operand.
-            return values.transpose(1, 2)
+            return Weights(self, experts, rows, cols, generator)
 
         # Both halves of linear 1 in one product: gate columns, then up columns.
         self.linear1 = random(self.local_experts, 2 * self.intermediate, self.hidden)
@@ -121,29 +179,45 @@ class Layer:
         self.shared1 = random(self.shared, 2 * self.intermediate, self.hidden)
         self.shared2 = random(self.shared, self.hidden, self.intermediate)
 
-    def experts_forward(self, rows, expert_of_row, weight_of_row):
+    def operand(self, states):
+        """Hidden states as the products take them, and their scales."""
+        return (states, None) if self.format == "bf16" else compiled(plain_quantise)(states)
+
+    def activate(self, inner, weight):
+        """The operand of linear 2."""
+        gate, up = inner.split(self.intermediate, dim=-1)
+        return compiled(ACTIVATIONS[self.format])(gate, up, weight)
+
+    def expert_products(self, rows, scales, ends, weight_of_row):
+        """Results of rows that are sorted by expert; those of expert e end before row ends[e]."""
+        inner = self.activate(self.linear1.grouped(rows, scales, ends), weight_of_row)
+        return self.linear2.grouped(*inner, ends)
+
+    def experts_forward(self, rows, scales, expert_of_row, weight_of_row):
         """Results [n, H] of rows [n, H], one local expert each, in the order of the rows."""
         import torch
 
         order = torch.argsort(expert_of_row, stable=True)
-        ends = torch.searchsorted(
-            expert_of_row[order], torch.arange(self.local_experts, device="cuda"), right=True
-        ).to(torch.int32)
-        inner = torch._grouped_mm(rows[order], self.linear1, offs=ends)
-        gate, up = inner.split(self.intermediate, dim=-1)
-        inner = silu_up(gate, up, weight_of_row[order])
-        results = torch._grouped_mm(inner, self.linear2, offs=ends)
+        ends = torch.searchsorted(expert_of_row[order], torch.arange(self.local_experts, device="cuda"), right=True)
+        scales = None if scales is None else scales[order]
+        results = self.expert_products(picked(rows, order), scales, ends, weight_of_row[order])
         back = torch.empty_like(results)
         back[order] = results
         return back
 
-    def shared_forward(self, states):
+    def shared_forward(self, operand, scales):
         import torch
 
         total = None
-        for linear1, linear2 in zip(self.shared1, self.shared2):
-            gate, up = torch.mm(states, linear1).split(self.intermediate, dim=-1)
-            result = torch.mm(torch.nn.functional.silu(gate) * up, linear2)
+        one = torch.ones(operand.shape[0], device="cuda") if self.format == "fp8" else None
+        for index in range(self.shared):
+            inner = self.shared1.dense(index, operand, scales)
+            if one is None:
+                gate, up = inner.split(self.intermediate, dim=-1)
+                inner = (torch.nn.functional.silu(gate) * up, None)
+            else:
+                inner = self.activate(inner, one)
+            result = self.shared2.dense(index, *inner)
             total = result if total is None else total + result
         return total
 
@@ -155,17 +229,16 @@ class Layer:
         flat = ids.reshape(-1)
         order = torch.argsort(flat, stable=True)
         ends = torch.searchsorted(flat[order], torch.arange(self.local_experts, device="cuda"), right=True)
-        rows = states.index_select(0, order // self.top_k)
-        inner = torch._grouped_mm(rows, self.linear1, offs=ends.to(torch.int32))
-        gate, up = inner.split(self.intermediate, dim=-1)
-        inner = silu_up(gate, up, weights.reshape(-1)[order])
-        results = torch._grouped_mm(inner, self.linear2, offs=ends.to(torch.int32))
+        operand, scales = self.operand(states)
+        source = order // self.top_k
+        row_scales = None if scales is None else scales[source]
+        results = self.expert_products(picked(operand, source), row_scales, ends, weights.reshape(-1)[order])
         # Each token's K results, found through the inverse of the order, summed in f32.
         place = torch.empty_like(order)
         place[order] = torch.arange(order.numel(), device="cuda")
         output = results.index_select(0, place).view(tokens, self.top_k, -1).sum(dim=1, dtype=torch.float32)
         if self.shared:
-            output = output + self.shared_forward(states)
+            output = output + self.shared_forward(operand, scales)
         return output.to(torch.bfloat16)
 
     def distributed_forward(self, states, ids, weights):
@@ -188,14 +261,19 @@ class Layer:
             dist.all_to_all_single(out, values, output_split_sizes=of, input_split_sizes=to)
             return out
 
-        rows = exchange(states.index_select(0, order // self.top_k))
-        # Id and weight of every row in one message.
-        what = torch.stack([flat[order].to(torch.float32), weights.reshape(-1)[order]], dim=1)
-        what = exchange(what)
-        shared = self.shared_forward(states) if self.shared else None
+        operand, scales = self.operand(states)
+        source = order // self.top_k
+        rows = exchange(picked(operand, source).view(torch.uint8)).view(operand.dtype)
+        # Id, weight and scale of every row in one message.
+        what = [flat[order].to(torch.float32), weights.reshape(-1)[order]]
+        what = exchange(torch.stack(what if scales is None else [*what, scales[source]], dim=1))
+        shared = self.shared_forward(operand, scales) if self.shared else None
         if here:
             local = what[:, 0].to(torch.int64) - self.rank * self.local_experts
-            rows = self.experts_forward(rows, local, what[:, 1])
+            row_scales = None if scales is None else what[:, 2].contiguous()
+            rows = self.experts_forward(rows, row_scales, local, what[:, 1])
+        else:
+            rows = states[:0]
         results = exchange(rows, forward=False)
         place = torch.empty_like(order)
         place[order] = torch.arange(order.numel(), device="cuda")
@@ -204,47 +282,87 @@ class Layer:
             output = output + shared
         return output.to(torch.bfloat16)
 
-    def reference(self, states, ids, weights):
-        """[T, H] in f64 from the definition, for a few tokens; one GPU only."""
+    def reference(self, states, ids, weights, with_shared=True):
+        """[T, H] in f64 from the definition, for a few tokens and local experts."""
         import torch
 
         output = torch.zeros(states.shape, dtype=torch.float64, device="cuda")
 
         def expert(state, linear1, linear2):
-            gate, up = (state.double() @ linear1.double()).split(self.intermediate, dim=-1)
-            return (torch.nn.functional.silu(gate) * up) @ linear2.double()
+            gate, up = (state.double() @ linear1).split(self.intermediate, dim=-1)
+            return (torch.nn.functional.silu(gate) * up) @ linear2
 
         for token in range(states.shape[0]):
             for e, w in zip(ids[token].tolist(), weights[token].tolist()):
-                output[token] += w * expert(states[token], self.linear1[e], self.linear2[e])
-            for linear1, linear2 in zip(self.shared1, self.shared2):
-                output[token] += expert(states[token], linear1, linear2)
+                output[token] += w * expert(states[token], self.linear1.double(e), self.linear2.double(e))
+            for e in range(self.shared if with_shared else 0):
+                output[token] += expert(states[token], self.shared1.double(e), self.shared2.double(e))
         return output
 
 
-def silu_up(gate, up, weight):
-    return silu_up_compiled()(gate, up, weight)
+def picked(rows, index):
+    """Rows by number; as bytes, which everything is indexed by."""
+    import torch
+
+    return rows.view(torch.uint8).index_select(0, index).view(rows.dtype)
+
+
+def plain_quantise(rows):
+    """e4m3 [n, K] and the scales [n] that make it the rows again."""
+    import torch
+
+    rows = rows.float()
+    scales = rows.abs().amax(dim=-1).clamp(min=1e-30) / E4M3_MAX
+    return (rows / scales[:, None]).to(torch.float8_e4m3fn), scales
 
 
 def plain_silu_up(gate, up, weight):
     import torch
 
-    return (torch.nn.functional.silu(gate.float()) * up.float() * weight[:, None]).to(torch.bfloat16)
+    return (torch.nn.functional.silu(gate.float()) * up.float() * weight[:, None]).to(torch.bfloat16), None
+
+
+def plain_silu_up_quantise(gate, up, weight):
+    return plain_quantise(plain_silu_up(gate, up, weight)[0])
+
+
+ACTIVATIONS = {"bf16": plain_silu_up, "fp8": plain_silu_up_quantise}
 
 
 @functools.cache
-def silu_up_compiled():
+def compiled(function):
     """One fused kernel through torch.compile, as serving engines have it; the plain operations where it does not work."""
     import torch
 
     try:
-        compiled = torch.compile(plain_silu_up, dynamic=True)
-        probe = torch.ones(4, 8, dtype=torch.bfloat16, device="cuda")
-        compiled(*probe.split(4, dim=-1), torch.ones(4, device="cuda"))
-        return compiled
+        found = torch.compile(function, dynamic=True)
+        probe = torch.ones(4, 256, dtype=torch.bfloat16, device="cuda")
+        if function is plain_quantise:
+            found(probe)
+        else:
+            found(*probe.split(128, dim=-1), torch.ones(4, device="cuda"))
+        return found
     except Exception as error:  # noqa: BLE001: whatever the compiler lacks
-        print(f"torch.compile does not work here, SwiGLU runs unfused: {error}".splitlines()[0], file=sys.stderr)
-        return plain_silu_up
+        print(f"torch.compile does not work here, {function.__name__} runs unfused: {error}".splitlines()[0], file=sys.stderr)
+        return function
+
+
+def missing_fp8():
+    """Why there are no grouped FP8 products here, or None."""
+    import torch
+
+    if not hasattr(torch, "_scaled_grouped_mm"):
+        return f"PyTorch {torch.__version__} has no torch._scaled_grouped_mm"
+    try:
+        rows = torch.ones(16, 64, device="cuda").to(torch.float8_e4m3fn)
+        ends, scales = torch.tensor([16], dtype=torch.int32, device="cuda"), torch.ones(16, device="cuda")
+        torch._scaled_grouped_mm(
+            rows, rows[None].transpose(1, 2), scales, scales[None], offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"torch._scaled_grouped_mm does not work here: {error}".splitlines()[0]
+    return None
 
 
 def event_times(work, count):
@@ -286,20 +404,30 @@ def measure(work, ranks):
 
 
 def measure_limits():
-    """A large copy and a dense product, as `ferromoe bench` measures them; 1e9 bytes and 1e12 operations a second."""
+    """A large copy and dense products, as `ferromoe bench` measures them; 1e9 bytes and 1e12 operations a second."""
     import torch
 
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy = median(event_times(lambda _: target.copy_(source), 30)[5:])
+    copy = median(event_times(lambda _: target.copy_(source), 500)[150:])
     del source, target
     a, b = (torch.empty(PRODUCT_SIZE, PRODUCT_SIZE, dtype=torch.bfloat16, device="cuda").uniform_(-1.7, 1.7) for _ in "ab")
     c = torch.empty_like(a)
-    product = median(event_times(lambda _: torch.mm(a, b.T, out=c), 30)[5:])
+    operations = 2 * PRODUCT_SIZE**3 / 1e6
+    product = median(event_times(lambda _: torch.mm(a, b.T, out=c), 500)[150:])
+    fp8_tflops = None
+    try:
+        factor = E4M3_MAX / 1.7
+        e, f, scale = (a * factor).to(torch.float8_e4m3fn), (b * factor).to(torch.float8_e4m3fn), torch.tensor(1 / factor, device="cuda")
+        fast = lambda _: torch._scaled_mm(e, f.T, scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+        fp8_tflops = operations / median(event_times(fast, 1000)[300:])
+    except (AttributeError, RuntimeError) as error:
+        print(f"no dense FP8 product: {error}".splitlines()[0], file=sys.stderr)
     return {
         "copy_gbs": 2 * COPY_BYTES / copy / 1e3,
         "peer_copy_gbs": None,
-        "bf16_tflops": 2 * PRODUCT_SIZE**3 / product / 1e6,
+        "bf16_tflops": operations / product,
+        "fp8_tflops": fp8_tflops,
     }
 
 
@@ -329,8 +457,9 @@ def check(layer, states, ids, weights, output):
     some = sorted({0, last // 2, last})
     expected = layer.reference(states[some], ids[some], weights[some])
     error = ((output[some].double() - expected).norm() / expected.norm()).item()
-    if not torch.isfinite(output).all() or not error <= ERROR_LIMIT:
-        sys.exit(f"wrong result: the relative L2 error of some tokens is {error:.2e}, the limit {ERROR_LIMIT:.0e}")
+    limit = ERROR_LIMITS[layer.format]
+    if not torch.isfinite(output).all() or not error <= limit:
+        sys.exit(f"wrong result: the relative L2 error of some tokens is {error:.2e}, the limit {limit:.0e}")
     return error
 
 
@@ -338,13 +467,12 @@ def run_shape(arguments, name, rank, limits, emit):
     import numpy as np
     import torch
 
-    layer = Layer(name, rank, arguments.ranks, arguments.experts_per_rank)
+    layer = Layer(name, rank, arguments.ranks, arguments.experts_per_rank, arguments.experts)
     layer.upload_weights()
     forward = layer.local_forward if layer.ranks == 1 else layer.distributed_forward
-    skewed = arguments.routing == "skewed"
     for tokens in arguments.tokens:
         seeds = [[s * layer.ranks + r for r in range(layer.ranks)] for s in range(INPUT_SETS)]
-        routings = [[draw_routing(tokens, layer.experts, layer.top_k, skewed, seed) for seed in row] for row in seeds]
+        routings = [[draw_routing(tokens, layer.experts, layer.top_k, arguments.routing, seed) for seed in row] for row in seeds]
         generator = torch.Generator(device="cuda").manual_seed(17 + rank)
         sets = []
         for row in routings:
@@ -381,15 +509,14 @@ def check_distributed(layer, arguments, output):
     states, ids, weights = picked
     local = ids - layer.rank * layer.local_experts
     mine = (local >= 0) & (local < layer.local_experts)
-    shared, layer.shared1, layer.shared2 = (layer.shared1, layer.shared2), layer.shared1[:0], layer.shared2[:0]
-    expected = layer.reference(states, local.clamp(0, layer.local_experts - 1), weights * mine)
-    layer.shared1, layer.shared2 = shared
+    expected = layer.reference(states, local.clamp(0, layer.local_experts - 1), weights * mine, with_shared=False)
     if layer.rank == 0 and layer.shared:
         expected += layer.reference(states, ids[:, :0], weights[:, :0])
     dist.all_reduce(expected)
     error = ((output[some].double() - expected).norm() / expected.norm()).item()
-    if layer.rank == 0 and not error <= ERROR_LIMIT:
-        sys.exit(f"wrong result: the relative L2 error of some tokens is {error:.2e}, the limit {ERROR_LIMIT:.0e}")
+    limit = ERROR_LIMITS[layer.format]
+    if layer.rank == 0 and not error <= limit:
+        sys.exit(f"wrong result: the relative L2 error of some tokens is {error:.2e}, the limit {limit:.0e}")
     return error
 
 
@@ -402,11 +529,13 @@ def record(implementation, layer, routing, tokens, works, imbalance, error, time
 
     us = percentile(0.5)
     operations, memory, nvlink, hit = works.mean(axis=0).tolist()
-    limit = max(max(w[1] / limits["copy_gbs"] / 1e3, w[0] / limits["bf16_tflops"] / 1e6) for w in works.tolist())
+    tflops = limits[f"{layer.format}_tflops"]
+    limit = tflops and max(max(w[1] / limits["copy_gbs"] / 1e3, w[0] / tflops / 1e6) for w in works.tolist())
     return {
         "implementation": implementation,
         "device": torch.cuda.get_device_name(),
         "shape": layer.name,
+        "format": layer.format,
         "hidden": layer.hidden,
         "intermediate": layer.intermediate,
         "experts": layer.experts,
@@ -426,7 +555,7 @@ def record(implementation, layer, routing, tokens, works, imbalance, error, time
         "memory_gbs": memory / us / 1e3,
         "nvlink_gbs": nvlink / us / 1e3,
         "limit_us": limit,
-        "fraction_of_limit": limit / us,
+        "fraction_of_limit": limit and limit / us,
         **limits,
     }
 
@@ -435,8 +564,9 @@ def record(implementation, layer, routing, tokens, works, imbalance, error, time
 COLUMNS = [
     ("implementation", -14, ""),
     ("shape", -12, ""),
+    ("format", -6, ""),
     ("ranks", 5, ""),
-    ("routing", -8, ""),
+    ("routing", -10, ""),
     ("tokens", 6, ""),
     ("us", 9, ".1f"),
     ("us_p10", 9, ".1f"),
@@ -469,16 +599,17 @@ def print_table(path):
     """Everything that was measured for the same work side by side, and how many times as long the others take."""
     with open(path) as lines:
         found = [json.loads(line) for line in lines if line.startswith("{")]
-    key = lambda one: (one["shape"], one["ranks"], one["routing"], one["tokens"])  # noqa: E731
+    key = lambda one: (one["shape"], one["format"], one["ranks"], one["routing"], one["tokens"])  # noqa: E731
     ours = {key(one): one["us"] for one in found if one["implementation"] == "ferromoe"}
     order = {shape: index for index, shape in enumerate(SHAPES)}
-    found.sort(key=lambda one: (one["ranks"], one["routing"], order[one["shape"]], one["tokens"]))
+    found.sort(key=lambda one: (one["ranks"], one["routing"], order[one["shape"]], one["format"], one["tokens"]))
     print(table_header() + " us/ferromoe")
     for one in found:
         ratio = f"{one['us'] / ours[key(one)]:>11.2f}x" if key(one) in ours else ""
         print(table_line(one), ratio)
     for one in {(one["implementation"], one["shape"]): one for one in found}.values():
-        rates = [("copy", "copy_gbs", "GB/s"), ("between GPUs", "peer_copy_gbs", "GB/s"), ("product", "bf16_tflops", "TFLOP/s")]
+        rates = [("copy", "copy_gbs", "GB/s"), ("between GPUs", "peer_copy_gbs", "GB/s")]
+        rates += [(f"product in {format}", f"{format}_tflops", "TFLOP/s") for format in ERROR_LIMITS]
         measured = [f"{what} {one[field]:.0f} {unit}" for what, field, unit in rates if one.get(field) is not None]
         print(f"limits, {one['implementation']}, {one['shape']}: {', '.join(measured)}")
 
@@ -494,9 +625,12 @@ def run_rank(rank, arguments):
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29517")
         dist.init_process_group("nccl", rank=rank, world_size=arguments.ranks, device_id=torch.device("cuda", rank))
+    if arguments.experts == "fp8" and (missing := missing_fp8()):
+        return print(f"no FP8 baseline: {missing}", file=sys.stderr)
     limits = measure_limits()
     if rank == 0 and not arguments.json:
-        print(f"torch {torch.__version__}; limits: copy {limits['copy_gbs']:.0f} GB/s, bf16 {limits['bf16_tflops']:.0f} TFLOP/s")
+        products = [f"{format} {rate:.0f} TFLOP/s" for format in ERROR_LIMITS if (rate := limits[f"{format}_tflops"])]
+        print(f"torch {torch.__version__}; limits: copy {limits['copy_gbs']:.0f} GB/s, {', '.join(products)}")
         print(table_header())
 
     def emit(found):
@@ -516,7 +650,8 @@ def main():
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--tokens", type=numbers, default=TOKENS)
     parser.add_argument("--experts-per-rank", type=int)
-    parser.add_argument("--routing", choices=["balanced", "skewed"], default="balanced")
+    parser.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0])
+    parser.add_argument("--experts", choices=list(ERROR_LIMITS), default="bf16", help="number format that the experts run in")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--table", metavar="FILE", help="print the JSON lines of FILE as one table, and measure nothing")
     parser.add_argument("--show-routing", metavar="SEED", type=int, help="print the expert ids that a seed gives, and measure nothing")
@@ -528,8 +663,7 @@ def main():
         parser.error(f"--shape must be of {', '.join(SHAPES)}, not {unknown[0]}")
     if arguments.show_routing is not None:
         layer = Layer(arguments.shape[0], 0, arguments.ranks, arguments.experts_per_rank)
-        skewed = arguments.routing == "skewed"
-        return print(draw_routing(arguments.tokens[0], layer.experts, layer.top_k, skewed, arguments.show_routing)[0].tolist())
+        return print(draw_routing(arguments.tokens[0], layer.experts, layer.top_k, arguments.routing, arguments.show_routing)[0].tolist())
     if arguments.ranks == 1:
         return run_rank(0, arguments)
     import torch.multiprocessing as processes

@@ -48,11 +48,42 @@ fn every_measurement_is_a_line_of_json() {
     assert!(useful(&lines[1]) > useful(&lines[0]));
 }
 
+/// 192 columns: a group of scales is partial.
+#[test]
+fn in_fp8_less_is_moved() {
+    let lines = |experts: &str| -> Vec<Value> {
+        let output = bench(&[
+            "--shape",
+            "gpt-oss-120b",
+            "--ranks",
+            "2",
+            "--tokens",
+            "3,100",
+            "--routing",
+            "one-expert",
+            "--experts",
+            experts,
+            "--json",
+        ]);
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    for (fp8, bf16) in lines("fp8").iter().zip(&lines("bf16")) {
+        assert_eq!((&fp8["format"], &fp8["routing"]), (&"fp8".into(), &"one-expert".into()));
+        assert_eq!(fp8["least_ops"], bf16["least_ops"]);
+        for field in ["least_memory_bytes", "memory_bytes", "least_nvlink_bytes", "nvlink_bytes", "compulsory_bytes"] {
+            assert!(fp8[field].as_f64() < bf16[field].as_f64(), "{field} of {fp8}");
+        }
+        let busiest = fp8["tokens_per_expert"][4].as_u64();
+        assert_eq!(busiest, fp8["tokens"].as_u64().map(|tokens| 2 * tokens));
+    }
+}
+
 #[test]
 fn people_read_a_table() {
     let output = bench(&["--shape", "pro", "--device", "sim", "--tokens", "3"]);
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.starts_with("pro: hidden 448, intermediate 192, top-6, 1 shared, 8 experts a rank"), "{text}");
+    assert!(text.starts_with("pro in bf16: hidden 448, intermediate 192, top-6, 1 shared, 8 experts a rank"), "{text}");
     let rows: Vec<_> = text.lines().rev().take(11).filter_map(|line| line.split_whitespace().next()).collect();
     let expected =
         ["H20", "H200", "mbarrier", "limits:", "all", "control", "combine", "linear", "linear", "dispatch", "phase"];

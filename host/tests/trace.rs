@@ -24,7 +24,10 @@ fn a_trace_is_a_file_and_tables() {
     );
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(text.starts_with("v3: hidden 448, intermediate 128, top-8, 1 shared, 16 experts on 2 ranks"), "{text}");
+    assert!(
+        text.starts_with("v3 in bf16: hidden 448, intermediate 128, top-8, 1 shared, 16 experts on 2 ranks"),
+        "{text}"
+    );
     for part in
         ["not a model of a GPU", "rank 1: ", "on 3 CTAs", "multiply, linear 2", "first rows pulled", "linear 1     "]
     {

@@ -10,7 +10,7 @@ use ferromoe::{
 };
 use ptx_sim::{Module, RunOptions, SimError};
 
-use crate::{Case, Choices, TOLERANCE, Tokens};
+use crate::{Case, Choices, Tokens, tolerance};
 
 /// How long one wait of the kernel may last, in simulated time: a launch of a small case takes a tenth of it.
 const DEADLINE: Duration = Duration::from_millis(4);
@@ -162,7 +162,7 @@ impl SmallCase {
             (Ok(outputs), Expectation::Output) => {
                 for (rank, (output, expected)) in outputs.iter().zip(&self.reference).enumerate() {
                     let error = reference::relative_l2(&output.output, expected);
-                    if error.is_nan() || error > TOLERANCE {
+                    if error.is_nan() || error > tolerance(self.case.config.experts_format) {
                         return Err(Failure::WrongResult { rank, launch, error });
                     }
                 }

@@ -3,7 +3,8 @@
 #
 #   bench [SHAPE...]       all shapes unless some are named
 #   RESULTS=FILE           where the JSON lines go; a new file in the current folder unless named
-#   RANKS=R  TOKENS=LIST  ROUTING="balanced skewed"
+#   RANKS=R  TOKENS=LIST  ROUTING="balanced skewed one-expert"
+#   EXPERTS="bf16 fp8"     number formats; both unless named
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
@@ -13,9 +14,9 @@ for candidate in 2 4 8; do
 done
 ranks=${RANKS:-$ranks}
 results=${RESULTS:-bench-$(date +%Y%m%d-%H%M%S).jsonl}
-if [ $# -eq 0 ]; then set -- flash pro v3 qwen3-30b mixtral-8x7b; fi
+if [ $# -eq 0 ]; then set -- flash pro v3 glm-5 glm-flash qwen3-30b gpt-oss-120b mixtral-8x7b; fi
 
-# cuBLAS, for the rate of a dense product: a system library, or the one that PyTorch brings.
+# cuBLAS, for the rates of dense products, with cuBLASLt beside it: a system library, or the one that PyTorch brings.
 if [ -z "$FERROMOE_CUBLAS" ]; then
     FERROMOE_CUBLAS=$(python3 -c '
 import glob, sys
@@ -28,13 +29,15 @@ if python3 -c 'import torch, numpy' 2>/dev/null; then torch=yes; else echo "pyth
 
 failed=""
 for shape in "$@"; do
-    for routing in ${ROUTING:-balanced}; do
-        set -- --shape "$shape" --ranks "$ranks" --routing "$routing" ${TOKENS:+--tokens "$TOKENS"} --json
-        echo "== $shape, $routing, $ranks ranks"
-        "$here/ferromoe" bench "$@" --device cuda >>"$results" || failed="$failed $shape-$routing"
-        if [ $torch = yes ]; then
-            python3 "$here/torch_baseline.py" "$@" >>"$results" || failed="$failed torch-$shape-$routing"
-        fi
+    for experts in ${EXPERTS:-bf16 fp8}; do
+        for routing in ${ROUTING:-balanced}; do
+            set -- --shape "$shape" --experts "$experts" --ranks "$ranks" --routing "$routing" ${TOKENS:+--tokens "$TOKENS"} --json
+            echo "== $shape, $experts, $routing, $ranks ranks"
+            "$here/ferromoe" bench "$@" --device cuda >>"$results" || failed="$failed $shape-$experts-$routing"
+            if [ $torch = yes ]; then
+                python3 "$here/torch_baseline.py" "$@" >>"$results" || failed="$failed torch-$shape-$experts-$routing"
+            fi
+        done
     done
 done
 

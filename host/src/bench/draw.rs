@@ -2,6 +2,8 @@
 //!
 //! A routing depends on its seed alone, by arithmetic that `bench/torch_baseline.py` repeats, so that both run the same work.
 
+use std::fmt;
+
 use half::bf16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -16,12 +18,24 @@ use crate::weights::{Expert, ExpertWeights};
 
 /// How tokens choose experts. A token's experts are distinct.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Choice {
     /// Every expert alike.
     Balanced,
     /// The n-th most popular expert with a weight of 1/n (Zipf); popularity is unrelated to the expert's number.
     Skewed,
+    /// Every token's first choice is expert 0, its others are of the rest alike.
+    OneExpert,
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Balanced => "balanced",
+            Self::Skewed => "skewed",
+            Self::OneExpert => "one-expert",
+        })
+    }
 }
 
 /// Rows by which an expert's matrices are shifted against the expert's before, in the matrices that all share.
@@ -57,12 +71,17 @@ pub fn routing(config: &MoeConfig, tokens: usize, choice: Choice, seed: u64) -> 
 /// Each expert's weight in the draw.
 fn popularity(experts: usize, choice: Choice) -> Vec<f64> {
     let mut weights = vec![1.0; experts];
-    if choice == Choice::Skewed {
-        let mut order: Vec<usize> = (0..experts).collect();
-        order.sort_by_key(|&expert| splitmix(expert as u64));
-        for (place, expert) in order.into_iter().enumerate() {
-            weights[expert] = 1.0 / (place + 1) as f64;
+    match choice {
+        Choice::Balanced => {}
+        Choice::Skewed => {
+            let mut order: Vec<usize> = (0..experts).collect();
+            order.sort_by_key(|&expert| splitmix(expert as u64));
+            for (place, expert) in order.into_iter().enumerate() {
+                weights[expert] = 1.0 / (place + 1) as f64;
+            }
         }
+        // Its key in the draw is 0, and the smallest.
+        Choice::OneExpert => weights[0] = f64::INFINITY,
     }
     weights
 }
@@ -138,6 +157,8 @@ mod tests {
         assert!(balanced[0] > 300 && balanced[31] < 470, "{balanced:?}");
         let skewed = loads(Choice::Skewed);
         assert!(skewed[0] < 130 && skewed[31] > 1500, "{skewed:?}");
+        let one = loads(Choice::OneExpert);
+        assert!(one[0] > 260 && one[30] < 410 && one[31] == 2048, "{one:?}");
     }
 
     #[test]
@@ -148,8 +169,9 @@ mod tests {
         let expected = [100, 42, 71, 56, 92, 67, 19, 53, 34, 79, 71, 8, 52, 86, 80, 35];
         assert_eq!(routing.topk_idx(), expected);
         assert!((routing.topk_weights()[..8].iter().sum::<f32>() - 1.0).abs() < 1e-6);
-        let skewed = super::routing(&config, 1, Choice::Skewed, 3).unwrap();
-        assert_eq!(skewed.topk_idx(), [48, 100, 103, 10, 82, 56, 21, 102]);
+        let of = |choice| super::routing(&config, 1, choice, 3).unwrap();
+        assert_eq!(of(Choice::Skewed).topk_idx(), [48, 100, 103, 10, 82, 56, 21, 102]);
+        assert_eq!(of(Choice::OneExpert).topk_idx(), [0, 100, 42, 71, 56, 92, 67, 19]);
     }
 
     #[test]

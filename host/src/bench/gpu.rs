@@ -12,6 +12,7 @@ use crate::bench::inputs::{InputSet, States};
 use crate::bench::verify::verify;
 use crate::bench::work::RankWork;
 use crate::bench::{Plan, Setting, count, draw, input_sets};
+use crate::config::ExpertFormat;
 use crate::cuda::{Gpu, Limits, time_rounds};
 use crate::error::{Error, Result};
 use crate::fused::FusedMoe;
@@ -52,7 +53,7 @@ pub struct GpuMeasurement {
     pub memory_gbs: f64,
     /// Bytes that come into a GPU from others: hidden states and results; the mean over GPUs, 1e9 bytes a second.
     pub nvlink_gbs: f64,
-    /// The time that the busiest rank needs at least, at the measured limits, in microseconds; none without cuBLAS.
+    /// The time that the busiest rank needs at least, at the measured limits, in microseconds; none without the format's product.
     pub limit_us: Option<f64>,
     /// `limit_us / us`
     pub fraction_of_limit: Option<f64>,
@@ -101,7 +102,7 @@ pub fn on_gpus(
         let (works, imbalance) = count(&config, &sets);
         let setting =
             Setting::new(plan, gpus[0].name.clone(), tokens, group.ranks(), &works, imbalance, relative_error);
-        report(measurement(setting, &works, limits, &times));
+        report(measurement(setting, plan.format, &works, limits, &times));
     }
     Ok(())
 }
@@ -160,11 +161,17 @@ pub(super) fn percentile(sorted: &[Duration], part: f64) -> f64 {
 }
 
 /// Puts times and counted work together.
-fn measurement(setting: Setting, works: &[RankWork], limits: &Limits, times: &[Duration]) -> GpuMeasurement {
+fn measurement(
+    setting: Setting,
+    format: ExpertFormat,
+    works: &[RankWork],
+    limits: &Limits,
+    times: &[Duration],
+) -> GpuMeasurement {
     let us = percentile(times, 0.5);
     let mean = |part: fn(&RankWork) -> f64| works.iter().map(part).sum::<f64>() / works.len() as f64;
     let rate = |part| mean(part) / (us / 1e6);
-    let limit_us = limit_us(works, limits);
+    let limit_us = limit_us(works, format, limits);
     GpuMeasurement {
         setting,
         launches: times.len(),
@@ -180,9 +187,9 @@ fn measurement(setting: Setting, works: &[RankWork], limits: &Limits, times: &[D
     }
 }
 
-/// What the busiest rank takes at least: to move its bytes, or to do its operations.
-fn limit_us(works: &[RankWork], limits: &Limits) -> Option<f64> {
-    let operations_per_us = limits.bf16_tflops? * 1e6;
+/// What the busiest rank takes at least: to move its bytes, or to do its operations in products of this format.
+fn limit_us(works: &[RankWork], format: ExpertFormat, limits: &Limits) -> Option<f64> {
+    let operations_per_us = limits.tflops(format)? * 1e6;
     let bytes_per_us = limits.copy_gbs * 1e3;
     let limit = |work: &RankWork| (work.memory_bytes / bytes_per_us).max(work.operations / operations_per_us);
     works.iter().map(limit).reduce(f64::max)
@@ -192,22 +199,33 @@ fn limit_us(works: &[RankWork], limits: &Limits) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::bench::{BenchShape, Choice};
-    use crate::config::ExpertFormat;
+
+    fn limits() -> Limits {
+        Limits {
+            copy_gbs: 4000.0,
+            peer_copy_gbs: None,
+            bf16_tflops: Some(800.0),
+            fp8_tflops: Some(1600.0),
+            without_cublas: None,
+            without_fp8: None,
+        }
+    }
 
     #[test]
     fn the_slower_of_memory_and_arithmetic_is_the_limit() {
-        let limits = Limits { copy_gbs: 4000.0, peer_copy_gbs: None, bf16_tflops: Some(800.0), without_cublas: None };
         let memory = RankWork { memory_bytes: 4e9, operations: 8e9, ..RankWork::default() };
         let arithmetic = RankWork { memory_bytes: 4e6, operations: 1.6e12, ..RankWork::default() };
-        assert_eq!(limit_us(&[memory], &limits), Some(1000.0));
-        assert_eq!(limit_us(&[memory, arithmetic], &limits), Some(2000.0));
-        assert_eq!(limit_us(&[memory], &Limits { bf16_tflops: None, ..limits }), None);
+        let (bf16, fp8) = (ExpertFormat::Bf16, ExpertFormat::Fp8);
+        assert_eq!(limit_us(&[memory], bf16, &limits()), Some(1000.0));
+        assert_eq!(limit_us(&[memory, arithmetic], bf16, &limits()), Some(2000.0));
+        assert_eq!(limit_us(&[arithmetic], fp8, &limits()), Some(1000.0));
+        let only_bf16 = Limits { fp8_tflops: None, ..limits() };
+        assert_eq!([bf16, fp8].map(|format| limit_us(&[memory], format, &only_bf16)), [Some(1000.0), None]);
     }
 
     fn found() -> GpuMeasurement {
-        let limits = Limits { copy_gbs: 4000.0, peer_copy_gbs: None, bf16_tflops: Some(800.0), without_cublas: None };
-        let shape = BenchShape::find("flash").unwrap();
-        let plan = Plan { shape, experts: 64, format: ExpertFormat::Bf16, choice: Choice::Balanced, tokens: vec![8] };
+        let (shape, format) = (BenchShape::find("flash").unwrap(), ExpertFormat::Bf16);
+        let plan = Plan { shape, experts: 64, format, choice: Choice::Balanced, tokens: vec![8] };
         let setting = Setting::new(&plan, "GPU".into(), 8, 2, &[RankWork::default(); 2], 1.0, 0.0);
         let works = [1.0, 3.0].map(|share| RankWork {
             operations: share * 1e12,
@@ -216,7 +234,7 @@ mod tests {
             hit_experts: 0.0,
         });
         let times: Vec<_> = (1..=11).map(|i| Duration::from_micros(1000 * i)).collect();
-        measurement(setting, &works, &limits, &times)
+        measurement(setting, format, &works, &limits(), &times)
     }
 
     #[test]

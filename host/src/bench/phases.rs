@@ -1,5 +1,8 @@
 //! The phases of a launch in the simulator: what each moved and computed by the simulator's counters, beside the least that routing and shape allow.
 
+use ferromoe_kernel::format::Format;
+use ferromoe_kernel::layout::BF16_BYTES;
+use ferromoe_kernel::quantise::GROUP;
 use ferromoe_kernel::warps::{CONSUMER_WARP, WARP, WARPGROUP};
 use ptx_sim::{Cost, Traffic, WarpWaits};
 use serde::Serialize;
@@ -15,6 +18,9 @@ use crate::trace::ROLE_NAMES;
 const PREFILL_MEMORY_LIMIT: f64 = 1.05;
 const DECODE_MEMORY_LIMIT: f64 = 1.02;
 const NVLINK_LIMIT: f64 = 1.02;
+
+/// Bytes of a scale.
+const SCALE_BYTES: u64 = 4;
 
 /// Ratios of counted bytes to the least that are not to be exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -36,7 +42,7 @@ impl RatioLimits {
 ///
 /// Device memory is counted as behind an ideal L2 cache: a line of 128 bytes is read once and written once, however often it is used. The least is counted by the
 /// same rule: the weights of hit experts and the inputs read once, the output written once, and what a phase hands to the next (rows in expert order,
-/// intermediate rows, results for tokens) written once and read once.
+/// intermediate rows, results for tokens) written once and read once. In FP8 weights and rows come with their scales, and dispatch makes a record of every token first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct PhaseCount {
     /// "dispatch", "linear 1", "linear 2", "combine", "control": what no phase needs for itself; "all".
@@ -47,7 +53,7 @@ pub struct PhaseCount {
     pub least_memory_bytes: u64,
     /// Bytes between ranks.
     pub nvlink_bytes: u64,
-    /// A token's hidden state for every rank that has experts of it, a result for every choice on another rank.
+    /// A token's hidden state (in FP8, its record) for every rank that has experts of it, a result for every choice on another rank.
     pub least_nvlink_bytes: u64,
     /// Operations of the tensor cores.
     pub tensor_ops: u64,
@@ -150,10 +156,11 @@ pub(super) fn counted(
 
 /// The least, the sums over all ranks, when rank r brings the tokens of `routings[r]`: by routing and shape alone.
 pub(super) fn least(config: &MoeConfig, routings: &[Routing]) -> [PhaseCount; PARTS.len()] {
+    let format = config.experts_format.kernel();
     let per_rank = config.experts / routings.len();
     let (hidden, intermediate, shared) =
         (config.hidden as u64, config.intermediate as u64, config.shared_experts as u64);
-    let row = 2 * hidden;
+    let row = BF16_BYTES * hidden;
     let mut hit = vec![false; config.experts];
     // Tokens; (token, expert)s, those on the token's own rank, and (token, rank)s and (token, expert)s on others.
     let (mut tokens, mut rows, mut own_rows, mut own_tokens, mut sent, mut returned) = (0, 0, 0, 0, 0, 0);
@@ -187,18 +194,37 @@ pub(super) fn least(config: &MoeConfig, routings: &[Routing]) -> [PhaseCount; PA
         least_ops,
         ..PhaseCount::default()
     };
+    // Rows in expert order, a token as it crosses NVLink, and what it takes to make that.
+    let [token_row, intermediate_row] = [hidden, intermediate].map(|columns| row_bytes(format, columns));
+    let record = u64::from(format.record_bytes(config.hidden as u32));
+    let quantised = if format.scaled { tokens * (row + record) } else { 0 };
+    let [linear1, linear2] = [2, 1].map(|matrices| matrices * experts * matrix_bytes(format, hidden, intermediate));
     [
-        least(choices + (own_tokens + rows) * row, sent * row, 0),
-        least(4 * matrix * experts + rows * (row + 2 * intermediate), 0, 4 * matrix * rows),
-        least(2 * matrix * experts + rows * 2 * intermediate + own_rows * row, returned * row, 2 * matrix * rows),
+        least(choices + quantised + own_tokens * record + rows * token_row, sent * record, 0),
+        least(linear1 + rows * (token_row + intermediate_row), 0, 4 * matrix * rows),
+        least(linear2 + rows * intermediate_row + own_rows * row, returned * row, 2 * matrix * rows),
         least((rows + tokens) * row, 0, 0),
         PhaseCount::default(),
     ]
 }
 
-/// Every role's waits.
-pub(super) fn waits(costs: &[Cost]) -> Vec<RoleWaits> {
-    let mut roles: Vec<_> = ROLE_NAMES.iter().map(|role| RoleWaits { role, waits: 0, met: 0 }).collect();
+/// Bytes of a row in the pools: its elements, and a scale for each of their groups.
+fn row_bytes(format: &Format, columns: u64) -> u64 {
+    let scales = if format.scaled { SCALE_BYTES * columns.div_ceil(u64::from(GROUP)) } else { 0 };
+    columns * u64::from(format.element_bytes) + scales
+}
+
+/// Bytes of a weight matrix: its elements, and a scale for each of their blocks.
+fn matrix_bytes(format: &Format, hidden: u64, intermediate: u64) -> u64 {
+    let blocks = [hidden, intermediate].map(|size| size.div_ceil(u64::from(GROUP))).iter().product::<u64>();
+    let scales = if format.scaled { SCALE_BYTES * blocks } else { 0 };
+    hidden * intermediate * u64::from(format.element_bytes) + scales
+}
+
+/// The waits of every role that a CTA of the format has.
+pub(super) fn waits(format: &Format, costs: &[Cost]) -> Vec<RoleWaits> {
+    let count = (CONSUMER_WARP + format.consumer_warpgroups) as usize;
+    let mut roles: Vec<_> = ROLE_NAMES[..count].iter().map(|role| RoleWaits { role, waits: 0, met: 0 }).collect();
     for (warp, &WarpWaits { waits, met }) in costs.iter().flat_map(|cost| cost.warps.iter().enumerate()) {
         let helpers = CONSUMER_WARP as usize;
         let role = warp.checked_sub(helpers).map_or(warp, |warp| helpers + warp / (WARPGROUP / WARP) as usize);
@@ -218,7 +244,7 @@ pub(super) fn tokens_per_expert(config: &MoeConfig, routings: &[Routing]) -> [us
 }
 
 /// What it should take on every machine.
-pub(super) fn estimates(costs: &[Cost], traffic: &[[Traffic; PARTS.len()]]) -> Vec<Estimate> {
+pub(super) fn estimates(format: &Format, costs: &[Cost], traffic: &[[Traffic; PARTS.len()]]) -> Vec<Estimate> {
     let most = |of: &dyn Fn(usize) -> u64| (0..costs.len()).map(of).max().unwrap_or(0) as f64;
     let others = |rank: usize, part: fn(&Traffic) -> u64| traffic[rank].iter().map(part).sum::<u64>();
     let memory = most(&|rank| costs[rank].hbm_read + costs[rank].hbm_write);
@@ -230,7 +256,7 @@ pub(super) fn estimates(costs: &[Cost], traffic: &[[Traffic; PARTS.len()]]) -> V
             ("start", START_US),
             ("memory", memory / machine.memory_gbs / 1e3),
             ("NVLink", incoming.max(outgoing) / machine.nvlink_gbs / 1e3),
-            ("tensor cores", operations / machine.tflops / 1e6),
+            ("tensor cores", operations / machine.tflops(format) / 1e6),
         ];
         let [(_, start_us), (_, memory_us), (_, nvlink_us), (_, tensor_us)] = terms;
         let us = start_us + memory_us.max(nvlink_us).max(tensor_us);
@@ -243,6 +269,7 @@ pub(super) fn estimates(costs: &[Cost], traffic: &[[Traffic; PARTS.len()]]) -> V
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ExpertFormat;
     use crate::testing::small_config;
 
     /// H = I = 64, four experts on two ranks, top-2, one shared.
@@ -269,6 +296,24 @@ mod tests {
     }
 
     #[test]
+    fn in_fp8_scales_and_records_are_counted_too() {
+        let config = MoeConfig { experts_format: ExpertFormat::Fp8, ..small_config() };
+        let least = least(&config, &routings());
+        // As above; a row of 64 elements has one scale, and so has a matrix. A record has whole lines.
+        let (bf16, row, record, matrix) = (128, 64 + 4, 128, 4096 + 4);
+        let memory = [
+            3 * 2 * 8 + 3 * (bf16 + record) + 3 * record + 8 * row,
+            5 * 2 * matrix + 8 * 2 * row,
+            5 * matrix + 8 * row + 6 * bf16,
+            (8 + 3) * bf16,
+            0,
+        ];
+        assert_eq!(least.map(|phase| phase.least_memory_bytes), memory);
+        assert_eq!(least.map(|phase| phase.least_nvlink_bytes), [record, 0, 2 * bf16, 0, 0]);
+        assert_eq!(least.map(|phase| phase.least_ops), [0, 8 * 4 * 4096, 8 * 2 * 4096, 0, 0]);
+    }
+
+    #[test]
     fn what_no_phase_has_moved_is_control_s() {
         let cost = Cost { hbm_read: 1000, nvlink_write: 70, tensor_ops: 9, ..Cost::default() };
         let moved = Traffic { hbm_write: 300, nvlink_read: 50, tensor_ops: 4, ..Traffic::default() };
@@ -285,7 +330,7 @@ mod tests {
         let cost = Cost { hbm_read: 427_300_000, nvlink_read: 1, tensor_ops: 68_000_000_000, ..Cost::default() };
         let mut traffic = [Traffic::default(); PARTS.len()];
         traffic[Part::Linear2 as usize].nvlink_write = 44_999_999;
-        let found = estimates(&[cost, Cost::default()], &[traffic, Default::default()]);
+        let found = estimates(&Format::BF16, &[cost, Cost::default()], &[traffic, Default::default()]);
         let [h200, h20] = [found[0], found[1]];
         assert!((h200.memory_us - 100.0).abs() < 1e-6 && (h200.us - START_US - 100.0).abs() < 1e-6, "{h200:?}");
         assert!((h200.nvlink_us - 100.0).abs() < 1e-6 && (h200.tensor_us - 100.0).abs() < 1e-6, "{h200:?}");
@@ -298,7 +343,8 @@ mod tests {
         for (warp, waits) in cost.warps.iter_mut().enumerate().take(12) {
             *waits = WarpWaits { waits: 10 + warp as u64, met: warp as u64 };
         }
-        let found: Vec<_> = waits(&[cost]).into_iter().map(|role| (role.role, role.waits, role.met)).collect();
+        let found: Vec<_> =
+            waits(&Format::BF16, &[cost]).into_iter().map(|role| (role.role, role.waits, role.met)).collect();
         assert_eq!(found[..2], [("dispatch", 10, 0), ("producer", 11, 1)]);
         assert_eq!(found[4..], [("consumers 0", 62, 22), ("consumers 1", 78, 38)]);
     }

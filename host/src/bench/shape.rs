@@ -27,12 +27,16 @@ pub struct BenchShape {
     pub cut: bool,
 }
 
-/// All shapes: DeepSeek-V4-Flash and -Pro, DeepSeek-V3, Qwen3-30B-A3B and Mixtral-8x7B, by their published configurations.
-pub const SHAPES: [BenchShape; 5] = [
+/// All shapes: DeepSeek-V4-Flash and -Pro, DeepSeek-V3, GLM-5 and GLM-5.3-Flash, Qwen3-30B-A3B, gpt-oss-120b and Mixtral-8x7B, by their published configurations.
+/// They are sizes: what is measured multiplies, activates and sums alike for all.
+pub const SHAPES: [BenchShape; 8] = [
     shape("flash", [4096, 2048], 256, 6, 1, true),
     shape("pro", [7168, 3072], 384, 6, 1, true),
     shape("v3", [7168, 2048], 256, 8, 1, true),
+    shape("glm-5", [6144, 2048], 256, 8, 1, true),
+    shape("glm-flash", [4096, 2048], 288, 8, 1, true),
     shape("qwen3-30b", [2048, 768], 128, 8, 0, false),
+    shape("gpt-oss-120b", [2880, 2880], 128, 4, 0, false),
     shape("mixtral-8x7b", [4096, 14336], 8, 2, 0, false),
 ];
 
@@ -86,32 +90,52 @@ impl BenchShape {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::gpu::INPUT_SETS;
 
     #[test]
     fn a_small_group_holds_the_experts_of_as_many_ranks_of_eight() {
         let experts = |name: &str| [1, 2, 8].map(|ranks| BenchShape::find(name).unwrap().experts_on(ranks));
         assert_eq!(experts("flash"), [32, 64, 256]);
         assert_eq!(experts("pro"), [48, 96, 384]);
+        assert_eq!(experts("glm-flash"), [36, 72, 288]);
         assert_eq!(experts("qwen3-30b"), [128; 3]);
+        assert_eq!(experts("gpt-oss-120b"), [128; 3]);
         assert_eq!(BenchShape::find("gpt"), None);
     }
 
-    /// So that no launch finds the weights of the one before in the cache: an H200's L2 has 60 MB.
+    /// So that no launch finds the weights of the one before in the cache: an H200's L2 has 60 MB. In FP8, those of the sets that take turns.
     #[test]
     fn the_weights_of_a_single_token_exceed_the_l2() {
-        for BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } in SHAPES {
-            let bytes = (top_k + shared_experts) * 3 * hidden * intermediate * 2;
-            assert!(bytes > 60 << 20, "{name}: {bytes}");
+        for BenchShape { name, hidden, intermediate, top_k, .. } in SHAPES {
+            let weights = top_k * 3 * hidden * intermediate;
+            for (bytes, sets) in [(2, 1), (1, INPUT_SETS)] {
+                assert!(weights * bytes * sets > 60 << 20, "{name}: {weights} weights of {bytes} bytes");
+            }
         }
+    }
+
+    #[test]
+    fn some_scaled_shapes_have_partial_blocks_of_scales() {
+        let sizes = |name: &str| {
+            let BenchShape { hidden, intermediate, .. } = BenchShape::find(name).unwrap().scaled_down(1);
+            [hidden, intermediate]
+        };
+        assert_eq!(sizes("gpt-oss-120b"), [192, 192]);
+        assert_eq!(sizes("pro"), [448, 192]);
+        assert_eq!(sizes("qwen3-30b"), [128, 64]);
     }
 
     #[test]
     fn every_shape_is_one_that_the_kernel_runs() {
         for shape in SHAPES {
             for ranks in [1, 2, 4, 8] {
-                shape.config(shape.experts_on(ranks), 8192).validate(ranks).unwrap();
                 let small = shape.scaled_down(ranks);
-                small.config(small.experts_on(ranks), 64).validate(ranks).unwrap();
+                for (shape, tokens) in [(shape, 8192), (small, 64)] {
+                    for experts_format in [ExpertFormat::Bf16, ExpertFormat::Fp8] {
+                        let config = shape.config(shape.experts_on(ranks), tokens);
+                        MoeConfig { experts_format, ..config }.validate(ranks).unwrap();
+                    }
+                }
             }
         }
     }

@@ -75,9 +75,9 @@ pub fn simulated(plan: &Plan, group: &DeviceGroup, mut report: impl FnMut(SimMea
             compulsory_bytes: works.iter().map(|work| work.memory_bytes).sum(),
             l2_bytes: costs.iter().map(|cost| cost.l2_bytes).sum(),
             instructions: costs.iter().map(|cost| cost.instructions).sum(),
-            waits: phases::waits(&costs),
+            waits: phases::waits(plan.format.kernel(), &costs),
             tokens_per_expert: phases::tokens_per_expert(&config, routings),
-            estimates: phases::estimates(&costs, &traffic),
+            estimates: phases::estimates(plan.format.kernel(), &costs, &traffic),
             simulated_us: costs.iter().map(|cost| cost.simulated_ns).max().unwrap_or(0) as f64 / 1e3,
         });
     }
@@ -93,11 +93,10 @@ mod tests {
     use crate::group::{Device, SimOptions};
 
     /// A layer of eight routed experts and a shared one on two ranks, one choice a token.
-    fn measure([hidden, intermediate]: [usize; 2], tokens: usize) -> SimMeasurement {
+    fn measure(format: ExpertFormat, [hidden, intermediate]: [usize; 2], tokens: usize) -> SimMeasurement {
         let shape =
             BenchShape { name: "small", hidden, intermediate, experts: 8, top_k: 1, shared_experts: 1, cut: false };
-        let plan =
-            Plan { shape, experts: 8, format: ExpertFormat::Bf16, choice: Choice::Balanced, tokens: vec![tokens] };
+        let plan = Plan { shape, experts: 8, format, choice: Choice::Balanced, tokens: vec![tokens] };
         let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
         let mut found = None;
         simulated(&plan, &group, |measurement| found = Some(measurement)).unwrap();
@@ -105,8 +104,8 @@ mod tests {
     }
 
     /// With one choice a token, it crosses NVLink at most once.
-    fn measured(sizes: [usize; 2], tokens: usize) -> SimMeasurement {
-        let found = measure(sizes, tokens);
+    fn measured(format: ExpertFormat, sizes: [usize; 2], tokens: usize) -> SimMeasurement {
+        let found = measure(format, sizes, tokens);
         for phase in found.phases.iter().chain([&found.all]) {
             assert!(phase.nvlink_ratio().is_none_or(|ratio| (1.0..=found.limits.nvlink).contains(&ratio)), "{phase:?}");
             assert!(phase.useful().is_none_or(|part| (0.1..1.0).contains(&part)), "{phase:?}");
@@ -120,23 +119,27 @@ mod tests {
 
     #[test]
     fn prefill_moves_little_more_than_it_must() {
-        let found = measured([512, 256], 512);
-        assert_eq!(found.limits, RatioLimits::new(true));
-        for phase in &found.phases[..=Part::Combine as usize] {
-            assert!(phase.memory_ratio() <= Some(found.limits.memory), "{phase:?}");
+        for format in [ExpertFormat::Bf16, ExpertFormat::Fp8] {
+            let found = measured(format, [512, 256], 512);
+            assert_eq!(found.limits, RatioLimits::new(true));
+            for phase in &found.phases[..=Part::Combine as usize] {
+                assert!(phase.memory_ratio() <= Some(found.limits.memory), "{phase:?}");
+            }
         }
     }
 
     /// Dispatch moves next to nothing in decode, and the lines of lists and counts are more than 2% of that: its excess is held against the whole.
     #[test]
     fn decode_moves_little_more_than_it_must() {
-        let found = measured([1024, 512], 8);
-        assert_eq!(found.limits, RatioLimits::new(false));
-        let [dispatch, phases @ .., _control] = &found.phases;
-        for phase in phases {
-            assert!(phase.memory_ratio() <= Some(found.limits.memory), "{phase:?}");
+        for format in [ExpertFormat::Bf16, ExpertFormat::Fp8] {
+            let found = measured(format, [1024, 512], 8);
+            assert_eq!(found.limits, RatioLimits::new(false));
+            let [dispatch, phases @ .., _control] = &found.phases;
+            for phase in phases {
+                assert!(phase.memory_ratio() <= Some(found.limits.memory), "{phase:?}");
+            }
+            let excess = dispatch.memory_bytes - dispatch.least_memory_bytes;
+            assert!(excess * 1000 < found.all.least_memory_bytes, "{dispatch:?}");
         }
-        let excess = dispatch.memory_bytes - dispatch.least_memory_bytes;
-        assert!(excess * 1000 < found.all.least_memory_bytes, "{dispatch:?}");
     }
 }

@@ -170,8 +170,8 @@ Measure how long one Mixture-of-Experts layer takes with random weights and toke
 On GPUs, launches follow each other without a wait of the host, and take turns with several sets of inputs; times are taken \
 by events on the GPUs. TFLOP/s counts 2 x 3 x hidden x intermediate operations for every (token, expert), shared experts \
 included; memory GB/s the weights of every hit expert once and the tokens in and out; NVLink GB/s the least that comes into a GPU. The limit \
-is the larger of that memory traffic at the rate of a large copy and those operations at the rate of a dense product by cuBLAS, \
-both measured in the same run. Some tokens of every measurement are compared with a reference in f64.
+is the larger of that memory traffic at the rate of a large copy and those operations at the rate of a dense product of the same number format by \
+cuBLAS, both measured in the same run. Some tokens of every measurement are compared with a reference in f64.
 
 In the simulator, the shapes are scaled down, and bytes and operations of every phase are counted against the least that there can be, with the \
 waits of every role, and an estimate for an H200 and an H20.
@@ -184,6 +184,8 @@ Examples:
       one GPU with the experts of one rank of eight
   ferromoe bench --shape v3 --ranks 8 --tokens 128 --routing skewed --json
       the whole layer on eight GPUs
+  ferromoe bench --shape glm-5 --experts fp8
+      in FP8
   ferromoe bench --shape flash --device sim --ranks 2
       counted bytes and operations
   ferromoe bench --shape flash --tokens 64 --layers 8
@@ -192,10 +194,11 @@ Examples:
       what it should take on an H200 and on an H20
 
 Environment:
-  FERROMOE_CUBLAS  the cuBLAS library to measure with, if it is not where libraries are [libcublas.so.13, libcublas.so.12]"
+  FERROMOE_CUBLAS  the cuBLAS library to measure with, if it is not where libraries are [libcublas.so.13, libcublas.so.12]; \
+FP8 is measured with the libcublasLt.so beside it"
 )]
 pub struct BenchArgs {
-    /// Shapes, separated by commas; with fewer than 8 ranks, flash, pro and v3 have the experts of as many ranks of eight
+    /// Shapes, separated by commas; with fewer than 8 ranks, flash, pro, v3, glm-5 and glm-flash have the experts of as many ranks of eight
     #[arg(long = "shape", value_name = "SHAPE", required = true, value_delimiter = ',', value_parser = shape_parser())]
     pub shapes: Vec<BenchShape>,
 
@@ -244,7 +247,7 @@ pub struct TraceArgs {
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
 
-    /// The layer; with fewer than 8 ranks, flash, pro and v3 have the experts of as many ranks of eight
+    /// The layer; with fewer than 8 ranks, flash, pro, v3, glm-5 and glm-flash have the experts of as many ranks of eight
     #[arg(long, value_name = "SHAPE", value_parser = shape_parser())]
     pub shape: BenchShape,
 
@@ -326,6 +329,8 @@ pub enum RoutingArg {
     Balanced,
     /// Some experts are far more popular than others (Zipf)
     Skewed,
+    /// The first choice of every token is the same expert, the others are balanced
+    OneExpert,
 }
 
 impl From<RoutingArg> for Choice {
@@ -333,6 +338,7 @@ impl From<RoutingArg> for Choice {
         match routing {
             RoutingArg::Balanced => Self::Balanced,
             RoutingArg::Skewed => Self::Skewed,
+            RoutingArg::OneExpert => Self::OneExpert,
         }
     }
 }

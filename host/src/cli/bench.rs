@@ -146,7 +146,7 @@ fn heading(plan: &Plan, ranks: usize, on: &str) -> String {
     let experts = plan.experts / ranks.max(1);
     format!(
         "{name} in {}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {experts} experts a rank, \
-         {:?} routing\non {}\n",
+         {} routing\non {}\n",
         plan.format.name(),
         plan.choice,
         on
@@ -159,10 +159,17 @@ fn limits_line(limits: &Limits) -> String {
     if let Some(peer) = limits.peer_copy_gbs {
         let _ = write!(line, ", copy between GPUs {peer:.0} GB/s");
     }
-    let _ = match (limits.bf16_tflops, &limits.without_cublas) {
-        (Some(rate), _) => write!(line, ", bf16 8192^3 by cuBLAS {rate:.0} TFLOP/s"),
-        (None, reason) => write!(line, "; {}", reason.as_deref().unwrap_or("no cuBLAS")),
-    };
+    let products = [
+        ("bf16 8192^3 by cuBLAS", limits.bf16_tflops, &limits.without_cublas),
+        ("e4m3 by cuBLASLt", limits.fp8_tflops, &limits.without_fp8),
+    ];
+    for (what, rate, missing) in products {
+        let _ = match (rate, missing) {
+            (Some(rate), _) => write!(line, ", {what} {rate:.0} TFLOP/s"),
+            (None, Some(reason)) => write!(line, "; {reason}"),
+            (None, None) => Ok(()),
+        };
+    }
     line.push('\n');
     line
 }
@@ -238,10 +245,30 @@ mod tests {
         let plans: Vec<_> = args.shapes.iter().map(|&shape| plan(&args, shape, &GPU_TOKENS)).collect();
         assert_eq!(plans.iter().map(|plan| plan.experts).collect::<Vec<_>>(), [64, 128]);
         assert_eq!(plans[0].tokens, [1, 64]);
-        let args = self::args("--shape pro --experts-per-rank 3 --ranks 4 --routing skewed").unwrap();
+        let args = self::args("--shape pro --experts-per-rank 3 --ranks 4 --routing one-expert --experts fp8").unwrap();
         let plan = plan(&args, args.shapes[0], &GPU_TOKENS);
-        assert_eq!((plan.experts, plan.choice), (12, bench::Choice::Skewed));
+        assert_eq!((plan.experts, plan.choice, plan.format.name()), (12, bench::Choice::OneExpert, "fp8"));
         assert_eq!(plan.tokens, GPU_TOKENS);
+    }
+
+    #[test]
+    fn limits_that_could_not_be_measured_say_why() {
+        let limits = Limits {
+            copy_gbs: 4247.2,
+            peer_copy_gbs: None,
+            bf16_tflops: Some(672.0),
+            fp8_tflops: Some(1250.0),
+            without_cublas: None,
+            without_fp8: None,
+        };
+        assert_eq!(
+            limits_line(&limits),
+            "limits measured: copy 4247 GB/s, bf16 8192^3 by cuBLAS 672 TFLOP/s, e4m3 by cuBLASLt 1250 TFLOP/s\n"
+        );
+        let without_fp8 = Limits { fp8_tflops: None, without_fp8: Some("no cuBLASLt".into()), ..limits.clone() };
+        assert!(limits_line(&without_fp8).ends_with("by cuBLAS 672 TFLOP/s; no cuBLASLt\n"));
+        let none = Limits { bf16_tflops: None, fp8_tflops: None, without_cublas: Some("no cuBLAS".into()), ..limits };
+        assert_eq!(limits_line(&none), "limits measured: copy 4247 GB/s; no cuBLAS\n");
     }
 
     #[test]

@@ -92,8 +92,9 @@ fn model(args: &TraceArgs) -> Result<Shown> {
 fn title(args: &TraceArgs, plan: &Plan, device: &str) -> String {
     let BenchShape { name, hidden, intermediate, top_k, shared_experts, .. } = plan.shape;
     format!(
-        "{name}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {} experts on {} rank{}, {:?} \
+        "{name} in {}: hidden {hidden}, intermediate {intermediate}, top-{top_k}, {shared_experts} shared, {} experts on {} rank{}, {} \
          routing, {} tokens a rank, on {device}",
+        plan.format.name(),
         plan.experts,
         args.run.ranks,
         if args.run.ranks == 1 { "" } else { "s" },

@@ -1,6 +1,6 @@
 //! The layer in FP8 against the reference that quantises as the kernel does.
 
-use ferromoe::{ExpertFormat, MoeConfig, SimOptions};
+use ferromoe::{ExpertFormat, MoeConfig, ScaleKind, SimOptions};
 use ferromoe_tests::{Case, Choices};
 
 fn config(hidden: usize, intermediate: usize, experts: usize, top_k: usize) -> MoeConfig {
@@ -47,5 +47,14 @@ fn tiles_wider_than_those_of_the_first_products() {
         let config = MoeConfig { shared_experts: 1, ..config(hidden, 192, 4, 2) };
         let sim = SimOptions { sms, ..SimOptions::default() };
         Case { choices: Choices::AllTo(0), sim, ..case(config, &[9, 150]) }.check();
+    }
+}
+
+/// Scales that are powers of two; two shared experts; some tokens without an expert.
+#[test]
+fn scales_that_are_powers_of_two() {
+    let config = MoeConfig { scales: ScaleKind::PowerOfTwo, shared_experts: 2, ..config(320, 192, 8, 3) };
+    for tokens in [[40, 3], [150, 0]] {
+        Case { choices: Choices::Sparse, ..case(config.clone(), &tokens) }.check();
     }
 }

@@ -1,6 +1,6 @@
 //! A token's output has the same bits whatever else is in the batch, wherever the token is, and however many ranks there are.
 
-use ferromoe::{MoeConfig, Routing, SimOptions};
+use ferromoe::{ExpertFormat, MoeConfig, Routing, SimOptions};
 use ferromoe_tests::{Case, Choices, Layer, Tokens, group};
 use half::bf16;
 use rand::rngs::StdRng;
@@ -23,7 +23,8 @@ fn layers() -> Vec<(&'static str, MoeConfig)> {
         ..Case::default().config
     };
     let limited = MoeConfig { swiglu_limit: Some(0.5), shared_experts: 0, top_k: 6, intermediate: 64, ..bf16.clone() };
-    vec![("bf16", bf16), ("bf16, with a limit", limited)]
+    let fp8 = MoeConfig { experts_format: ExpertFormat::Fp8, ..bf16.clone() };
+    vec![("bf16", bf16), ("bf16, with a limit", limited), ("fp8", fp8)]
 }
 
 /// The tokens that are followed, on one rank.

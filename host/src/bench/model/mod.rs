@@ -3,10 +3,11 @@
 
 mod timeline;
 
-use ferromoe_kernel::format::Format;
+use ferromoe_kernel::format::{Format, WEIGHT_SCALES_BYTES};
 use ferromoe_kernel::layout::{BF16_BYTES, Shape, WorkspaceLayout};
 use ferromoe_kernel::schedule::{Cut, ScheduleShape, TaskCursor, TileRing, group_tiles};
 use ferromoe_kernel::task::{Phase, Task};
+use ferromoe_kernel::tile::WEIGHT_TILE;
 use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
@@ -92,6 +93,8 @@ pub struct Modelled {
     pub device: &'static str,
     /// The shape's name.
     pub shape: &'static str,
+    /// The number format of the experts.
+    pub format: &'static str,
     /// Tokens of every rank.
     pub tokens: usize,
     /// Number of ranks.
@@ -156,6 +159,7 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
             implementation: "model",
             device: machine.name,
             shape: plan.shape.name,
+            format: plan.format.name(),
             tokens,
             ranks,
             routing: plan.choice,
@@ -265,9 +269,15 @@ impl Load {
             .take_while(|task| task.phase <= Phase::Linear2 as u32)
     }
 
-    /// Elements that a task's products sum over.
+    /// Columns that a task's products sum over.
     fn depth(&self, task: &Task) -> f64 {
         f64::from(task.columns(&self.shape))
+    }
+
+    /// The CTAs' tasks of a cluster's.
+    fn cta_tasks(&self, task: &Task) -> impl Iterator<Item = Task> {
+        let (task, format) = (*task, self.format);
+        (0..self.cluster).map(move |cta| task.of(cta, &format))
     }
 
     /// The part of a task's stages after which the next is claimed.
@@ -295,19 +305,34 @@ impl Load {
         if read { self.block_bytes(task) } else { 0.0 }
     }
 
-    /// Operations of one CTA's task.
+    /// Operations of one CTA's task: whole weight tiles, k-blocks and token tiles. Where tokens are A, only the warpgroups that have some of them multiply.
     fn operations(&self, task: &Task) -> f64 {
-        2.0 * f64::from(self.rows_of(task) * self.format.tiles.width(task.width)) * self.depth(task)
+        let rows = task.weight_tiles(&self.format, &self.shape) * WEIGHT_TILE;
+        let depth = self.format.k_blocks(task.columns(&self.shape)) * self.format.k_block();
+        2.0 * f64::from(rows * self.format.tiles.width(task.width)) * f64::from(depth)
     }
 
-    /// Weight rows of one CTA's task.
-    fn rows_of(&self, task: &Task) -> u32 {
-        task.weight_rows(&self.format)
+    /// Those for tokens.
+    fn useful_operations(&self, task: &Task) -> f64 {
+        2.0 * f64::from(self.weight_rows(task) * task.rows) * self.depth(task)
     }
 
-    /// Bytes of the weights of a cluster's task.
+    /// Weight rows of one CTA's task that there are: behind the last there is nothing.
+    fn weight_rows(&self, task: &Task) -> u32 {
+        let all = if task.is_linear1() { 2 * self.shape.intermediate } else { self.shape.hidden };
+        task.weight_rows(&self.format).min(all.saturating_sub(task.weight_row))
+    }
+
+    /// Bytes of the weights of a cluster's task, with their scales.
     fn block_bytes(&self, task: &Task) -> f64 {
-        f64::from(self.rows_of(task) * self.cluster * self.format.element_bytes) * self.depth(task)
+        let rows: u32 = self.cta_tasks(task).map(|task| self.weight_rows(&task)).sum();
+        let scales = if self.format.scaled {
+            let tiles: u32 = self.cta_tasks(task).map(|task| task.weight_tiles(&self.format, &self.shape)).sum();
+            tiles * self.format.k_blocks(task.columns(&self.shape)) * WEIGHT_SCALES_BYTES
+        } else {
+            0
+        };
+        f64::from(rows * self.format.element_bytes) * self.depth(task) + f64::from(scales)
     }
 
     /// Bytes of a row of results, and of the output.
@@ -344,9 +369,8 @@ impl Load {
             if first_tiles[task.expert as usize] == task.tile {
                 work.least_memory_bytes += self.block_bytes(&task);
             }
-            let operations = f64::from(self.cluster) * self.operations(&task);
-            work.tensor_ops += operations;
-            work.useful_ops += operations * f64::from(task.rows) / f64::from(self.format.tiles.width(task.width));
+            work.tensor_ops += self.cta_tasks(&task).map(|task| self.operations(&task)).sum::<f64>();
+            work.useful_ops += self.cta_tasks(&task).map(|task| self.useful_operations(&task)).sum::<f64>();
         }
         phases[2].nvlink_bytes = (sum(&self.remote) * row).max(f64::from(self.received) * row);
         phases[3].memory_bytes = self.combine_bytes();
@@ -384,21 +408,27 @@ mod tests {
         sum
     }
 
+    /// Shapes with whole k-blocks and weight tiles, and with partial ones; tiles of all widths.
     #[test]
     fn the_schedule_s_operations_are_those_that_the_simulator_counts() {
         let options = SimOptions::default();
-        let shape = BenchShape::find("flash").unwrap().scaled_down(2);
-        let plan = Plan { shape, experts: 16, format: ExpertFormat::Bf16, choice: Choice::Skewed, tokens: vec![3, 90] };
         let group = DeviceGroup::open(Device::Sim(options), 2).unwrap();
-        simulated(&plan, &group, |found| {
-            let tokens = found.setting.tokens;
-            let phases = scheduled(&plan, options.sms, 2, tokens);
-            for part in [Part::Linear1, Part::Linear2] {
-                let (counted, scheduled) = (found.phases[part as usize], phases[part as usize]);
-                assert_eq!(counted.tensor_ops as f64, scheduled.tensor_ops, "{counted:?}");
-                assert_eq!(counted.least_ops as f64, scheduled.useful_ops, "{counted:?}");
-            }
-        })
-        .unwrap();
+        let formats = [ExpertFormat::Bf16, ExpertFormat::Fp8];
+        for (name, format) in
+            ["flash", "gpt-oss-120b"].into_iter().flat_map(|name| formats.map(|format| (name, format)))
+        {
+            let shape = BenchShape::find(name).unwrap().scaled_down(2);
+            let plan = Plan { shape, experts: 16, format, choice: Choice::Skewed, tokens: vec![3, 90] };
+            simulated(&plan, &group, |found| {
+                let tokens = found.setting.tokens;
+                let phases = scheduled(&plan, options.sms, 2, tokens);
+                for part in [Part::Linear1, Part::Linear2] {
+                    let (counted, scheduled) = (found.phases[part as usize], phases[part as usize]);
+                    assert_eq!(counted.tensor_ops as f64, scheduled.tensor_ops, "{name} in {format:?}: {counted:?}");
+                    assert_eq!(counted.least_ops as f64, scheduled.useful_ops, "{name} in {format:?}: {counted:?}");
+                }
+            })
+            .unwrap();
+        }
     }
 }
