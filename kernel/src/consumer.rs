@@ -2,7 +2,7 @@
 
 use crate::cta::{Cta, FORMAT, Ring};
 use crate::device::address::SharedAddress;
-use crate::device::barrier::{bar_sync, bar_warp_sync};
+use crate::device::barrier::{bar_sync_of_three, bar_warp_sync};
 use crate::device::cluster::cluster_ctas;
 use crate::device::copy::{cp_async, cp_async_wait_all};
 use crate::device::global::st_weak_v4;
@@ -15,10 +15,8 @@ use crate::warps::{CONSUMER_WARP, WARP, WARPGROUP};
 
 /// Named barrier of all consumer warps.
 pub const CONSUMERS_BARRIER: u32 = 1;
-/// Named barriers of the consumer warpgroups.
+/// Named barrier of the first consumer warpgroup; those of the others follow.
 const FIRST_WARPGROUP_BARRIER: u32 = 2;
-const SECOND_WARPGROUP_BARRIER: u32 = 3;
-const THIRD_WARPGROUP_BARRIER: u32 = 4;
 /// Named barrier of the first two consumer warpgroups.
 pub const PAIR_BARRIER: u32 = 5;
 
@@ -64,11 +62,7 @@ impl<'a> Consumer<'a> {
     /// Waits for the other warps of the warpgroup.
     #[inline(always)]
     pub fn sync(&self) {
-        match self.warpgroup {
-            0 => bar_sync::<FIRST_WARPGROUP_BARRIER, WARPGROUP>(),
-            1 => bar_sync::<SECOND_WARPGROUP_BARRIER, WARPGROUP>(),
-            _ => bar_sync::<THIRD_WARPGROUP_BARRIER, WARPGROUP>(),
-        }
+        bar_sync_of_three::<FIRST_WARPGROUP_BARRIER, WARPGROUP>(self.warpgroup);
     }
 
     /// Thread of the warpgroup.

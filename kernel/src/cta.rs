@@ -77,6 +77,14 @@ impl Cta {
         Pipeline { first: self.0.offset(SHARED.stages), stage_bytes, stages: stages(task.widest) }
     }
 
+    /// The stages of a launch with wide tiles.
+    #[inline(always)]
+    pub fn wide_pipeline(self) -> Pipeline {
+        const STAGES: u32 = stages(FORMAT.tiles.count - 1);
+        let stage_bytes = FORMAT.stage_bytes(FORMAT.tiles.widest());
+        Pipeline { first: self.0.offset(SHARED.stages), stage_bytes, stages: STAGES }
+    }
+
     /// The staging buffer of a consumer warpgroup.
     #[inline(always)]
     pub fn staging(self, warpgroup: u32) -> SharedAddress {

@@ -20,6 +20,8 @@ pub struct Format {
     pub scaled: bool,
     /// The widths of token tiles.
     pub tiles: Tiles,
+    /// Index of the first width from which on tokens are the A operand, and the pipeline is always cut for the widest tile: then where a stage lies is known to the compiler.
+    pub wide_from: u32,
     /// Warpgroups that multiply, store and combine.
     pub consumer_warpgroups: u32,
     /// The most tokens of a tile whose results one warpgroup has.
@@ -62,6 +64,7 @@ impl Format {
         element_bytes: 2,
         scaled: false,
         tiles: Tiles { step: 32, count: 10 },
+        wide_from: 10,
         consumer_warpgroups: 2,
         warpgroup_tokens: 256,
         max_cluster: 2,
@@ -81,6 +84,7 @@ impl Format {
         element_bytes: 1,
         scaled: true,
         tiles: Tiles { step: 64, count: 6 },
+        wide_from: 4,
         consumer_warpgroups: 3,
         warpgroup_tokens: 64,
         max_cluster: 1,
@@ -89,8 +93,8 @@ impl Format {
         claim_stages: 3,
         staging_bytes: 16384,
         pull_bytes: 4096,
-        helper_registers: 56,
-        consumer_registers: 152,
+        helper_registers: 80,
+        consumer_registers: 144,
     };
 
     /// All formats.
@@ -153,6 +157,9 @@ impl Format {
         let mut least = self.tiles.count - 1;
         while self.max_stages * self.stage_bytes(self.tiles.width(least)) > self.pipeline_bytes() {
             least -= 1;
+        }
+        if widest >= self.wide_from {
+            return self.tiles.widest();
         }
         self.tiles.width(if widest < least { least } else { widest })
     }

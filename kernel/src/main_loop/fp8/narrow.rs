@@ -101,7 +101,9 @@ where
     // SAFETY: zeros are valid f32. An array expression would be built in local memory, and stay there.
     let mut sums: Accumulators<QUADS> = unsafe { core::mem::zeroed() };
     let first_row = warpgroup * WARPGROUP_ROWS * K_BLOCK_BYTES;
-    for _ in 0..FORMAT.k_blocks(task.columns(&consumer.launch.params().shape)) {
+    let mut rest = FORMAT.k_blocks(task.columns(&consumer.launch.params().shape));
+    while rest > 0 {
+        rest -= 1;
         let stage = ring.slot;
         cta.stage_full(stage).wait(ring.parity);
         wgmma_fence();

@@ -22,7 +22,7 @@ const LANE_COLUMNS: u32 = 8;
 /// Columns of a warp's access.
 const WARP_COLUMNS: u32 = WARP * LANE_COLUMNS;
 /// Accesses of a warp that are under way together: a unit.
-const ACCESSES: usize = 8;
+const ACCESSES: usize = 4;
 /// Columns of a unit.
 const UNIT_COLUMNS: u32 = WARP_COLUMNS * ACCESSES as u32;
 /// Lanes that share a group.
@@ -48,30 +48,35 @@ pub fn write(launch: &Launch, lane: u32) {
     let params = launch.params();
     let (shape, counters) = (&params.shape, &params.workspace.counter);
     let (per_token, units) = (units_of_token(launch), units(launch));
-    let mut claimed = launch.claim(counters.quantise_ticket, lane);
+    let claim = || launch.claim(counters.quantise_ticket, lane);
+    let at = |unit: u32| (unit / per_token, unit % per_token * UNIT_COLUMNS);
+    let mut unit = shfl_idx(claim(), 0);
+    let (mut values, mut claimed) = (load(launch, at(unit), lane), 0);
+    if unit < units {
+        claimed = claim();
+    }
     let mut done = 0;
-    loop {
-        let unit = shfl_idx(claimed, 0);
-        if unit >= units {
-            break;
+    while unit < units {
+        let next = shfl_idx(claimed, 0);
+        // Under way while this unit is written, as is the claim of the one behind.
+        let ahead = load(launch, at(next), lane);
+        if next < units {
+            claimed = claim();
         }
-        // Under way while this one is written.
-        claimed = launch.claim(counters.quantise_ticket, lane);
-        let (token, columns) = (unit / per_token, unit % per_token * UNIT_COLUMNS);
+        let (token, columns) = at(unit);
         if token < launch.tokens() {
             if columns == 0 && lane < shape.shared_experts {
                 let combine_row = token * shape.slots() + shape.top_k + lane;
-                launch.write_row(
-                    shared_row(launch, lane, token),
-                    RowMeta { combine_row, rank: params.rank, weight: 1.0 },
-                );
+                let meta = RowMeta { combine_row, rank: params.rank, weight: 1.0 };
+                launch.write_row(shared_row(launch, lane, token), meta);
             }
             if launch.hidden_scales() == 0 {
-                quantise(launch, token, columns, lane);
+                quantise(launch, (token, columns), &values, lane);
             } else {
                 copy(launch, token, columns, lane);
             }
         }
+        (unit, values) = (next, ahead);
         done += 1;
     }
     bar_warp_sync();
@@ -145,19 +150,30 @@ fn column(launch: &Launch, first: u32, access: usize, lane: u32) -> Option<u32> 
     (column < launch.params().shape.hidden).then_some(column)
 }
 
-/// A unit of bf16.
+/// What a lane has of a unit in bf16.
+type Values = [[u32; 4]; ACCESSES];
+
+/// Starts to load a unit of bf16, if the token exists.
 #[inline(always)]
-fn quantise(launch: &Launch, token: u32, first: u32, lane: u32) {
+fn load(launch: &Launch, (token, first): (u32, u32), lane: u32) -> Values {
     let source = (launch.hidden_states() + token as u64 * launch.row_bytes() as u64) as *const u8;
     // SAFETY: zeros are valid u32.
-    let mut values: [[u32; 4]; ACCESSES] = unsafe { core::mem::zeroed() };
-    unroll!(ACCESS < ACCESSES, {
-        if let Some(column) = column(launch, first, ACCESS, lane) {
-            // SAFETY: the hidden states have this row.
-            values[ACCESS] = unsafe { ld_weak_v4(source.wrapping_add(2 * column as usize)) };
-        }
-    });
-    // SAFETY: as above. All accesses go through each step together: none waits for the one before.
+    let mut values: Values = unsafe { core::mem::zeroed() };
+    if token < launch.tokens() && launch.hidden_scales() == 0 {
+        unroll!(ACCESS < ACCESSES, {
+            if let Some(column) = column(launch, first, ACCESS, lane) {
+                // SAFETY: the hidden states have this row.
+                values[ACCESS] = unsafe { ld_weak_v4(source.wrapping_add(2 * column as usize)) };
+            }
+        });
+    }
+    values
+}
+
+/// Quantises a unit of bf16.
+#[inline(always)]
+fn quantise(launch: &Launch, (token, first): (u32, u32), values: &Values, lane: u32) {
+    // SAFETY: zeros are valid u32. All accesses go through each step together: none waits for the one before.
     let mut largest: [u32; ACCESSES] = unsafe { core::mem::zeroed() };
     unroll!(ACCESS < ACCESSES, {
         unroll!(PAIR < 4, { largest[ACCESS] = max_nan_bf16x2(largest[ACCESS], abs_bf16x2(values[ACCESS][PAIR])) });

@@ -132,17 +132,19 @@ fn store_results(consumer: Consumer<'_>, task: &Task, rows: u32) {
 fn multiply(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) -> Sums {
     let Consumer { cta, warpgroup, warp, lane, .. } = consumer;
     mark!(consumer.launch, Multiply);
-    let pipeline = cta.pipeline(task);
+    let pipeline = cta.wide_pipeline();
     // SAFETY: zeros are valid f32. An array expression would be built in local memory, and stay there.
     let mut sums: Sums = unsafe { core::mem::zeroed() };
-    let own_tokens = WEIGHT_STAGE_BYTES + warpgroup * TOKENS * K_BLOCK_BYTES;
-    let own_scales = (TOKENS * warpgroup + 16 * warp + lane / 4) * 4;
-    for _ in 0..FORMAT.k_blocks(task.columns(&consumer.launch.params().shape)) {
+    // The one register that says which tokens are this thread's.
+    let own = (TOKENS * warpgroup + 16 * warp + lane / 4) * 4;
+    let mut rest = FORMAT.k_blocks(task.columns(&consumer.launch.params().shape));
+    while rest > 0 {
+        rest -= 1;
         let stage = ring.slot;
         cta.stage_full(stage).wait(ring.parity);
         wgmma_fence();
         let weights = MatrixDescriptor::new(pipeline.weights(stage)).uniform();
-        let tokens = weights.offset(own_tokens);
+        let tokens = weights.offset(WEIGHT_STAGE_BYTES + own / (TOKENS * 4) * (TOKENS * K_BLOCK_BYTES));
         // SAFETY: the stage is full, and released only after the group was waited for.
         let mut products = unsafe { Sums::start_mma_async(tokens, weights) };
         unroll!(STEP < (K_BLOCK_BYTES / K_STEP_BYTES) as usize, {
@@ -157,7 +159,7 @@ fn multiply(consumer: Consumer<'_>, task: &Task, ring: &mut Ring) -> Sums {
         bar_warp_sync();
         // SAFETY: the stage's scales have come with it.
         let ([gate, up], first, second) = unsafe {
-            let own = cta.scales(stage).offset(own_scales);
+            let own = cta.scales(stage).offset(own);
             (weight_scales(cta, stage).load_v2().map(f32::from_bits), own.load_u32(), own.offset(32).load_u32())
         };
         let (first, second) = (f32::from_bits(first), f32::from_bits(second));
