@@ -180,6 +180,10 @@ impl Puller<'_> {
     /// Copies the rows of a ticket, one of each lane that has one, and those that follow them. All lanes call this.
     #[inline(always)]
     fn copy(&mut self, row: Option<Row>) {
+        // Where rows follow others, all have a place.
+        if let Some(Row { tile, .. }) = row {
+            self.wait_for_place(tile);
+        }
         let nothing = (RowMeta { combine_row: 0, rank: 0, weight: 0.0 }, FOLLOWER, 0);
         let (meta, followers, source) = row.map_or(nothing, |row| source_of(self.launch, row));
         let followers = if self.follows || row.is_none() { followers } else { 0 };
@@ -268,9 +272,6 @@ impl Puller<'_> {
     /// Waits until linear 2 of the tile that had the place of this one before is through.
     #[inline(always)]
     fn wait_for_place(&self, tile: u32) {
-        if tile < self.tiles.first_tile {
-            return;
-        }
         let Some(before) = self.tiles.before(tile) else { return };
         let params = self.launch.params();
         let done = self.launch.counter(params.workspace.counter.tile_done, before);
@@ -319,7 +320,6 @@ impl Puller<'_> {
         // While the first pieces are on their way.
         let workspace = &launch.params().workspace;
         let destination = destination(self).map(|(meta, row)| {
-            self.wait_for_place(row.tile);
             launch.write_row(row.pool_row, meta);
             row
         });
