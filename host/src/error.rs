@@ -330,6 +330,16 @@ pub enum Error {
         /// The workspace's.
         formats: String,
     },
+    /// FP8 tokens for a layer that cannot take them.
+    #[error(
+        "rank {rank} has FP8 tokens, and the layer's experts run in {experts}; they must run in fp8, or the tokens must be bf16"
+    )]
+    TokensFormat {
+        /// The rank.
+        rank: usize,
+        /// The format of the layer's experts.
+        experts: &'static str,
+    },
     /// More layers than a workspace can tell apart.
     #[error("a workspace has at most {most} layers")]
     TooManyLayers {

@@ -1,5 +1,7 @@
 //! The layer on its ranks: weights, parameter blocks, and launches.
 
+mod batch;
+mod inputs;
 mod rank;
 mod record;
 #[cfg(test)]
@@ -25,57 +27,14 @@ use crate::memory::DeviceBuffer;
 use crate::weights::{ExpertWeights, LaidOutWeights};
 use crate::workspace::Workspace;
 
+pub use batch::{HiddenStates, RankBatch, RankOutput};
+pub use inputs::RankInputs;
 use rank::Rank;
 pub(crate) use rank::clusters_pay;
 pub(crate) use traffic::{PARTS, Part};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
-
-/// One rank's tokens of a forward pass, in host memory.
-#[derive(Clone, Copy, Debug)]
-pub struct RankBatch<'a> {
-    /// [T, H]
-    pub hidden_states: &'a [bf16],
-    /// [T, K] expert ids; -1 is "no expert".
-    pub topk_idx: &'a [i32],
-    /// [T, K]
-    pub topk_weights: &'a [f32],
-}
-
-/// What a forward pass gave one rank.
-#[derive(Clone, Debug)]
-pub struct RankOutput {
-    /// [T, H]
-    pub output: Vec<bf16>,
-    /// Time of the launch: measured on a GPU, simulated time in the simulator.
-    pub elapsed: Duration,
-    /// What the simulator counted; `None` on a GPU.
-    pub cost: Option<ptx_sim::Cost>,
-}
-
-/// One rank's arguments of a queued launch: device addresses in memory of any owner.
-///
-/// The memory is the rank's own, and every rank of the group can read the hidden states: with one process they may be anywhere on
-/// the rank's GPU, with several they are in [`Workspace::hidden_states`], which is mapped into all processes.
-#[derive(Clone, Copy, Debug)]
-pub struct RankInputs {
-    /// bf16 [T, H], 16-byte aligned; e4m3 if there are scales of them.
-    pub hidden_states: u64,
-    /// 0, or f32 [T, ceil(H / 128)]: the hidden states are e4m3, and what they are is multiplied with these. Only for a layer whose experts run in FP8.
-    pub hidden_scales: u64,
-    /// i32 [T, K]; -1 is "no expert".
-    pub topk_idx: u64,
-    /// f32 [T, K].
-    pub topk_weights: u64,
-    /// u32: T, read when the launch runs.
-    pub tokens: u64,
-    /// bf16 [T, H], 16-byte aligned; written.
-    pub output: u64,
-    /// The most tokens that any rank may have in this launch, as far as the caller knows: at the latest the layer's maximum. Nothing but speed depends on
-    /// it: with many, CTAs work in clusters.
-    pub most_tokens: u32,
-}
 
 /// One MoE layer, ready to run on the ranks of a group: on those of this process, which is all unless every rank is a process.
 pub struct FusedMoe {
@@ -154,7 +113,7 @@ impl FusedMoe {
     /// ranks, launches, waits, and copies the outputs back. The processes of a group call this together.
     ///
     /// # Errors
-    /// A batch that does not fit the configuration, expert ids that do not exist or are repeated, a wait that ran past the
+    /// A batch that does not fit the configuration, FP8 tokens for a layer whose experts run in bf16, expert ids that do not exist or are repeated, a wait that ran past the
     /// deadline, or a rank that launched another layer. The layer can be used again after any of them; in a group of several processes after
     /// [`Workspace::recover`] where it was one of the last two. A process that fails before its launch lets the others run into theirs.
     pub fn forward(&mut self, batch: &[RankBatch<'_>]) -> Result<Vec<RankOutput>> {
@@ -170,13 +129,16 @@ impl FusedMoe {
         for (rank, tokens) in self.local_ranks().zip(batch) {
             self.workspace.rank(rank)?.inputs.upload(backend, rank, self.config.hidden, tokens)?;
         }
-        let most_tokens =
-            batch.iter().map(|tokens| tokens.hidden_states.len() / self.config.hidden).max().unwrap_or(0) as u32;
-        let inputs = launched.iter().map(|&rank| Ok((rank, self.workspace.rank(rank)?.inputs.arguments(most_tokens))));
+        let most_tokens = batch.iter().map(|tokens| tokens.tokens(self.config.hidden)).max().unwrap_or(0) as u32;
+        let of = |rank: usize| &batch[rank - self.local_ranks().start];
+        let inputs = launched.iter().map(|&rank| {
+            let buffers = &self.workspace.rank(rank)?.inputs;
+            Ok((rank, buffers.arguments(&of(rank).hidden_states, most_tokens)))
+        });
         let reports = self.launch(&inputs.collect::<Result<Vec<_>>>()?)?;
         self.workspace.check_status(Some((self.number, batch)))?;
         let output = |(&rank, report): (&usize, RankReport)| {
-            let mut output = vec![bf16::ZERO; batch[rank - self.local_ranks().start].hidden_states.len()];
+            let mut output = vec![bf16::ZERO; of(rank).hidden_states.elements()];
             self.workspace.rank(rank)?.inputs.output.read(bytemuck::cast_slice_mut(&mut output))?;
             Ok(RankOutput { output, elapsed: report.elapsed, cost: report.cost })
         };
@@ -216,7 +178,8 @@ impl FusedMoe {
     /// for them ([`crate::Stream::synchronize`]).
     ///
     /// # Errors
-    /// A rank of another process, hidden states that the other ranks cannot read, or a driver that refuses the launch.
+    /// A rank of another process, an address that is null or not aligned, hidden states that the other ranks cannot read, FP8 tokens for a layer whose
+    /// experts run in bf16, or a driver that refuses the launch. Nothing is launched then.
     ///
     /// # Safety
     /// `stream` is a stream of the rank's GPU, and the memory that `inputs` names is as it says until the launch has ended. No other launch of a layer of
@@ -244,7 +207,6 @@ impl FusedMoe {
     }
 
     fn check_batch(&self, batch: &[RankBatch<'_>]) -> Result<()> {
-        let (hidden, top_k) = (self.config.hidden, self.config.top_k);
         if batch.len() != self.ranks.len() {
             return Err(Error::Size {
                 what: "the batch".into(),
@@ -252,30 +214,14 @@ impl FusedMoe {
                 expected: format!("those of {}", self.ranks.len()),
             });
         }
-        for (rank, batch) in self.local_ranks().zip(batch) {
-            let tokens = batch.hidden_states.len() / hidden;
-            self.config.check_tokens(rank, tokens)?;
-            for (what, found, expected) in [
-                ("hidden states", batch.hidden_states.len(), tokens * hidden),
-                ("expert ids", batch.topk_idx.len(), tokens * top_k),
-                ("routing weights", batch.topk_weights.len(), tokens * top_k),
-            ] {
-                if found != expected {
-                    return Err(Error::Size {
-                        what: format!("the batch of rank {rank}"),
-                        found: format!("{found} {what}"),
-                        expected: format!("{expected} for {tokens} tokens"),
-                    });
-                }
-            }
-        }
-        Ok(())
+        self.local_ranks().zip(batch).try_for_each(|(rank, batch)| batch.check(&self.config, rank))
     }
 
     /// What the kernel gets, checked as far as the host can.
     fn arguments(&self, rank: usize, inputs: RankInputs) -> Result<Arguments> {
         let own = self.workspace.hidden_states(rank)?.address();
         self.workspace.check_usable()?;
+        inputs.check(&self.config, rank)?;
         // Records are made where all ranks read them.
         let read_by_others = !self.config.experts_format.kernel().scaled;
         if read_by_others && self.workspace.spans_processes() && inputs.hidden_states != own {
@@ -288,20 +234,7 @@ impl FusedMoe {
                 ),
             });
         }
-        for (what, address) in [("hidden states", inputs.hidden_states), ("output", inputs.output)] {
-            if !address.is_multiple_of(16) {
-                let expected = "the address must be a multiple of 16".into();
-                return Err(Error::Address { what, rank, address, expected });
-            }
-        }
-        Ok(Arguments {
-            hidden_states: inputs.hidden_states,
-            hidden_scales: inputs.hidden_scales,
-            topk_ids: inputs.topk_idx,
-            topk_weights: inputs.topk_weights,
-            tokens: inputs.tokens,
-            output: inputs.output,
-        })
+        Ok(inputs.kernel_arguments())
     }
 
     fn rank_launch<'a>(&'a self, rank: usize, most_tokens: u32, arguments: &'a Arguments) -> Result<RankLaunch<'a>> {

@@ -50,7 +50,7 @@ pub use error::{Error, Excess, Result};
 pub use family::Family;
 pub use ferromoe_kernel::quantise::ScaleKind;
 pub use fp8::Fp8Matrix;
-pub use fused::{DEFAULT_DEADLINE, FusedMoe, RankBatch, RankInputs, RankOutput};
+pub use fused::{DEFAULT_DEADLINE, FusedMoe, HiddenStates, RankBatch, RankInputs, RankOutput};
 pub use group::{Device, DeviceGroup, SimOptions};
 pub use input::MoeInput;
 pub use matrix::Matrix;

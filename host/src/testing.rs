@@ -67,7 +67,7 @@ impl Tokens {
 
     pub fn batch(&self) -> RankBatch<'_> {
         RankBatch {
-            hidden_states: &self.hidden_states,
+            hidden_states: self.hidden_states.as_slice().into(),
             topk_idx: self.routing.topk_idx(),
             topk_weights: self.routing.topk_weights(),
         }
@@ -123,7 +123,7 @@ impl EngineRank {
     /// Puts tokens where the next launch finds them.
     pub fn write(&self, tokens: &Tokens) {
         let batch = tokens.batch();
-        self.hidden_states.write(bytemuck::cast_slice(batch.hidden_states)).unwrap();
+        self.hidden_states.write(batch.hidden_states.bytes()).unwrap();
         self.topk_idx.write(bytemuck::cast_slice(batch.topk_idx)).unwrap();
         self.topk_weights.write(bytemuck::cast_slice(batch.topk_weights)).unwrap();
         self.write_count(tokens.routing.tokens() as u32);

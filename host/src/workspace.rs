@@ -16,14 +16,14 @@ use ferromoe_kernel::status::{BadChoice, Fault, Stage, Status, Timeout};
 use crate::backend::Backend;
 use crate::config::MoeConfig;
 use crate::error::{Error, Result};
-use crate::fused::{RankBatch, RankInputs};
+use crate::fused::{HiddenStates, RankBatch, RankInputs};
 use crate::group::DeviceGroup;
 use crate::memory::DeviceBuffer;
 use crate::rendezvous::RendezvousError;
 
 pub use sizes::WorkspaceSizes;
 pub(crate) use sizes::layer_shape;
-use sizes::{COUNT_BYTES, choices_bytes, states_bytes, symmetric_bytes};
+use sizes::{COUNT_BYTES, choices_bytes, scales_bytes, states_bytes, symmetric_bytes};
 
 /// Device memory that all layers of a model share, made once for a group; a layer itself holds only its weights. Cloning shares it.
 ///
@@ -78,8 +78,10 @@ pub(crate) struct WorkspaceRank {
 
 /// Device copies of a rank's batch and output, for the most tokens there can be.
 pub(crate) struct InputBuffers {
-    /// bf16 [tokens, H] behind what [`SymmetricLayout`] lays out, where every rank can read it.
+    /// bf16 [tokens, H] behind what [`SymmetricLayout`] lays out, where every rank can read it. Of FP8 tokens e4m3.
     pub(crate) hidden_states: DeviceBuffer,
+    /// f32 [tokens, ceil(H / 128)], where a layer can take FP8 tokens.
+    hidden_scales: Option<DeviceBuffer>,
     topk_idx: DeviceBuffer,
     topk_weights: DeviceBuffer,
     tokens: DeviceBuffer,
@@ -136,7 +138,7 @@ impl Workspace {
         &self.shared.sizes
     }
 
-    /// Memory for a rank's hidden states, bf16 [tokens, H], that the ranks of all processes can read.
+    /// Memory for a rank's hidden states, bf16 [tokens, H] or e4m3 of as many, that the ranks of all processes can read.
     /// [`crate::FusedMoe::forward`] puts them there; an engine whose layer before writes there needs no copy.
     ///
     /// # Errors
@@ -355,8 +357,13 @@ impl InputBuffers {
         symmetric: &DeviceBuffer,
     ) -> Result<Self> {
         let choices = choices_bytes(sizes);
+        let scales = match scales_bytes(sizes, formats) {
+            0 => None,
+            bytes => Some(DeviceBuffer::new(backend, rank, bytes, "hidden scales")?),
+        };
         Ok(Self {
             hidden_states: symmetric.tail(SymmetricLayout::new(sizes, formats).bytes(sizes, formats), "hidden states"),
+            hidden_scales: scales,
             topk_idx: DeviceBuffer::new(backend, rank, choices, "expert ids")?,
             topk_weights: DeviceBuffer::new(backend, rank, choices, "routing weights")?,
             tokens: DeviceBuffer::new(backend, rank, COUNT_BYTES, "token count")?,
@@ -364,10 +371,12 @@ impl InputBuffers {
         })
     }
 
-    pub(crate) fn arguments(&self, most_tokens: u32) -> RankInputs {
+    /// What a launch gets after [`Self::upload`] of a batch with such hidden states.
+    pub(crate) fn arguments(&self, states: &HiddenStates<'_>, most_tokens: u32) -> RankInputs {
+        let scales = self.hidden_scales.as_ref().filter(|_| states.scales().is_some());
         RankInputs {
             hidden_states: self.hidden_states.address(),
-            hidden_scales: 0,
+            hidden_scales: scales.map_or(0, DeviceBuffer::address),
             topk_idx: self.topk_idx.address(),
             topk_weights: self.topk_weights.address(),
             tokens: self.tokens.address(),
@@ -384,8 +393,11 @@ impl InputBuffers {
         hidden: usize,
         batch: &RankBatch<'_>,
     ) -> Result<()> {
-        let tokens = (batch.hidden_states.len() / hidden) as u32;
-        self.hidden_states.write(bytemuck::cast_slice(batch.hidden_states))?;
+        let tokens = batch.tokens(hidden) as u32;
+        self.hidden_states.write(batch.hidden_states.bytes())?;
+        if let (Some(buffer), Some(scales)) = (&self.hidden_scales, batch.hidden_states.scales()) {
+            buffer.write(bytemuck::cast_slice(scales))?;
+        }
         self.topk_idx.write(bytemuck::cast_slice(batch.topk_idx))?;
         self.topk_weights.write(bytemuck::cast_slice(batch.topk_weights))?;
         self.tokens.write(bytemuck::bytes_of(&tokens))?;

@@ -75,6 +75,16 @@ pub(crate) enum Event {
     Arrive { issuer: Issuer, address: u32, after: Vec<u64> },
 }
 
+impl Event {
+    /// Who has issued it.
+    pub fn issuer(&self) -> Issuer {
+        match self {
+            Self::Transfer(transfer) => transfer.issuer,
+            Self::Wgmma { issuer, .. } | Self::Arrive { issuer, .. } => *issuer,
+        }
+    }
+}
+
 /// How far a copy has got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -148,6 +158,31 @@ impl AsyncQueue {
     /// When the next operation is due.
     pub fn next_due(&self) -> Option<u64> {
         self.due.peek().map(|Reverse((due, _))| *due)
+    }
+
+    /// Takes the transfers out that are still to read a CTA's shared memory; put them back with [`Self::again`].
+    pub fn take_reads(&mut self, cta: u64) -> Vec<(u64, Transfer)> {
+        let reads = |event: &Event| match event {
+            Event::Transfer(transfer) => {
+                transfer.data.is_none()
+                    && transfer.issuer.cta == cta
+                    && transfer.multicast.is_empty()
+                    && matches!(transfer.completion, Completion::Group(_))
+                    && transfer.parts.iter().any(|part| matches!(part.from, Place::Shared(_)))
+            }
+            _ => false,
+        };
+        let mut numbers: Vec<u64> =
+            self.events.iter().filter(|(_, event)| reads(event)).map(|(number, _)| *number).collect();
+        numbers.sort_unstable();
+        let taken = numbers.into_iter().filter_map(|number| match self.events.remove(&number)? {
+            Event::Transfer(transfer) => Some((number, transfer)),
+            _ => None,
+        });
+        let taken = taken.collect::<Vec<_>>();
+        // Their old moments are gone.
+        self.due.retain(|Reverse((_, number))| !taken.iter().any(|(other, _)| other == number));
+        taken
     }
 
     /// An operation that still needs a CTA's shared memory or registers.

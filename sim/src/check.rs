@@ -8,17 +8,23 @@
 
 mod clock;
 mod phases;
+mod reads;
+mod sequential;
 mod shadow;
+mod verdicts;
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::error::Fault;
 use crate::program::{CopyKind, Space, WgmmaUse};
+use crate::waiver::Policy;
 use clock::{Clock, Entry};
 use phases::Phases;
+use sequential::Sequential;
 use shadow::{Actor, Agent, FastMap, Shadow, Site};
 pub(crate) use shadow::{Clash, ClashKind, Mode, Record, Scope, is_shared, shared_key, shared_owner};
+pub(crate) use verdicts::Verdicts;
 
 /// Lanes with the same clock.
 #[derive(Debug, Clone)]
@@ -173,6 +179,8 @@ pub(crate) struct Access {
     pub strong: Option<Scope>,
     /// By `ld.global.nc`.
     pub read_only: bool,
+    /// A wait for an mbarrier.
+    pub waits: bool,
 }
 
 /// Which side of a release or acquire pattern an instruction is.
@@ -211,6 +219,7 @@ pub(crate) struct Checker {
     ctas: FastMap<u64, CtaChecks>,
     shadow: Shadow,
     words: FastMap<u64, Vec<Published>>,
+    sequential: Sequential,
     flights: FastMap<u64, Flight>,
     agents: u32,
     /// What came before each launch that others came before.
@@ -220,14 +229,13 @@ pub(crate) struct Checker {
     /// Of each device, what its CTAs that have ended did and knew, where launches come in order.
     ended: FastMap<usize, Clock>,
     nothing: Clock,
-    /// What the error that is on its way is about.
-    pub clash: Option<Clash>,
+    pub verdicts: Verdicts,
 }
 
 impl Checker {
     /// The checks of a run, whose launches of a device may come one after the other.
-    pub fn new(in_order: bool) -> Self {
-        Self { in_order, ..Self::default() }
+    pub fn new(policy: Policy, in_order: bool) -> Self {
+        Self { verdicts: Verdicts::new(policy), in_order, ..Self::default() }
     }
 
     /// A CTA starts: gives its first warp's number. `live` are the lanes of each warp.
@@ -286,6 +294,7 @@ impl Checker {
         if self.ctas.values().all(|other| other.cluster != checks.cluster) {
             self.clusters.remove(&checks.cluster);
         }
+        self.forget_sequence(cta, checks.warps);
         self.shadow.forget_shared(cta, checks.shared_bytes);
         self.words.retain(|key, _| !is_shared(*key) || shared_owner(*key) != cta);
         clash
@@ -314,7 +323,7 @@ impl Checker {
 
     /// Checks and remembers an access.
     pub fn access(&mut self, access: Access, key: u64, bytes: u64) -> Result<(), Fault> {
-        let Access { warp, lanes, pc, mode, reads: observes, strong, read_only } = access;
+        let Access { warp, lanes, pc, mode, reads: observes, strong, read_only, waits } = access;
         let Some(state) = self.warps.get_mut(warp as usize) else {
             return Ok(());
         };
@@ -328,11 +337,12 @@ impl Checker {
             }
             let record = Record::new(Agent::Warp(warp), state.tick, lanes, pc, strong, false, warp);
             let record = if read_only { record.read_only() } else { record };
+            let record = if waits { record.waits() } else { record };
             let began = self.scopes.get(warp as usize).and_then(|site| self.began.get(&site.launch));
             let began = began.unwrap_or(&self.nothing);
             let actor = Actor { key, record, clock: &view.clock, mode, observes, homes: &self.scopes, began };
             if let Err(clash) = self.shadow.access(bytes, &actor) {
-                return Err(note(&mut self.clash, clash));
+                self.verdicts.judge(clash, &self.ctas)?;
             }
         }
         if !self.shadow.observed.is_empty() {
@@ -547,7 +557,7 @@ impl Checker {
         let homes = &self.scopes;
         let actor =
             Actor { key, record, clock: &clock, mode: Mode::Read, observes: false, homes, began: &self.nothing };
-        self.shadow.use_map(128, &actor).map_err(|clash| note(&mut self.clash, clash))
+        self.shadow.use_map(128, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))
     }
 
     /// A fence of what lanes of a warp did, and of what they know.
@@ -578,6 +588,7 @@ impl Checker {
             return;
         };
         for word in (key & !3..key + bytes).step_by(4) {
+            self.hear(warp, lanes, me, word);
             let Some(published) = self.words.get(&word) else {
                 continue;
             };
@@ -609,6 +620,8 @@ impl Checker {
         let Some(&site) = self.scopes.get(warp as usize) else {
             return;
         };
+        let words: Vec<u64> = (key & !3..key + bytes).step_by(4).collect();
+        self.carry(warp, lanes, &words, chain);
         let mut news: Vec<Published> = Vec::new();
         if order.releases() {
             news.push(Published { scope, site, clock: self.snapshot(warp, lanes) });
@@ -620,7 +633,7 @@ impl Checker {
                 news.push(Published { scope: aside.scope, site, clock });
             }
         }
-        for word in (key & !3..key + bytes).step_by(4) {
+        for word in words {
             if news.is_empty() {
                 if !chain {
                     self.words.remove(&word);
@@ -735,7 +748,7 @@ impl Checker {
                 homes: &self.scopes,
                 began: &self.nothing,
             };
-            self.shadow.access(bytes, &actor).map_err(|clash| note(&mut self.clash, clash))?;
+            self.shadow.access(bytes, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))?;
         }
         Ok(())
     }
@@ -756,7 +769,7 @@ impl Checker {
             homes: &self.scopes,
             began: &self.nothing,
         };
-        self.shadow.access(8, &actor).map_err(|clash| note(&mut self.clash, clash))
+        self.shadow.access(8, &actor).or_else(|clash| self.verdicts.judge(clash, &self.ctas))
     }
 
     pub fn commit_group(&mut self, warp: u32, lane: usize, kind: CopyKind) {
@@ -938,14 +951,9 @@ impl Checker {
                 homes: &self.scopes,
                 began: &self.nothing,
             };
-            self.shadow.access(range.len() as u64, &actor).map_err(|clash| note(&mut self.clash, clash))?;
+            let found = self.shadow.access(range.len() as u64, &actor);
+            found.or_else(|clash| self.verdicts.judge(clash, &self.ctas))?;
         }
         Ok(())
     }
-}
-
-/// Keeps a clash for the scheduler, which knows all modules' lines (see `Run::failed`).
-fn note(kept: &mut Option<Clash>, clash: Clash) -> Fault {
-    *kept = Some(clash);
-    Fault::Synchronisation("two accesses clash".to_owned())
 }

@@ -1,9 +1,10 @@
 //! The state of a running CTA: shared memory, barriers, and its warps.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::asynchronous::Place;
+use crate::execute::SavedFrame;
 use crate::memory::TrackedBytes;
 use crate::program::{CopyKind, WaitPhase};
 use crate::registers::Registers;
@@ -68,8 +69,14 @@ pub(crate) struct Fragment {
     pub timed_out: bool,
     /// The scheduler knows of `until`.
     pub armed: bool,
-    /// Return addresses.
-    pub stack: Vec<u32>,
+    pub stack: Vec<ReturnTo>,
+}
+
+/// Where a function returns to, and its number if it was called through a register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ReturnTo {
+    pub pc: u32,
+    pub callee: u32,
 }
 
 /// Groups of asynchronous copies that a lane has committed, oldest first; and the open one.
@@ -87,6 +94,8 @@ pub(crate) struct Warp {
     /// Lanes that exist and have not exited.
     pub live: u32,
     pub local: TrackedBytes,
+    /// By lane: what functions had that were called again, the last one last.
+    pub saved: HashMap<usize, Vec<SavedFrame>>,
     /// Groups of each lane that has made a copy: `cp.async`, `cp.async.bulk`.
     pub copies: [Vec<(usize, CopyGroups)>; 2],
     /// wgmma instructions issued, and how many there were at each commit.
@@ -100,6 +109,8 @@ pub(crate) struct Warp {
     /// Slices run while diverged, for fairness.
     pub diverged: u32,
     pub polls: Polls,
+    /// It has found something as it was, or has looked at the time, since its last `nanosleep`.
+    pub polled: bool,
     /// Phases of mbarriers that a wait has found incomplete, and none complete since.
     pub unmet: Vec<(u32, Phase)>,
     /// Lanes that have arrived at the cluster's barrier, and lanes whose arrival's phase is complete that have not waited.

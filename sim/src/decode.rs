@@ -1,6 +1,7 @@
 //! From a parsed module to its decoded form: lays out variables, resolves names, compiles instructions.
 
 mod asynchronous;
+mod calls;
 mod carry;
 mod compare;
 mod control;
@@ -15,13 +16,14 @@ mod operands;
 mod scope;
 mod synchronisation;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::ast::{self, Ast, InitialValue, StateSpace, Statement, Variable};
 use crate::error::ParseError;
 use crate::program::*;
 use crate::registers::RegisterCounts;
+use calls::Calls;
 use opcode::Opcode;
 use scope::{Scopes, Symbol};
 
@@ -45,19 +47,21 @@ pub(crate) fn decode(ast: &Ast) -> Result<Module, ParseError> {
 /// A function's place, and the local memory its parameters are passed in.
 #[derive(Debug, Clone, Default)]
 struct FunctionInfo {
-    name: String,
     start: Option<u32>,
     /// (local offset, bytes) of each return value and parameter.
     returns: Vec<(u32, u32)>,
     parameters: Vec<(u32, u32)>,
+    /// What its body cannot be decoded for.
+    refused: Vec<ParseError>,
 }
 
 struct Decoder {
     module: Module,
     scopes: Scopes,
     functions: Vec<FunctionInfo>,
-    /// Their numbers, by name.
-    function_numbers: HashMap<String, u32>,
+    known_functions: HashSet<String>,
+    /// Functions that have a body.
+    bodies: HashSet<String>,
     files: HashMap<u32, String>,
     constants: HashMap<(u32, u64), u32>,
     locations: HashMap<ast::Location, u32>,
@@ -68,7 +72,14 @@ struct Decoder {
     names: HashMap<String, Arc<str>>,
     /// 32-bit registers that the instruction's operands name, and whether they are destinations.
     used: Vec<WgmmaUse>,
-    shared_next: u32,
+    calls: Calls,
+    /// Places of the shared variables that are still to be declared.
+    shared_places: VecDeque<u32>,
+    shared_layouts: HashMap<usize, SharedLayout>,
+    /// Constants that are offsets from the start of dynamic shared memory, by their size and value.
+    dynamic: HashMap<(u32, i64), u32>,
+    /// The function that is being decoded.
+    current: usize,
     /// Labels of the function being decoded: the place of each, once known.
     labels: Vec<Option<u32>>,
     branch_tables: HashMap<String, Vec<String>>,
@@ -89,18 +100,6 @@ fn inline_chain(comment: &str) -> Vec<String> {
     comment.split("@[").skip(1).map(without_column).collect()
 }
 
-/// Static shared memory of a body, laid out in order after `start`.
-fn shared_end(body: &[Statement], start: u64, align: &mut u64) -> u64 {
-    body.iter().fold(start, |end, statement| match statement {
-        Statement::Block(inner) => shared_end(inner, end, align),
-        Statement::Variable(variable, _) if variable.space == StateSpace::Shared => {
-            *align = (*align).max(variable.align);
-            align_up(end, variable.align) + variable.bytes
-        }
-        _ => end,
-    })
-}
-
 impl Decoder {
     fn new(ast: &Ast) -> Result<Self, ParseError> {
         let mut decoder = Self {
@@ -113,12 +112,13 @@ impl Decoder {
                 locations: Vec::new(),
                 registers: RegisterCounts { predicates: carry::CARRY.0 + 1, ..RegisterCounts::default() },
                 constants: Constants::default(),
+                frames: Vec::new(),
                 local_bytes: 0,
-                dynamic_shared: SHARED_START,
             },
             scopes: Scopes::default(),
             functions: Vec::new(),
-            function_numbers: HashMap::new(),
+            known_functions: HashSet::new(),
+            bodies: ast.functions.iter().filter(|f| f.body.is_some() && !f.is_entry).map(|f| f.name.clone()).collect(),
             files: ast.files.iter().cloned().collect(),
             constants: HashMap::new(),
             locations: HashMap::new(),
@@ -128,12 +128,17 @@ impl Decoder {
             name: Arc::from(""),
             names: HashMap::new(),
             used: Vec::new(),
-            shared_next: SHARED_START,
+            calls: Calls::new(ast),
+            shared_places: VecDeque::new(),
+            shared_layouts: HashMap::new(),
+            dynamic: HashMap::new(),
+            current: 0,
             labels: Vec::new(),
             branch_tables: HashMap::new(),
             is_entry: false,
         };
-        decoder.lay_out_shared(ast)?;
+        (decoder.shared_places, decoder.shared_layouts) =
+            decoder.calls.shared_layout(ast).map_err(|message| ParseError::syntax(0, message))?;
         for (variable, line) in &ast.variables {
             decoder.line = *line;
             decoder.declare(variable, *line)?;
@@ -145,29 +150,16 @@ impl Decoder {
         Ok(decoder)
     }
 
-    fn syntax<T>(&self, message: impl Into<String>) -> Result<T, ParseError> {
-        Err(ParseError::syntax(self.line, message))
+    /// The function that is being decoded has something that is not supported.
+    fn refuse(&mut self, instruction: &str, reason: String) {
+        if let Some(info) = self.functions.get_mut(self.current) {
+            let instruction = instruction.to_owned();
+            info.refused.push(ParseError::Unsupported { line: self.line, instruction, reason });
+        }
     }
 
-    fn lay_out_shared(&mut self, ast: &Ast) -> Result<(), ParseError> {
-        let (mut end, mut align) = (u64::from(SHARED_START), 16);
-        for (variable, _) in &ast.variables {
-            if variable.space != StateSpace::Shared {
-                continue;
-            }
-            align = align.max(variable.align);
-            if variable.bytes > 0 {
-                end = align_up(end, variable.align) + variable.bytes;
-            }
-        }
-        for body in ast.functions.iter().filter_map(|function| function.body.as_ref()) {
-            end = shared_end(body, end, &mut align);
-        }
-        if end > 1 << 24 {
-            return self.syntax(format!("{end} bytes of static shared memory"));
-        }
-        self.module.dynamic_shared = align_up(end, align) as u32;
-        Ok(())
+    fn syntax<T>(&self, message: impl Into<String>) -> Result<T, ParseError> {
+        Err(ParseError::syntax(self.line, message))
     }
 
     /// Gives a variable or a range of registers its place and name.
@@ -175,18 +167,16 @@ impl Decoder {
         self.line = line;
         let symbol = match variable.space {
             StateSpace::Register => return self.declare_registers(variable),
-            StateSpace::Shared if variable.bytes == 0 => Symbol::Shared(self.module.dynamic_shared),
-            StateSpace::Shared => {
-                let offset = align_up(u64::from(self.shared_next), variable.align);
-                self.shared_next = (offset + variable.bytes) as u32;
-                Symbol::Shared(offset as u32)
-            }
-            StateSpace::Local | StateSpace::Param => {
-                Symbol::Local(self.allocate_local(variable.bytes, variable.align)?)
-            }
+            StateSpace::Shared if variable.bytes == 0 => Symbol::DynamicShared,
+            StateSpace::Shared => Symbol::Shared(self.shared_places.pop_front().unwrap_or(SHARED_START)),
+            StateSpace::Local | StateSpace::Param => Symbol::Local {
+                place: self.allocate_local(variable.bytes, variable.align)?,
+                bytes: variable.bytes as u32,
+            },
             StateSpace::Global | StateSpace::Const => {
                 if variable.is_extern {
-                    return self.syntax(format!("`{}` is external: modules are not linked", variable.name));
+                    self.scopes.insert(variable.name.clone(), Symbol::External);
+                    return Ok(());
                 }
                 let has_address = |value: &InitialValue| matches!(value, InitialValue::Address { .. });
                 if self.scopes.in_function() && variable.initial.iter().any(has_address) {
@@ -228,7 +218,9 @@ impl Decoder {
             4 => &mut counts.r32,
             8 => &mut counts.r64,
             _ => {
-                return self.syntax(format!("registers of type {:?} are not supported", variable.element));
+                let reason = format!("registers of type {:?}", variable.element);
+                self.refuse(".reg", reason);
+                return Ok(());
             }
         };
         let first = *counter;
@@ -246,10 +238,10 @@ impl Decoder {
 
     fn declare_function(&mut self, function: &ast::Function) -> Result<(), ParseError> {
         self.line = function.line;
-        if self.function_numbers.contains_key(&function.name) {
+        if self.known_functions.contains(&function.name) {
             return Ok(());
         }
-        let mut info = FunctionInfo { name: function.name.clone(), ..FunctionInfo::default() };
+        let mut info = FunctionInfo::default();
         if !function.is_entry {
             for (list, places) in [(&function.returns, &mut info.returns), (&function.parameters, &mut info.parameters)]
             {
@@ -267,7 +259,8 @@ impl Decoder {
         }
         let number = self.functions.len() as u32;
         self.functions.push(info);
-        self.function_numbers.insert(function.name.clone(), number);
+        self.module.frames.push(Frame::default());
+        self.known_functions.insert(function.name.clone());
         self.scopes.insert(function.name.clone(), Symbol::Function(number));
         Ok(())
     }
@@ -299,6 +292,8 @@ impl Decoder {
         self.is_entry = function.is_entry;
         self.labels.clear();
         let start = self.module.code.len() as u32;
+        self.current = self.calls.number(&function.name).unwrap_or(0);
+        let (registers, local) = (self.module.registers, self.module.local_bytes);
         self.scopes.enter();
         if function.is_entry {
             let mut parameters = Vec::new();
@@ -322,16 +317,18 @@ impl Decoder {
                 parameters,
                 max_threads: function.max_threads,
                 cluster: function.cluster,
+                shared: self.shared_layouts.get(&self.current).copied().unwrap_or_default(),
+                local_bytes: 0,
+                refused: Vec::new(),
             });
         } else {
-            let number = self.function_numbers.get(&function.name);
-            let info = number.and_then(|number| self.functions.get_mut(*number as usize));
-            if let Some(info) = info {
+            if let Some(info) = self.functions.get_mut(self.current) {
                 info.start = Some(start);
                 for (variable, place) in
                     function.returns.iter().zip(&info.returns).chain(function.parameters.iter().zip(&info.parameters))
                 {
-                    self.scopes.insert(variable.name.clone(), Symbol::Local(place.0));
+                    let symbol = Symbol::Local { place: place.0, bytes: place.1 };
+                    self.scopes.insert(variable.name.clone(), symbol);
                 }
             }
         }
@@ -341,7 +338,23 @@ impl Decoder {
         // A body that runs off its end returns, as ptxas makes it do.
         self.push(if function.is_entry { Op::Exit } else { Op::Return });
         self.scopes.leave();
+        self.keep_frame(registers, local);
         self.patch_branches(start)
+    }
+
+    /// Remembers what the function that was decoded has of registers and local memory, from what there was before it.
+    fn keep_frame(&mut self, before: RegisterCounts, local: u32) {
+        let now = self.module.registers;
+        let info = &self.functions[self.current];
+        let own = info.returns.iter().chain(&info.parameters).map(|(place, bytes)| *place..place + bytes);
+        let frame = Frame {
+            r16: before.r16..now.r16,
+            r32: before.r32..now.r32,
+            r64: before.r64..now.r64,
+            predicates: before.predicates..now.predicates,
+            local: own.chain(std::iter::once(local..self.module.local_bytes)).collect(),
+        };
+        self.module.frames[self.current] = frame;
     }
 
     /// Branch targets are label numbers until all labels of the function have their place.
@@ -390,7 +403,12 @@ impl Decoder {
                         self.labels[label as usize] = Some(self.module.code.len() as u32);
                     }
                 }
-                Statement::Instruction(instruction) => self.instruction(instruction)?,
+                Statement::Instruction(instruction) => {
+                    if let Err(reason) = self.instruction(instruction) {
+                        self.refuse(&instruction.opcode, reason);
+                        self.push(Op::Trap);
+                    }
+                }
                 Statement::Location(location) => self.set_location(location),
                 Statement::Variable(variable, line) => self.declare(variable, *line)?,
                 Statement::Block(inner) => self.block(inner)?,
@@ -420,7 +438,7 @@ impl Decoder {
         self.locations.insert(location.clone(), self.location);
     }
 
-    fn instruction(&mut self, instruction: &ast::Instruction) -> Result<(), ParseError> {
+    fn instruction(&mut self, instruction: &ast::Instruction) -> Decoded<()> {
         self.line = instruction.line;
         self.used.clear();
         self.name = match self.names.get(&instruction.opcode) {
@@ -431,19 +449,13 @@ impl Decoder {
                 name
             }
         };
-        let unsupported = |reason| ParseError::Unsupported {
-            line: instruction.line,
-            instruction: instruction.opcode.clone(),
-            reason,
-        };
         self.guard = match &instruction.guard {
-            Some(guard) => {
-                Some(Guard { predicate: self.predicate_named(&guard.name).map_err(unsupported)?, negate: guard.negate })
-            }
+            Some(guard) => Some(Guard { predicate: self.predicate_named(&guard.name)?, negate: guard.negate }),
             None => None,
         };
         let mut opcode = Opcode::new(&instruction.opcode);
-        self.dispatch(&mut opcode, &instruction.operands).and_then(|()| opcode.finish()).map_err(unsupported)
+        self.dispatch(&mut opcode, &instruction.operands)?;
+        opcode.finish()
     }
 
     fn dispatch(&mut self, opcode: &mut Opcode<'_>, operands: &[ast::Operand]) -> Decoded<()> {
@@ -474,7 +486,9 @@ impl Decoder {
             "bar" | "barrier" | "membar" | "fence" | "mbarrier" | "nanosleep" | "setmaxnreg" | "griddepcontrol" => {
                 self.decode_synchronisation(opcode, operands)
             }
-            "cp" | "wgmma" | "ldmatrix" | "stmatrix" | "mma" => self.decode_asynchronous(opcode, operands),
+            "cp" | "wgmma" | "ldmatrix" | "stmatrix" | "mma" | "tensormap" => {
+                self.decode_asynchronous(opcode, operands)
+            }
             _ => Err("no such instruction is known".to_owned()),
         }
     }
@@ -517,20 +531,53 @@ impl Decoder {
 
     fn finish(mut self) -> Result<Module, ParseError> {
         self.number_wgmma_registers();
-        self.module.functions = self.functions.iter().map(|info| info.start.unwrap_or(u32::MAX)).collect();
+        self.module.functions = self
+            .functions
+            .iter()
+            .map(|info| Callee {
+                start: info.start.unwrap_or(u32::MAX),
+                returns: info.returns.clone(),
+                parameters: info.parameters.clone(),
+            })
+            .collect();
         let local_bytes = u64::from(self.module.local_bytes);
         for instruction in &mut self.module.code {
             match &mut instruction.op {
-                Op::Call(target) => {
-                    let info = &self.functions[*target as usize];
-                    *target = info.start.ok_or_else(|| {
-                        ParseError::syntax(instruction.line, format!("`{}` is called but has no body", info.name))
-                    })?;
-                }
+                // A function without a body is refused where it is called.
+                Op::Call(target) => *target = self.functions[*target as usize].start.unwrap_or(0),
                 Op::CopyLocal { from, to, bytes } if u64::from(*bytes) + u64::from((*from).max(*to)) > local_bytes => {
                     return Err(ParseError::syntax(instruction.line, "a call parameter is smaller than declared"));
                 }
                 _ => {}
+            }
+        }
+        let mut refused = Vec::new();
+        for entry in &mut self.module.entries {
+            if self.calls.number(&entry.name).is_some_and(|number| self.calls.calls_indirectly(number)) {
+                // Whatever a register may hold.
+                entry.local_bytes = self.module.local_bytes;
+            }
+            for function in self.calls.number(&entry.name).map_or_else(Vec::new, |number| self.calls.reached(number)) {
+                let Some(info) = self.functions.get(function) else {
+                    continue;
+                };
+                entry.refused.extend(info.refused.iter().cloned());
+                let ranges = &self.module.frames[function].local;
+                entry.local_bytes = ranges.iter().map(|range| range.end).fold(entry.local_bytes, u32::max);
+            }
+            entry.refused.sort_by_key(ParseError::line);
+            refused.extend(entry.refused.iter().cloned());
+        }
+        if self.module.entries.is_empty() {
+            refused = self.functions.iter().flat_map(|info| info.refused.iter().cloned()).collect();
+        }
+        if self.module.entries.iter().all(|entry| !entry.refused.is_empty()) {
+            refused.sort_by_key(ParseError::line);
+            refused.dedup();
+            match refused.len() {
+                0 => {}
+                1 => return Err(refused.remove(0)),
+                _ => return Err(ParseError::Several { errors: refused }),
             }
         }
         Ok(self.module)

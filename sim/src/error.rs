@@ -25,9 +25,28 @@ pub enum ParseError {
         /// What about it is not supported.
         reason: String,
     },
+    /// Several of these, in the order of the text.
+    #[error("{}", lines(.errors))]
+    Several {
+        /// Each of them.
+        errors: Vec<ParseError>,
+    },
+}
+
+/// Errors, one a line.
+pub(crate) fn lines(errors: &[ParseError]) -> String {
+    errors.iter().map(ParseError::to_string).collect::<Vec<_>>().join("\n")
 }
 
 impl ParseError {
+    /// The line in the PTX text, from 1; of several errors the first one's.
+    pub fn line(&self) -> u32 {
+        match self {
+            Self::Syntax { line, .. } | Self::Unsupported { line, .. } => *line,
+            Self::Several { errors } => errors.first().map_or(0, Self::line),
+        }
+    }
+
     pub(crate) fn syntax(line: u32, message: impl Into<String>) -> Self {
         Self::Syntax { line, message: message.into() }
     }
@@ -166,6 +185,14 @@ pub enum Fault {
     /// `trap`, `brkpt`, or a call that does not return.
     #[error("the kernel trapped")]
     Trap,
+    /// `__assertfail`: an assertion of the kernel's that does not hold.
+    #[error("assertion `{text}` failed at {place}")]
+    Assertion {
+        /// The condition.
+        text: String,
+        /// `file:line, function`.
+        place: String,
+    },
     /// A synchronising instruction used wrongly.
     #[error("{0}")]
     Synchronisation(String),

@@ -3,6 +3,7 @@
 mod access;
 mod atomic;
 mod barrier;
+mod calls;
 mod cluster;
 mod copies;
 mod lanes;
@@ -10,9 +11,11 @@ mod mbarriers;
 mod peers;
 mod special;
 mod tensor_core;
+mod tensor_maps;
 
 pub(crate) use access::shared_place;
 pub(crate) use atomic::combine;
+pub(crate) use calls::SavedFrame;
 pub(crate) use mbarriers::{bytes_left, is_complete, update as update_mbarrier};
 pub(crate) use tensor_core::GROUP_WARPS;
 
@@ -23,11 +26,12 @@ use crate::check::{Checker, RegisterMisuse};
 use crate::cost::Cost;
 use crate::cta::{Cta, CtaState, Fragment, Wait, Warp};
 use crate::error::Fault;
-use crate::memory::{CODE_WINDOW, GlobalMemory, Window, window_offset};
+use crate::memory::GlobalMemory;
 use crate::profile::{Kind, Profiler};
 use crate::program::{Address, Base, Instruction, Module, Op, Space};
 use crate::random::Random;
 use crate::registers::{LANES, R32, lanes};
+use crate::waiver::Findings;
 
 /// What a launch gives all of its CTAs.
 #[derive(Debug)]
@@ -71,6 +75,10 @@ pub(crate) struct Context<'a> {
     pub progress: &'a mut u64,
     /// Lanes that a fault is about; all active ones if 0.
     pub fault_lanes: u32,
+    /// What checks have found and the run goes on after.
+    pub findings: &'a mut Findings,
+    /// What the device's kernels have printed.
+    pub printed: &'a mut String,
     pub checker: Option<&'a mut Checker>,
     pub profiler: Option<&'a mut Profiler>,
     /// The warp's number in the checks.
@@ -169,7 +177,9 @@ impl Context<'_> {
             };
             if !instruction.wgmma_registers.is_empty() && active != 0 && self.checker.is_some() {
                 self.pc = pc;
-                self.check_wgmma_registers(instruction).map_err(|fault| Failure { fault, pc, lanes: active })?;
+                self.check_wgmma_registers(instruction)
+                    .or_else(|fault| self.findings.judge(fault, pc, active))
+                    .map_err(|fault| Failure { fault, pc, lanes: active })?;
             }
             self.executed += 1;
             *threads += u64::from(active.count_ones());
@@ -281,9 +291,12 @@ impl Context<'_> {
                 }
                 Ok(Flow::Next)
             }
-            Op::Fence(scope) => {
+            Op::Fence { scope, sequential } => {
                 self.release(*scope);
                 if let Some(checker) = &mut self.checker {
+                    if *sequential {
+                        checker.fence_sequentially(self.agent, active, *scope);
+                    }
                     checker.fence(self.agent, active, *scope);
                 }
                 Ok(Flow::Next)
@@ -330,12 +343,18 @@ impl Context<'_> {
                 Ok(Flow::Next)
             }
             Op::BranchIndex { index: by, targets } => self.branch_index(index, *by, targets),
-            Op::Call(target) => self.call(index, *target),
-            Op::CallIndirect(register) => self.call_indirect(index, *register),
-            Op::Return => match self.warp.fragments[index].stack.pop() {
-                Some(target) => Ok(Flow::Jump(target)),
-                None => self.exit(index, active),
-            },
+            Op::Call(target) => self.call(index, *target, u32::MAX),
+            Op::CallIndirect(call) => self.call_indirect(index, call),
+            Op::Return => self.return_from(index, active),
+            Op::SaveFrame(frame) => {
+                self.save_frame(&self.module.frames[*frame as usize], active);
+                Ok(Flow::Next)
+            }
+            Op::RestoreFrame { frame, results } => {
+                self.restore_frame(&self.module.frames[*frame as usize], results, active);
+                Ok(Flow::Next)
+            }
+            Op::HostCall { which, arguments, result } => self.host_call(*which, arguments, *result, active),
             Op::Exit => self.exit(index, active),
             Op::Trap => Err(Fault::Trap),
             Op::CopyLocal { from, to, bytes } => self.copy_local(*from, *to, *bytes, active),
@@ -361,7 +380,12 @@ impl Context<'_> {
             Op::BulkCopy(copy) => self.bulk_copy(copy, active),
             Op::TensorCopy(copy) => self.tensor_copy(copy, active),
             Op::SmallCopy(copy) => self.small_copy(copy, active),
-            Op::SmallCopyArrive { mbarrier } => self.small_copy_arrive(*mbarrier, active),
+            Op::AsyncStore(store) => self.async_store(store, active),
+            Op::TensorMapReplace(operation) => self.replace_in_map(operation, active),
+            Op::TensorMapPublish { to, from, scope } => self.publish_map(*to, *from, *scope, active),
+            Op::SmallCopyArrive { mbarrier, generic, increases } => {
+                self.small_copy_arrive(*mbarrier, *generic, *increases, active)
+            }
             Op::CommitGroup(kind) => self.commit_group(*kind, active),
             Op::WaitGroup { kind, pending, read } => self.wait_group(*kind, *pending, *read, active),
             Op::Wgmma(wgmma) => self.wgmma(wgmma, active),
@@ -370,12 +394,17 @@ impl Context<'_> {
             Op::Matrix(access) => self.matrix(access, active),
             Op::Mma(mma) => self.mma(mma, active),
             Op::MaxRegisters { count, increase } => self.max_registers(*count, *increase, active),
-            Op::Sleep(duration) => {
-                let longest =
-                    lanes(active).map(|lane| self.warp.registers.r32[duration.0 as usize][lane]).max().unwrap_or(0);
-                Ok(Flow::Pause(self.time() + u64::from(longest.max(1))))
-            }
+            Op::Sleep(duration) => self.sleep(*duration, active),
         }
+    }
+
+    fn sleep(&mut self, duration: R32, active: u32) -> Executed {
+        let longest = lanes(active).map(|lane| self.warp.registers.r32[duration.0 as usize][lane]).max().unwrap_or(0);
+        // A warp that sleeps without a look at anything waits for no one: it goes on when its time has come.
+        if !std::mem::take(&mut self.warp.polled) {
+            *self.progress += 1;
+        }
+        Ok(Flow::Pause(self.time() + u64::from(longest.max(1))))
     }
 
     /// Registers of a wgmma that is under way are its own; those it is given must be fenced.
@@ -442,44 +471,6 @@ impl Context<'_> {
         self.state.changed = true;
         *self.progress += 1;
         Ok(Flow::Restructured)
-    }
-
-    fn call(&mut self, index: usize, target: u32) -> Executed {
-        let fragment = &mut self.warp.fragments[index];
-        if fragment.stack.len() >= 1024 {
-            return Err(Fault::Operand("calls nested more than 1024 deep: recursion is not supported".to_owned()));
-        }
-        fragment.stack.push(fragment.pc + 1);
-        Ok(Flow::Jump(target))
-    }
-
-    fn call_indirect(&mut self, index: usize, register: crate::registers::R64) -> Executed {
-        let mask = self.warp.fragments[index].mask;
-        let targets = self.warp.registers.r64[register.0 as usize];
-        let first = targets[mask.trailing_zeros() as usize % LANES];
-        let same = lanes(mask).filter(|lane| targets[*lane] == first).fold(0, |all, lane| all | 1 << lane);
-        if same != mask {
-            let pc = self.warp.fragments[index].pc;
-            self.split(index, pc, mask & !same, pc, same);
-            let last = self.warp.fragments.len() - 1;
-            let target = self.function_at(first)?;
-            self.call(last, target)?;
-            self.warp.fragments[last].pc = target;
-            return Ok(Flow::Restructured);
-        }
-        let target = self.function_at(first)?;
-        self.call(index, target)
-    }
-
-    fn function_at(&self, address: u64) -> Result<u32, Fault> {
-        let number = window_offset(address) as usize;
-        let start = self.module.functions.get(number).copied();
-        match start {
-            Some(start) if Window::of(address) == Window::Code && start != u32::MAX => Ok(start),
-            _ => Err(Fault::Operand(format!(
-                "call of address {address:#x}, which is no function (functions start at {CODE_WINDOW:#x})"
-            ))),
-        }
     }
 
     fn branch_index(&mut self, index: usize, by: R32, targets: &[u32]) -> Executed {
@@ -575,7 +566,7 @@ impl Op {
             self,
             Self::Alu(_)
                 | Self::Nothing
-                | Self::Fence(_)
+                | Self::Fence { .. }
                 | Self::FenceProxy(_)
                 | Self::FenceTensorMap { .. }
                 | Self::FenceMbarrierInit
@@ -589,10 +580,15 @@ impl Op {
                 | Self::Store(_)
                 | Self::Atomic(_)
                 | Self::CopyLocal { .. }
+                | Self::SaveFrame(_)
+                | Self::RestoreFrame { .. }
+                | Self::HostCall { .. }
                 | Self::ActiveMask(_)
                 | Self::BulkCopy(_)
                 | Self::TensorCopy(_)
                 | Self::SmallCopy(_)
+                | Self::AsyncStore(_)
+                | Self::TensorMapReplace(_)
                 | Self::CommitGroup(_)
                 | Self::Exit
                 | Self::Trap

@@ -12,6 +12,7 @@ use crate::memory::{Copied, GlobalMemory};
 use crate::program::{AtomicOperation, AtomicType, Op, Wgmma, WgmmaA};
 use crate::registers::{LANES, R32, Slot, lanes};
 use crate::schedule::{Run, TIME_SHIFT};
+use crate::waiver::Check;
 use crate::wgmma::descriptor::MatrixDescriptor;
 use crate::wgmma::{self, THREADS};
 
@@ -63,10 +64,9 @@ impl Run<'_> {
                 }
                 let checker = self.checker.as_mut();
                 let completion = checker.map(|checker| checker.land_arrive(number, issuer.cta, address));
+                let checked = completion.is_some() && !self.findings.policy.allow.contains(Check::UnannouncedBytes);
                 let arrived = match self.cta(issuer) {
-                    Some(cta) => {
-                        update_mbarrier(&mut cta.state, address, completion.is_some(), |barrier| barrier.arrive(1))
-                    }
+                    Some(cta) => update_mbarrier(&mut cta.state, address, checked, |barrier| barrier.arrive(1)),
                     None => Ok((0, false)),
                 };
                 let (_, completed) = arrived.map_err(|fault| self.failed(fault, issuer))?;
@@ -84,7 +84,7 @@ impl Run<'_> {
         self.ctas[issuer.slot].as_deref_mut().filter(|cta| cta.state.id == issuer.cta)
     }
 
-    fn read_parts(&mut self, number: u64, transfer: &Transfer) -> Result<Copied, Fault> {
+    pub fn read_parts(&mut self, number: u64, transfer: &Transfer) -> Result<Copied, Fault> {
         let bytes: u32 = transfer.parts.iter().map(|part| part.bytes).sum();
         let mut copied = Copied { data: Vec::with_capacity(bytes as usize), unwritten: Vec::new() };
         let issuer = transfer.issuer;
@@ -148,8 +148,22 @@ impl Run<'_> {
             match part.to {
                 Place::Fill(_) => {}
                 Place::Shared(at) => {
-                    if let Some(cta) = &mut cta {
-                        cta.state.shared.copy_in(at as usize, copied, start, length);
+                    let Some(cta) = &mut cta else {
+                        continue;
+                    };
+                    let (shared, at) = (&mut cta.state.shared, at as usize);
+                    match transfer.reduction {
+                        None => shared.copy_in(at, copied, start, length),
+                        Some(reduction) => {
+                            if !shared.is_written(at, length) {
+                                let place = shared_place(shared, at as u64);
+                                let fault = Fault::Uninitialised { place, bytes: length as u64 };
+                                self.findings.judge(fault, transfer.issuer.pc, transfer.issuer.lanes)?;
+                                shared.mark(at, length);
+                            }
+                            let data = &mut shared.data_mut()[at..at + length];
+                            reduce(reduction, data, &copied.data[start..start + length]);
+                        }
                     }
                 }
                 Place::Global(address) => {
@@ -163,15 +177,19 @@ impl Run<'_> {
                         None => allocation.bytes.copy_in(offset, copied, start, length),
                         Some(reduction) => {
                             if !allocation.bytes.is_written(offset, length) {
-                                return Err(Fault::Uninitialised {
+                                let fault = Fault::Uninitialised {
                                     place: self.memory.place(address),
                                     bytes: u64::from(part.bytes),
-                                });
+                                };
+                                self.findings.judge(fault, transfer.issuer.pc, transfer.issuer.lanes)?;
                             }
+                            let (allocation, offset) = self.memory.find(address, u64::from(part.bytes))?;
+                            allocation.bytes.mark(offset, length);
                             let data = &mut allocation.bytes.data_mut()[offset..offset + length];
                             reduce(reduction, data, &copied.data[start..start + length]);
                         }
                     }
+                    let (allocation, offset) = self.memory.find(address, u64::from(part.bytes))?;
                     let cost = &mut self.launches[transfer.launch].cost;
                     if GlobalMemory::device_of(address) == transfer.device {
                         allocation.lines.touch(offset, length, Direction::Write, cost);
@@ -202,15 +220,15 @@ impl Run<'_> {
         };
         if let (Some(checker), Some(address), Some(cta)) = (&mut self.checker, mbarrier, &cta)
             && start > 0
+            && let Err(error) = checker.check_bytes(number, (target, address))
         {
-            checker.check_bytes(number, (target, address)).map_err(|error| Fault::Mbarrier {
-                place: shared_place(&cta.state.shared, u64::from(address)),
-                error,
-            })?;
+            let place = shared_place(&cta.state.shared, u64::from(address));
+            let fault = Fault::Mbarrier { place, error };
+            self.findings.judge(fault, transfer.issuer.pc, transfer.issuer.lanes)?;
         }
         let completion = self.checker.as_mut().map(|checker| checker.land_copy(number, target, mbarrier));
         if let (Completion::Mbarrier { address, bytes }, Some(cta)) = (transfer.completion, cta) {
-            let checked = completion.is_some();
+            let checked = completion.is_some() && !self.findings.policy.allow.contains(Check::UnannouncedBytes);
             let (_, completed) =
                 update_mbarrier(&mut cta.state, address, checked, |barrier| barrier.complete_tx(bytes))?;
             if completed && let (Some(checker), Some(completion)) = (&mut self.checker, completion) {
@@ -258,10 +276,11 @@ impl Run<'_> {
             })
             .map_err(fail)?;
             if let Some(range) = unwritten {
-                return Err(Fault::Uninitialised {
+                let fault = Fault::Uninitialised {
                     place: shared_place(&state.shared, u64::from(range.start)),
                     bytes: range.len() as u64,
-                });
+                };
+                self.findings.judge(fault, issued.pc, issuer.lanes)?;
             }
         }
         let warps = &mut warps[group_index * GROUP_WARPS..(group_index + 1) * GROUP_WARPS];

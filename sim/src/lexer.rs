@@ -94,9 +94,12 @@ pub(crate) fn tokenize(text: &str) -> Result<Vec<Token<'_>>, ParseError> {
             }
             _ if is_word_start(byte) => {
                 while index < bytes.len() {
-                    if is_word_part(bytes[index]) {
+                    if byte == b'.' && bytes[index] == b'.' && index > start {
+                        // Directives may follow each other at once: `.reg.b16`.
+                        break;
+                    } else if is_word_part(bytes[index]) {
                         index += 1;
-                    } else if bytes[index] == b':' && at(index + 1) == b':' && at(index + 2).is_ascii_alphabetic() {
+                    } else if bytes[index] == b':' && at(index + 1) == b':' && at(index + 2).is_ascii_alphanumeric() {
                         index += 2;
                     } else {
                         break;
@@ -160,6 +163,13 @@ mod tests {
             ]
         );
         assert_eq!(tokens[tokens.len() - 2].line, 2);
+    }
+
+    #[test]
+    fn directives_are_words_of_their_own() {
+        let tokens = tokenize(".reg.b16 a; .shared::cta.b8").unwrap();
+        let texts: Vec<_> = tokens.iter().map(|token| token.text).collect();
+        assert_eq!(texts, [".reg", ".b16", "a", ";", ".shared::cta", ".b8", ""]);
     }
 
     #[test]

@@ -29,6 +29,8 @@ mod schedule;
 mod skew;
 mod store_buffer;
 pub mod tensor_map;
+
+mod waiver;
 pub mod wgmma;
 mod workers;
 
@@ -38,3 +40,4 @@ pub use machine::{Arg, Launch, Machine, RunOptions};
 pub use profile::{Kind, KindCost, Profile};
 pub use program::Module;
 pub use tensor_map::{TensorMap, TensorMapSpec};
+pub use waiver::{Check, Checks, UnknownCheck};

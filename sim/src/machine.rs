@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::ast::InitialValue;
 use crate::cost::{Cost, Traffic};
-use crate::error::{Fault, SimError};
+use crate::error::{Fault, SimError, lines};
 use crate::execute::LaunchInfo;
 use crate::memory::{CODE_WINDOW, GlobalMemory};
 use crate::profile::Profile;
@@ -15,6 +15,7 @@ use crate::program::{Entry, Module, Reference};
 use crate::quanta;
 use crate::random::Random;
 use crate::schedule::Prepared;
+use crate::waiver::{Checks, Policy};
 use crate::wgmma::Fp8Sums;
 
 /// A kernel argument.
@@ -72,10 +73,10 @@ pub struct RunOptions {
     /// Whether the launches of a device run one after the other, in the order given, as those of a stream do, while those of other devices
     /// run at their own pace. If not, all run together.
     pub in_order: bool,
-    /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole; all of the grid if
-    /// absent.
+    /// CTAs that can be resident on a device at once, 1 or more, of clusters as many as fit whole. If absent, as many as fit
+    /// by their threads and shared memory on the [`Machine::SMS`] SMs of a device; a kernel's registers are not known.
     pub residency: Option<u32>,
-    /// Ends the run with an error after so many warp instructions.
+    /// Ends the run with an error after so many warp instructions; [`RunOptions::STEP_LIMIT`] by default.
     pub step_limit: Option<u64>,
     /// Whether a matrix product that reads shared memory which nothing has written is an error. Copies carry the
     /// mark along, so a tile with rows that no one needs may have it.
@@ -85,6 +86,10 @@ pub struct RunOptions {
     /// Whether accesses that nothing orders are errors: data races, missing proxy fences, early reuse. By default where
     /// debug assertions are on, as in tests; it takes a few times as long.
     pub checks: bool,
+    /// Checks that are waived, one by one.
+    pub allow: Checks,
+    /// Whether a run goes on after what a check that could be waived has found: [`Machine::take_reports`] has it.
+    pub keep_going: bool,
     /// Threads that devices run on, one for each device at most; as many as there are cores if absent. The run does not depend
     /// on it. With checks it is one.
     pub threads: Option<NonZeroUsize>,
@@ -98,13 +103,24 @@ impl Default for RunOptions {
             seed: 0,
             in_order: false,
             residency: None,
-            step_limit: None,
+            step_limit: Some(Self::STEP_LIMIT),
             check_matrix_operands: true,
             fp8_sums: Fp8Sums::default(),
             checks: cfg!(debug_assertions),
+            allow: Checks::default(),
+            keep_going: false,
             threads: None,
             profile: None,
         }
+    }
+}
+
+impl RunOptions {
+    /// Warp instructions that a run has by default: some minutes' worth.
+    pub const STEP_LIMIT: u64 = 10_000_000_000;
+
+    pub(crate) fn policy(&self) -> Policy {
+        Policy { allow: self.allow, keep_going: self.keep_going }
     }
 }
 
@@ -114,17 +130,29 @@ pub struct Machine {
     memory: GlobalMemory,
     /// Addresses of each module's variables on each device.
     variables: HashMap<(u64, usize), Vec<u64>>,
+    printed: String,
+    reports: Vec<SimError>,
 }
 
 impl Machine {
     /// Most shared memory a CTA can have, in bytes: static, dynamic, and 1 KiB for the system.
     pub const SHARED_BYTES: u32 = 228 * 1024;
+    /// SMs of a device: an H100's or H200's.
+    pub const SMS: u32 = 132;
+    /// Threads and CTAs that an SM takes.
+    const SM_THREADS: u32 = 2048;
+    const SM_CTAS: u32 = 32;
     /// Most CTAs of a cluster (a kernel can ask for 16, which is not portable and not supported).
     pub const CLUSTER_CTAS: u32 = 8;
 
     /// A machine with `devices` devices, all peers of each other.
     pub fn new(devices: usize) -> Self {
-        Self { memory: GlobalMemory::new(devices), variables: HashMap::new() }
+        Self {
+            memory: GlobalMemory::new(devices),
+            variables: HashMap::new(),
+            printed: String::new(),
+            reports: Vec::new(),
+        }
     }
 
     /// How many devices there are.
@@ -207,7 +235,21 @@ impl Machine {
         let prepared =
             launches.iter().map(|launch| self.prepare(launch, launches, options)).collect::<Result<Vec<_>, _>>()?;
         self.memory.start_run();
-        quanta::run(&mut self.memory, &prepared, options)
+        let outcome = quanta::run(&mut self.memory, &prepared, options);
+        self.printed.push_str(&outcome.printed);
+        self.reports.extend(outcome.reports);
+        outcome.costs
+    }
+
+    /// Takes what was reported so far, in runs that go on ([`RunOptions::keep_going`]): once for each kind and place in the
+    /// text.
+    pub fn take_reports(&mut self) -> Vec<SimError> {
+        std::mem::take(&mut self.reports)
+    }
+
+    /// Takes what kernels have printed so far: of each run, what each device did, one after the other.
+    pub fn take_printed(&mut self) -> String {
+        std::mem::take(&mut self.printed)
     }
 
     fn prepare<'a>(
@@ -226,6 +268,9 @@ impl Machine {
             let names: Vec<_> = module.entries().collect();
             fail(format!("no such entry; the module has {names:?}"))
         })?;
+        if !entry.refused.is_empty() {
+            return Err(fail(format!("it has what is not supported:\n{}", lines(&entry.refused))));
+        }
         let size = |dimensions: [u32; 3]| {
             dimensions.iter().try_fold(1u32, |product, size| product.checked_mul(*size)).filter(|product| *product > 0)
         };
@@ -241,7 +286,10 @@ impl Machine {
         if size(launch.grid).is_none() {
             return Err(fail(format!("a grid of {:?} CTAs", launch.grid)));
         }
-        let shared = module.dynamic_shared.saturating_add(launch.shared_bytes);
+        let shared = match launch.shared_bytes {
+            0 => entry.shared.end,
+            bytes => entry.shared.dynamic().saturating_add(bytes),
+        };
         if shared > Self::SHARED_BYTES {
             return Err(fail(format!(
                 "{shared} bytes of shared memory (1024 of the system, static and dynamic); at most {} exist",
@@ -258,7 +306,9 @@ impl Machine {
             .filter(|other| other.device == launch.device)
             .map(|other| size(other.grid).unwrap_or(0))
             .fold(0, if options.in_order { u32::max } else { u32::saturating_add });
-        let places = options.residency.unwrap_or(places).min(places) / members * members;
+        let by_threads = Self::SM_THREADS / threads.next_multiple_of(32);
+        let fitting = Self::SMS * by_threads.min(Self::SHARED_BYTES / shared).clamp(1, Self::SM_CTAS);
+        let places = options.residency.unwrap_or(fitting).min(places) / members * members;
         if places == 0 {
             return Err(fail(format!(
                 "a residency of {} CTAs, but its clusters have {members}",
@@ -297,7 +347,7 @@ impl Machine {
         }
         for (variable, address) in module.variables.iter().zip(&addresses) {
             // Variables without an initialiser are zero (PTX ISA, "Initializers").
-            self.fill(*address, variable.bytes.max(1), 0)?;
+            self.memory.zero(*address);
             let mut references = variable.references.iter();
             let element = variable.element_bytes as usize;
             for (index, value) in variable.initial.iter().enumerate() {

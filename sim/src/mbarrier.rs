@@ -180,6 +180,15 @@ impl Mbarrier {
         Ok(Mbarrier { pending, ..self }.completed())
     }
 
+    /// `cp.async.mbarrier.arrive` without `.noinc`: the current phase waits for one more arrival.
+    ///
+    /// # Errors
+    /// [`MbarrierError::CountOutOfRange`], beyond [`MAX_COUNT`].
+    pub fn add_pending(self) -> Result<Self, MbarrierError> {
+        check_count(self.pending + 1)?;
+        Ok(Mbarrier { pending: self.pending + 1, ..self })
+    }
+
     /// `mbarrier.arrive.noComplete`.
     ///
     /// # Errors

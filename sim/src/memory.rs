@@ -58,6 +58,7 @@ pub(crate) fn window_offset(address: u64) -> u64 {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct TrackedBytes {
     data: Vec<u8>,
+    /// Empty if all are.
     written: Vec<u64>,
 }
 
@@ -67,8 +68,18 @@ impl TrackedBytes {
         Self { data: vec![0; length], written: vec![0; length.div_ceil(64)] }
     }
 
+    /// `length` zeros, all written. They take memory only where something else is written.
+    pub fn zeros(length: usize) -> Self {
+        Self { data: vec![0; length], written: Vec::new() }
+    }
+
     pub fn len(&self) -> usize {
         self.data.len()
+    }
+
+    /// Whether a byte was written.
+    fn has(&self, at: usize) -> bool {
+        self.written.is_empty() || self.written[at / 64] >> (at % 64) & 1 != 0
     }
 
     pub fn data(&self) -> &[u8] {
@@ -83,6 +94,9 @@ impl TrackedBytes {
     /// Whether all of a range was written; the caller has checked its bounds.
     #[inline]
     pub fn is_written(&self, offset: usize, length: usize) -> bool {
+        if self.written.is_empty() {
+            return true;
+        }
         let (word, bit) = (offset / 64, offset % 64);
         if bit + length <= 64 && length < 64 {
             let mask = ((1u64 << length) - 1) << bit;
@@ -102,12 +116,15 @@ impl TrackedBytes {
 
     /// Whether any of a range was written.
     pub fn is_partly_written(&self, offset: usize, length: usize) -> bool {
-        (offset..offset + length).any(|at| self.written[at / 64] >> (at % 64) & 1 != 0)
+        (offset..offset + length).any(|at| self.has(at))
     }
 
     /// Marks a range as written.
     #[inline]
     pub fn mark(&mut self, offset: usize, length: usize) {
+        if self.written.is_empty() {
+            return;
+        }
         let (mut at, end) = (offset, offset + length);
         while at < end {
             let count = (64 - at % 64).min(end - at);
@@ -119,6 +136,9 @@ impl TrackedBytes {
 
     /// Forgets that a range was written.
     pub fn unmark(&mut self, offset: usize, length: usize) {
+        if self.written.is_empty() {
+            self.written = vec![u64::MAX; self.data.len().div_ceil(64)];
+        }
         for at in offset..offset + length {
             self.written[at / 64] &= !(1 << (at % 64));
         }
@@ -136,11 +156,7 @@ impl TrackedBytes {
         let start = copied.data.len();
         copied.data.extend_from_slice(&self.data[offset..offset + length]);
         if !self.is_written(offset, length) {
-            copied.unwritten.extend(
-                (0..length)
-                    .filter(|at| self.written[(offset + at) / 64] >> ((offset + at) % 64) & 1 == 0)
-                    .map(|at| start + at),
-            );
+            copied.unwritten.extend((0..length).filter(|at| !self.has(offset + at)).map(|at| start + at));
         }
     }
 
@@ -285,6 +301,13 @@ impl GlobalMemory {
             lines: Lines::new(bytes as usize),
         });
         Ok(base)
+    }
+
+    /// Makes all of an allocation zeros, without use of memory for them.
+    pub fn zero(&mut self, address: u64) {
+        if let Ok((allocation, 0)) = self.find(address, 1) {
+            allocation.bytes = TrackedBytes::zeros(allocation.bytes.len());
+        }
     }
 
     pub fn free(&mut self, address: u64) -> Result<(), SimError> {
@@ -460,6 +483,10 @@ mod tests {
     #[test]
     fn written_bits() {
         let mut memory = TrackedBytes::new(300);
+        let mut zeros = TrackedBytes::zeros(100);
+        assert!(zeros.is_written(0, 100));
+        zeros.unmark(3, 1);
+        assert!(!zeros.is_written(0, 4) && zeros.is_written(4, 96));
         memory.mark(60, 10);
         assert!(memory.is_written(60, 10));
         assert!(!memory.is_written(59, 2));

@@ -155,6 +155,9 @@ impl<'a> Parser<'a> {
             ".section" => {
                 self.next += 1;
                 self.word("a section name")?;
+                while self.kind() == TokenKind::Word {
+                    self.next += 1;
+                }
                 self.skip_braces()?;
             }
             ".pragma" | ".alias" => self.skip_statement()?,

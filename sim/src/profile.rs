@@ -83,11 +83,14 @@ impl Kind {
             | Op::Elect { .. }
             | Op::ActiveMask(_)
             | Op::WarpBarrier(_) => Self::Lanes,
-            Op::Fence(_) | Op::FenceProxy(_) | Op::FenceTensorMap { .. } | Op::Barrier(_) => Self::Barrier,
+            Op::Fence { .. } | Op::FenceProxy(_) | Op::FenceTensorMap { .. } | Op::Barrier(_) => Self::Barrier,
             Op::Mbarrier(_) => Self::Mbarrier,
             Op::BulkCopy(_)
             | Op::TensorCopy(_)
             | Op::SmallCopy(_)
+            | Op::AsyncStore(_)
+            | Op::TensorMapReplace(_)
+            | Op::TensorMapPublish { .. }
             | Op::SmallCopyArrive { .. }
             | Op::CommitGroup(_)
             | Op::WaitGroup { .. } => Self::Copy,

@@ -1,6 +1,7 @@
 //! A decoded module: a flat list of instructions with resolved registers, addresses and targets.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ast::{ClusterDirectives, InitialValue};
@@ -18,22 +19,25 @@ pub struct Module {
     pub(crate) id: u64,
     pub(crate) code: Vec<Instruction>,
     pub(crate) entries: Vec<Entry>,
-    pub(crate) functions: Vec<u32>,
+    pub(crate) functions: Vec<Callee>,
+    /// What each function has of registers and local memory.
+    pub(crate) frames: Vec<Frame>,
     pub(crate) variables: Vec<GlobalVariable>,
     pub(crate) locations: Vec<SourceLocation>,
     pub(crate) registers: RegisterCounts,
     pub(crate) constants: Constants,
-    /// Bytes of local memory a lane needs.
+    /// Bytes of local memory of a lane, for all functions.
     pub(crate) local_bytes: u32,
-    /// First byte of shared memory after the static variables, aligned for the `extern` array.
-    pub(crate) dynamic_shared: u32,
 }
 
 impl Module {
     /// Reads and decodes a module.
     ///
+    /// Instructions that the simulator does not know refuse the kernels that have them, or may call a function that does:
+    /// [`Module::refused`] lists them.
+    ///
     /// # Errors
-    /// Text that is not PTX, and instructions that the simulator does not know, with their line.
+    /// Text that is not PTX; and all those instructions, with their lines, where they leave no kernel.
     pub fn parse(ptx: &str) -> Result<Self, ParseError> {
         crate::decode::decode(&crate::parse::parse(ptx)?)
     }
@@ -41,6 +45,12 @@ impl Module {
     /// Names of the entries, in the order of the text.
     pub fn entries(&self) -> impl Iterator<Item = &str> {
         self.entries.iter().map(|entry| entry.name.as_str())
+    }
+
+    /// Kernels that cannot be launched, and why.
+    pub fn refused(&self) -> impl Iterator<Item = (&str, &[ParseError])> {
+        let refused = self.entries.iter().filter(|entry| !entry.refused.is_empty());
+        refused.map(|entry| (entry.name.as_str(), &entry.refused[..]))
     }
 
     /// Source line of an instruction as `file:line`, empty if unknown.
@@ -72,6 +82,67 @@ pub(crate) struct Constants {
     pub r16: Vec<(u32, u16)>,
     pub r32: Vec<(u32, u32)>,
     pub r64: Vec<(u32, u64)>,
+    /// Offsets from the start of a kernel's dynamic shared memory.
+    pub dynamic: Vec<(Register, i64)>,
+}
+
+/// The static shared memory of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SharedLayout {
+    /// First byte after it.
+    pub end: u32,
+    /// Alignment of what follows it.
+    pub align: u32,
+}
+
+impl Default for SharedLayout {
+    fn default() -> Self {
+        Self { end: crate::decode::SHARED_START, align: 16 }
+    }
+}
+
+impl SharedLayout {
+    /// Where dynamic shared memory starts.
+    pub fn dynamic(self) -> u32 {
+        self.end.next_multiple_of(self.align)
+    }
+}
+
+/// A function as calls see it: its first instruction, `u32::MAX` if there is no body, and where it expects parameters and leaves
+/// results: offsets in local memory, and bytes.
+#[derive(Debug, Clone)]
+pub(crate) struct Callee {
+    pub start: u32,
+    pub returns: Vec<(u32, u32)>,
+    pub parameters: Vec<(u32, u32)>,
+}
+
+/// What belongs to a function and would be lost when it is called again before it has returned.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Frame {
+    pub r16: Range<u32>,
+    pub r32: Range<u32>,
+    pub r64: Range<u32>,
+    pub predicates: Range<u32>,
+    /// Local memory.
+    pub local: Vec<Range<u32>>,
+}
+
+/// A call through a register. Parameters and results are copied between the places of the callee's and those here.
+#[derive(Debug)]
+pub(crate) struct IndirectCall {
+    pub address: R64,
+    pub arguments: Box<[(u32, u32)]>,
+    pub results: Box<[(u32, u32)]>,
+}
+
+/// A function that the host provides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HostFunction {
+    /// `vprintf(format, arguments)`
+    Print,
+    /// `__assertfail(message, file, line, function, character size)`
+    Assert,
 }
 
 /// A kernel.
@@ -82,6 +153,11 @@ pub(crate) struct Entry {
     pub parameters: Vec<Parameter>,
     pub max_threads: Option<u32>,
     pub cluster: ClusterDirectives,
+    pub shared: SharedLayout,
+    /// Bytes of local memory a lane needs.
+    pub local_bytes: u32,
+    /// What of it is not supported.
+    pub refused: Vec<ParseError>,
 }
 
 /// A kernel parameter's place in the parameter space.
@@ -355,6 +431,41 @@ pub(crate) struct SmallCopy {
     pub ignore_source: Option<Condition>,
 }
 
+/// `st.async` and `red.async`: to shared memory of the cluster, completing bytes on an mbarrier there.
+#[derive(Debug)]
+pub(crate) struct AsyncStore {
+    /// What an `st` would be.
+    pub access: Access,
+    pub mbarrier: Address,
+    pub reduction: Option<(AtomicOperation, AtomicType, u32)>,
+}
+
+/// A field of a tensor map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TensorMapField {
+    GlobalAddress,
+    Rank,
+    BoxDim,
+    GlobalDim,
+    GlobalStride,
+    ElementStride,
+    ElementType,
+    Interleave,
+    Swizzle,
+    Fill,
+}
+
+/// `tensormap.replace`.
+#[derive(Debug)]
+pub(crate) struct TensorMapReplace {
+    pub address: Address,
+    pub space: Space,
+    pub field: TensorMapField,
+    /// The dimension, for fields that have one value for each.
+    pub ordinal: usize,
+    pub value: Register,
+}
+
 /// Which asynchronous copies a group instruction is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CopyKind {
@@ -441,8 +552,11 @@ pub(crate) enum Op {
     Alu(Alu),
     /// Changes nothing that values depend on: prefetches, hints.
     Nothing,
-    /// `fence.acq_rel`, `fence.sc` and `membar`.
-    Fence(Scope),
+    /// `fence.acq_rel`; `fence.sc` and `membar`, which are sequential.
+    Fence {
+        scope: Scope,
+        sequential: bool,
+    },
     /// `fence.proxy.async`: of global, shared or (generic) all memory.
     FenceProxy(Space),
     /// `fence.proxy.tensormap::generic`.
@@ -494,7 +608,20 @@ pub(crate) enum Op {
         targets: Box<[u32]>,
     },
     Call(u32),
-    CallIndirect(R64),
+    CallIndirect(Box<IndirectCall>),
+    /// Sets aside what belongs to a function, before a call that may lead back to it.
+    SaveFrame(u32),
+    /// Takes it back, but for the results of the call.
+    RestoreFrame {
+        frame: u32,
+        results: Box<[(u32, u32)]>,
+    },
+    HostCall {
+        which: HostFunction,
+        /// Places in local memory.
+        arguments: Box<[u32]>,
+        result: Option<u32>,
+    },
     Return,
     Exit,
     Trap,
@@ -539,9 +666,20 @@ pub(crate) enum Op {
     BulkCopy(Box<BulkCopy>),
     TensorCopy(Box<TensorCopy>),
     SmallCopy(Box<SmallCopy>),
+    AsyncStore(Box<AsyncStore>),
+    TensorMapReplace(Box<TensorMapReplace>),
+    /// `tensormap.cp_fenceproxy`.
+    TensorMapPublish {
+        to: Address,
+        from: Address,
+        scope: Scope,
+    },
     /// `cp.async.mbarrier.arrive`
     SmallCopyArrive {
         mbarrier: Address,
+        generic: bool,
+        /// Without `.noinc`: the phase waits for this arrival too.
+        increases: bool,
     },
     CommitGroup(CopyKind),
     WaitGroup {

@@ -19,12 +19,15 @@ use crate::workers::Workers;
 const SHORTEST: u64 = 6;
 const LENGTHS: u64 = 4;
 
+/// What comes of a run.
+pub(crate) struct Outcome {
+    pub costs: Result<Vec<Cost>, SimError>,
+    pub printed: String,
+    pub reports: Vec<SimError>,
+}
+
 /// Runs all launches to their end.
-pub(crate) fn run(
-    memory: &mut GlobalMemory,
-    prepared: &[Prepared<'_>],
-    options: &RunOptions,
-) -> Result<Vec<Cost>, SimError> {
+pub(crate) fn run(memory: &mut GlobalMemory, prepared: &[Prepared<'_>], options: &RunOptions) -> Outcome {
     let count = memory.devices();
     let is_used = |device: &usize| prepared.iter().any(|launch| launch.info.device == *device);
     let devices: Vec<_> = (0..count).filter(is_used).map(|device| Run::new(device, count, prepared, options)).collect();
@@ -36,7 +39,7 @@ pub(crate) fn run(
     let mut together = Together {
         devices,
         memory,
-        checker: options.checks.then(|| Box::new(Checker::new(options.in_order))),
+        checker: options.checks.then(|| Box::new(Checker::new(options.policy(), options.in_order))),
         random: Random::new(options.seed.rotate_left(32)),
         until: 0,
         progress: (0, 0),
@@ -51,8 +54,8 @@ pub(crate) fn run(
         together.drive(helped.then_some(&workers))
     });
     together.exchange();
-    let costs = together.end();
-    result.map(|()| costs)
+    let (costs, printed, reports) = together.end();
+    Outcome { costs: result.map(|()| costs), printed, reports }
 }
 
 /// All devices that run, and what they share.
@@ -159,13 +162,15 @@ impl<'a> Together<'a, '_> {
         }
     }
 
-    /// Performs all stores, and gives what the launches have cost.
-    fn end(self) -> Vec<Cost> {
-        let mut costs = vec![];
+    /// Performs all stores, and gives what the launches have cost, what they have printed and what was reported.
+    fn end(self) -> (Vec<Cost>, String, Vec<SimError>) {
+        let (mut costs, mut printed, mut reports) = (vec![], String::new(), vec![]);
         for mut run in self.devices {
             run.memory.exchange_all(self.memory);
             run.memory.deliver();
             run.memory.exchange_all(self.memory);
+            printed.push_str(&run.printed);
+            reports.extend(run.reports);
             costs.resize(run.launches.len(), Cost::default());
             for (cost, launch) in costs.iter_mut().zip(&run.launches) {
                 if launch.prepared.info.device == run.device {
@@ -177,7 +182,7 @@ impl<'a> Together<'a, '_> {
             }
         }
         self.memory.settle();
-        costs
+        (costs, printed, reports)
     }
 
     /// Where every group of lanes is, and what it waits for.

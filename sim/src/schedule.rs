@@ -1,7 +1,7 @@
 //! Runs the launches of a device together: which warp goes on, when copies land, what ends a wait.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,11 +21,15 @@ use crate::program::{BarrierReduction, Entry, Module, Op};
 use crate::random::Random;
 use crate::registers::{ALL, LANES, Registers, Slot};
 use crate::skew::Skew;
+use crate::waiver::{Check, Findings, Verdict};
 
 /// Simulated time is kept in units of 2^-16 ns.
 pub(crate) const TIME_SHIFT: u32 = 16;
 /// When nothing has changed for so long in simulated time, nothing ever will: one hour, in nanoseconds.
 pub(crate) const HOPELESS_NS: u64 = 3_600_000_000_000;
+
+/// So many findings of a run are reported.
+const MOST_REPORTS: usize = 1000;
 
 /// A launch that was found to be sound.
 pub(crate) struct Prepared<'a> {
@@ -91,9 +95,17 @@ pub(crate) struct Run<'a> {
     pub time: u64,
     /// CTAs that are resident.
     resident: u32,
+    /// Slots that CTAs have left, and places among the SMs.
+    free_slots: BTreeSet<usize>,
+    free_sms: BTreeSet<u32>,
     next_cta_id: u64,
     /// In the order in which they have come.
     parked: Vec<Parked>,
+    /// What kernels have printed.
+    pub printed: String,
+    /// What checks have found and the run goes on after.
+    pub findings: Findings,
+    pub reports: Vec<SimError>,
     /// The checks of accesses, if they are on.
     pub checker: Option<Box<Checker>>,
     /// What takes how long, if that is asked for.
@@ -130,8 +142,13 @@ impl<'a> Run<'a> {
             timers: BinaryHeap::new(),
             time: 0,
             resident: 0,
+            free_slots: BTreeSet::new(),
+            free_sms: BTreeSet::new(),
             next_cta_id: device as u64,
             parked: Vec::new(),
+            printed: String::new(),
+            findings: Findings { policy: options.policy(), list: Vec::new() },
+            reports: Vec::new(),
             checker: None,
             profiler: options.profile.is_some().then(|| Box::new(Profiler::new())),
             idle: (0, 0),
@@ -215,7 +232,12 @@ impl<'a> Run<'a> {
     fn land_measured(&mut self, number: u64, event: Event) -> Result<(), SimError> {
         let kind = if matches!(event, Event::Wgmma { .. }) { Kind::Product } else { Kind::Copy };
         let began = self.profiler.is_some().then(Instant::now);
-        self.land(number, event)?;
+        let issuer = event.issuer();
+        let landed = self.land(number, event);
+        if self.findings.policy.keep_going {
+            self.report_findings(issuer);
+        }
+        landed?;
         if let (Some(profiler), Some(began)) = (&mut self.profiler, began) {
             profiler.add(kind, 0, 0, began);
         }
@@ -317,6 +339,8 @@ impl<'a> Run<'a> {
         let launch = &mut self.launches[cta.state.launch];
         let agent = cta.state.first_agent + warp as u32;
         let mut context = Context {
+            printed: &mut self.printed,
+            findings: &mut self.findings,
             checker: self.checker.as_deref_mut(),
             profiler: self.profiler.as_deref_mut(),
             agent,
@@ -341,6 +365,9 @@ impl<'a> Run<'a> {
         let result = context.run(budget, parked);
         let executed = context.executed;
         self.ctas[slot] = Some(cta);
+        if self.findings.policy.keep_going {
+            self.report_findings(Issuer { slot, cta: 0, warp, lanes: ALL, pc: 0 });
+        }
         self.step += executed;
         self.time += self.skew.slowness() * (executed << TIME_SHIFT) / u64::from(self.resident.max(1));
         if let Err(Failure { fault, pc, lanes }) = result {
@@ -452,7 +479,13 @@ impl<'a> Run<'a> {
         let Some(cta) = self.ctas[slot].as_ref() else {
             return Ok(());
         };
-        if let Some(issuer) = self.queue.needs(cta.state.id) {
+        let (id, exited_at) = (cta.state.id, cta.state.exited_at);
+        let last = Issuer { slot, cta: id, warp: exited_at.0, lanes: ALL, pc: exited_at.1 };
+        self.finish_stores(id)?;
+        let Some(cta) = self.ctas[slot].as_ref() else {
+            return Ok(());
+        };
+        if let Some(issuer) = self.queue.needs(id) {
             let fault = Fault::Synchronisation(
                 "the CTA has exited before this operation on its shared memory was waited for".to_owned(),
             );
@@ -461,9 +494,11 @@ impl<'a> Run<'a> {
         if let Some(checker) = &self.checker
             && let Some(fault) = bytes_left(&cta.state, &checker.mbarriers(cta.state.id))
         {
-            let (warp, pc) = cta.state.exited_at;
-            return Err(self.failed(fault, Issuer { slot, cta: cta.state.id, warp, lanes: ALL, pc }));
+            self.judge(fault, last)?;
         }
+        let Some(cta) = self.ctas[slot].as_ref() else {
+            return Ok(());
+        };
         for (index, group) in cta.warps.chunks_exact(GROUP_WARPS).enumerate() {
             let Some(other) = group.iter().position(|warp| warp.max_registers != group[0].max_registers) else {
                 continue;
@@ -485,20 +520,83 @@ impl<'a> Run<'a> {
             launch.cost.simulated_ns = now;
         }
         self.resident -= 1;
-        let (id, exited_at) = (cta.state.id, cta.state.exited_at);
         if let Some(clash) = self.checker.as_mut().and_then(|checker| checker.finish_cta(id)) {
             let place = shared_place_of(clash.key & 0xff_ffff);
             let (before, earlier) = self
                 .checker
                 .as_ref()
                 .map_or_else(Default::default, |checker| self.side(checker, clash.before, clash.before_mode));
-            let issuer = Issuer { slot, cta: id, warp: exited_at.0, lanes: ALL, pc: exited_at.1 };
             let fault = Fault::ExitRace { place, before, earlier: Box::new(earlier) };
-            return Err(self.failed(fault, issuer));
+            self.judge(fault, last)?;
         }
-        self.ctas[slot] = None;
+        if let Some(cta) = self.ctas[slot].take() {
+            self.free_sms.insert(cta.state.sm);
+        }
+        self.free_slots.insert(slot);
         self.start_ctas();
         Ok(())
+    }
+
+    /// Copies that a CTA exits without a wait for read its shared memory now, if that is waived or only reported.
+    fn finish_stores(&mut self, cta: u64) -> Result<(), SimError> {
+        if self.findings.fails(Check::ExitWithStores) {
+            return Ok(());
+        }
+        for (number, mut transfer) in self.queue.take_reads(cta) {
+            let issuer = transfer.issuer;
+            if !self.findings.policy.allow.contains(Check::ExitWithStores) {
+                let message = "the CTA has exited before this operation on its shared memory was waited for".to_owned();
+                let report = self.failed(Fault::Synchronisation(message), issuer);
+                self.report(report);
+            }
+            transfer.data = Some(self.read_parts(number, &transfer).map_err(|fault| self.failed(fault, issuer))?);
+            let due = self.step + self.random.spread(12);
+            self.queue.again(due, number, Event::Transfer(transfer));
+        }
+        Ok(())
+    }
+
+    /// An error, unless the fault is waived or only reported.
+    fn judge(&mut self, fault: Fault, issuer: Issuer) -> Result<(), SimError> {
+        match self.findings.policy.verdict(Check::of(&fault)) {
+            Verdict::Ignore => Ok(()),
+            Verdict::Report => {
+                let report = self.failed(fault, issuer);
+                self.report(report);
+                Ok(())
+            }
+            Verdict::Fail => Err(self.failed(fault, issuer)),
+        }
+    }
+
+    /// Keeps what was found, once for each kind and place in the text.
+    fn report(&mut self, report: SimError) {
+        let same = |one: &SimError, other: &SimError| match (one, other) {
+            (SimError::Fault { fault, position }, SimError::Fault { fault: other, position: there }) => {
+                Check::of(fault) == Check::of(other)
+                    && position.ptx_line == there.ptx_line
+                    && position.entry == there.entry
+            }
+            _ => false,
+        };
+        if self.reports.len() < MOST_REPORTS && !self.reports.iter().any(|known| same(known, &report)) {
+            self.reports.push(report);
+        }
+    }
+
+    /// Reports what the checks have found since the last time, in a slice of a warp or when an operation was due.
+    fn report_findings(&mut self, issuer: Issuer) {
+        for (fault, pc, lanes) in std::mem::take(&mut self.findings.list) {
+            let report = self.failed(fault, Issuer { pc, lanes, ..issuer });
+            self.report(report);
+        }
+        let found = self.checker.as_mut().map_or_else(Vec::new, |checker| std::mem::take(&mut checker.verdicts.found));
+        for clash in found {
+            if let Some(checker) = &self.checker {
+                let report = self.clashed(checker, &clash);
+                self.report(report);
+            }
+        }
     }
 
     fn start_ctas(&mut self) {
@@ -541,8 +639,11 @@ impl<'a> Run<'a> {
         let number = running.next_cta / u64::from(count);
         running.next_cta += u64::from(count);
         let first = place_of(number, [x, y]);
-        let mut free: Vec<usize> = (0..self.ctas.len()).filter(|slot| self.ctas[*slot].is_none()).collect();
-        free.extend(self.ctas.len()..self.ctas.len() + count as usize);
+        // The lowest that are free.
+        let slots = self.ctas.len();
+        let mut free: Vec<usize> = self.free_slots.iter().take(count as usize).copied().collect();
+        free.iter().for_each(|slot| _ = self.free_slots.remove(slot));
+        free.extend((slots..).take(count as usize - free.len()));
         let devices = self.memory.devices();
         let ids = (self.next_cta_id..).step_by(devices);
         let members: Arc<[(usize, u64)]> = free.into_iter().zip(ids).take(count as usize).collect();
@@ -558,8 +659,7 @@ impl<'a> Run<'a> {
         let prepared = self.launches[launch].prepared;
         let device = self.device;
         let (slot, id) = cluster.members[cluster.rank as usize];
-        let used: Vec<u32> = self.ctas.iter().flatten().map(|cta| cta.state.sm).collect();
-        let sm = (0..).find(|sm| !used.contains(sm)).unwrap_or(0);
+        let sm = self.free_sms.pop_first().unwrap_or(self.resident);
         let warp_count = prepared.threads.div_ceil(32) as usize;
         let registers = initial_registers(prepared.threads);
         let warps: Vec<Warp> = (0..warp_count).map(|warp| new_warp(prepared, warp as u32, registers)).collect();
@@ -599,7 +699,7 @@ impl<'a> Run<'a> {
     /// An error at an instruction.
     pub fn failed(&self, fault: Fault, issuer: Issuer) -> SimError {
         if let Some(checker) = &self.checker
-            && let Some(clash) = checker.clash
+            && let Some(clash) = checker.verdicts.clash
         {
             return self.clashed(checker, &clash);
         }
@@ -719,6 +819,10 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
     for (register, value) in &module.constants.r64 {
         registers.r64[*register as usize] = [*value; LANES];
     }
+    for (register, offset) in &module.constants.dynamic {
+        let value = i64::from(prepared.entry.shared.dynamic()) + offset;
+        register.write(&mut registers, ALL, &[value as u64; LANES]);
+    }
     Warp {
         registers,
         fragments: vec![Fragment {
@@ -731,7 +835,8 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
             stack: Vec::new(),
         }],
         live,
-        local: TrackedBytes::new(module.local_bytes as usize * LANES),
+        local: TrackedBytes::new(prepared.entry.local_bytes as usize * LANES),
+        saved: HashMap::new(),
         copies: Default::default(),
         wgmma_issued: 0,
         wgmma_commits: Vec::new(),
@@ -740,6 +845,7 @@ fn new_warp(prepared: &Prepared<'_>, index: u32, max_registers: u32) -> Warp {
         queued: true,
         diverged: 0,
         polls: Polls::default(),
+        polled: false,
         unmet: Vec::new(),
         cluster_arrived: 0,
         cluster_passed: 0,

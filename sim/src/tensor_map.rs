@@ -320,6 +320,21 @@ impl TensorMap {
     /// # Errors
     /// [`TensorMapError::NotATensorMap`], or the rule that changed bytes break.
     pub fn decode(bytes: &[u8; 128]) -> Result<Self, TensorMapError> {
+        TensorMap::new(&Self::decode_spec(bytes)?)
+    }
+
+    /// Changes an encoded map, whose fields need not fit each other before or after. Gives what `change` gives.
+    pub(crate) fn change<T>(
+        bytes: &mut [u8; 128],
+        change: impl FnOnce(&mut TensorMapSpec) -> T,
+    ) -> Result<T, TensorMapError> {
+        let mut spec = Self::decode_spec(bytes)?;
+        let result = change(&mut spec);
+        *bytes = TensorMap { spec }.to_bytes();
+        Ok(result)
+    }
+
+    fn decode_spec(bytes: &[u8; 128]) -> Result<TensorMapSpec, TensorMapError> {
         let mut rest = &bytes[..];
         if take::<8>(&mut rest)? != MAGIC {
             return Err(E::NotATensorMap);
@@ -339,7 +354,7 @@ impl TensorMap {
         }
         let (box_dims, rest) = rest.split_at(rank as usize);
         let (element_strides, _) = rest.split_at(rank as usize);
-        TensorMap::new(&TensorMapSpec {
+        Ok(TensorMapSpec {
             data_type: TensorMapDataType::from_number(data_type).ok_or(E::NotATensorMap)?,
             global_address,
             dims,

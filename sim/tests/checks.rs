@@ -5,7 +5,7 @@ mod common;
 use common::{Setup, kernel, run};
 use ptx_sim::mbarrier::MbarrierError;
 use ptx_sim::tensor_map::{OutOfBoundsFill, Swizzle, TensorMapDataType};
-use ptx_sim::{Arg, Fault, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
+use ptx_sim::{Arg, Check, Fault, Launch, Machine, Module, RunOptions, SimError, TensorMap, TensorMapSpec};
 
 fn setup(threads: u32, ctas: u32, seed: u64) -> Setup {
     let options = RunOptions { seed, step_limit: Some(1_000_000), checks: true, ..RunOptions::default() };
@@ -662,6 +662,184 @@ fn livelock_is_told_from_deadlock() {
     for error in breaks(TILE, wait, ("@%p1 mbarrier.arrive.shared.b64 _, [%r3];", ""), 32, 1) {
         assert!(matches!(error, SimError::Deadlock(_)), "{error}");
     }
+}
+
+/// Two warpgroups in turns: the first multiplies a tile and one of its warps gives it back by an mbarrier, as CUTLASS does; the
+/// second writes it anew. Without the wait for the product before the arrival, that is a race.
+const GIVEN_BACK: &str =
+    "mov.u32 %r2, tile; and.b32 %r30, %r1, 127; shl.b32 %r3, %r30, 5; add.u32 %r4, %r2, %r3; mov.u32 %r5, 0;
+    setp.ge.u32 %p2, %r1, 128; mov.u32 %r9, empty; setp.ne.u32 %p3, %r1, 0;
+    @!%p3 mbarrier.init.shared.b64 [%r9], 1; @%p2 bra.uni OTHER;
+    st.shared.v4.u32 [%r4], {%r5, %r5, %r5, %r5}; st.shared.v4.u32 [%r4+16], {%r5, %r5, %r5, %r5};
+    OTHER: fence.proxy.async; bar.sync 0; @%p2 bra.uni WRITE;
+    cvt.u64.u32 %rd10, %r2; shr.u64 %rd10, %rd10, 4; or.b64 %rd10, %rd10, 0x1000080000;
+    mov.u32 %r20, 0; mov.u32 %r21, 0; mov.u32 %r22, 0; mov.u32 %r23, 0; setp.eq.u32 %p1, %r5, 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r20, %r21, %r22, %r23}, %rd10, %rd10, %p1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    @!%p3 mbarrier.arrive.shared.b64 %rd12, [%r9]; wgmma.wait_group.sync.aligned 0; ret;
+    WRITE: mbarrier.try_wait.parity.shared.b64 %p4, [%r9], 0; @!%p4 bra WRITE; st.shared.u32 [%r4], %r1;";
+
+#[test]
+fn one_arrival_gives_a_warpgroups_operands_back() {
+    let globals = ".shared .align 1024 .b8 tile[16384]; .shared .align 8 .b64 empty;";
+    passes(globals, GIVEN_BACK, 256, 1);
+    let early = ("wgmma.wait_group.sync.aligned 0;\n    @!%p3", "@!%p3");
+    let message = races(breaks(globals, GIVEN_BACK, early, 256, 1));
+    assert!(message.contains("wgmma.mma_async"), "{message}");
+}
+
+/// Lanes read, wait for products together, and one of them gives the buffer back: right, as all loads are done by the wait.
+/// Without that wait it is a race.
+#[test]
+fn loads_are_over_after_an_aligned_wait() {
+    let globals = ".shared .align 16 .b8 tile[1024]; .shared .align 8 .b64 empty;";
+    let body = "mov.u32 %r2, tile; mov.u32 %r9, empty; setp.ne.u32 %p1, %r1, 0; setp.ge.u32 %p2, %r1, 128;
+        shl.b32 %r3, %r1, 2; add.u32 %r4, %r2, %r3; @!%p1 mbarrier.init.shared.b64 [%r9], 4;
+        st.shared.u32 [%r4], %r1; bar.sync 0; @%p2 bra WRITE; ld.shared.u32 %r5, [%r4];
+        wgmma.wait_group.sync.aligned 0; and.b32 %r6, %r1, 31; setp.eq.u32 %p3, %r6, 0;
+        @%p3 mbarrier.arrive.shared.b64 %rd12, [%r9]; st.global.u32 [%rd1], %r5; ret;
+        WRITE: mbarrier.try_wait.parity.shared.b64 %p4, [%r9], 0; @!%p4 bra WRITE; sub.u32 %r4, %r4, 512;
+        st.shared.u32 [%r4], %r1;";
+    passes(globals, body, 256, 1);
+    races(breaks(globals, body, ("wgmma.wait_group.sync.aligned 0;", ""), 256, 1));
+    // A wait for an mbarrier is none of these, whether lanes pass it together or not.
+    let globals = &format!("{globals} .shared .align 8 .b64 over;");
+    let body = body.replace(
+        "bar.sync 0;",
+        "@!%p1 mbarrier.init.shared.b64 [over], 1; @!%p1 mbarrier.arrive.shared.b64 %rd12, [over]; bar.sync 0;",
+    );
+    let wait = "AGAIN: mbarrier.try_wait.parity.shared.b64 %p5, [over], 0; @!%p5 bra AGAIN;";
+    races(breaks(globals, &body, ("wgmma.wait_group.sync.aligned 0;", wait), 256, 1));
+}
+
+/// A whole warp stores one tile to a tensor: one store. Two lanes that store different tiles are two.
+#[test]
+fn a_warp_stores_a_tile_once() {
+    let globals = ".shared .align 128 .b8 tile[128];";
+    let body = "mov.u32 %r2, tile; shl.b32 %r3, %r1, 2; add.u32 %r4, %r2, %r3; st.shared.u32 [%r4], %r1;
+        fence.proxy.async.shared::cta; bar.sync 0; mov.u32 %r5, 0;
+        cp.async.bulk.tensor.1d.global.shared::cta.tile.bulk_group [%rd3, {%r5}], [%r2];
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0; bar.sync 0; st.shared.u32 [%r4], %r5;
+        cp.async.bulk.wait_group 0;";
+    for seed in 0..10 {
+        let module = Module::parse(&kernel(globals, body)).unwrap();
+        let mut machine = Machine::new(1);
+        let out = machine.alloc(0, 128, "out").unwrap();
+        let map = machine.alloc(0, 128, "map").unwrap();
+        let spec = TensorMapSpec {
+            data_type: TensorMapDataType::U32,
+            global_address: out,
+            dims: vec![32],
+            strides: vec![],
+            box_dims: vec![32],
+            element_strides: vec![1],
+            swizzle: Swizzle::None,
+            fill: OutOfBoundsFill::Zero,
+        };
+        machine.write(map, &TensorMap::encode(&spec).unwrap()).unwrap();
+        let launch = Launch {
+            device: 0,
+            module: &module,
+            entry: "k",
+            grid: [1; 3],
+            cluster: [1; 3],
+            block: [32, 1, 1],
+            shared_bytes: 0,
+            args: vec![Arg::U64(out), Arg::U64(map)],
+        };
+        let cost = machine.run(&[launch], &setup(32, 1, seed).options).unwrap()[0];
+        let mut words = [0u32; 32];
+        machine.read(out, bytemuck::bytes_of_mut(&mut words)).unwrap();
+        assert_eq!(words, std::array::from_fn(|lane| lane as u32));
+        assert_eq!(cost.hbm_write, 128);
+    }
+}
+
+fn checked(allow: &[Check], keep_going: bool) -> Setup {
+    let base = setup(32, 1, 1);
+    Setup { options: RunOptions { allow: allow.iter().copied().collect(), keep_going, ..base.options.clone() }, ..base }
+}
+
+/// A program for each check that can be waived: it fails, and does not where the check is waived; waiving others does not help.
+#[test]
+fn checks_are_waived_one_by_one() {
+    let globals = ".shared .align 128 .b8 tile[1024]; .shared .align 8 .b64 bar;";
+    let start = "mov.u32 %r2, tile; mov.u32 %r9, bar; setp.ne.u32 %p1, %r1, 0;";
+    let cases = [
+        (
+            Check::DataRace,
+            "st.global.u32 [%rd2+4], %r1; xor.b32 %r3, %r1, 1; add.u32 %r3, %r3, 1; st.global.u32 [%rd2+4], %r3;",
+        ),
+        (Check::UninitialisedRead, "ld.shared.u32 %r3, [%r2]; st.global.u32 [%rd1], %r3;"),
+        (
+            Check::InitWithoutProxyFence,
+            "@%p1 ret; mbarrier.init.shared.b64 [%r9], 1; mbarrier.arrive.expect_tx.shared.b64 %rd6, [%r9], 16;
+             cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd3], 16, [%r9];
+             W: mbarrier.try_wait.parity.shared.b64 %p2, [%r9], 0; @!%p2 bra W;",
+        ),
+        (
+            Check::MissingProxyFence,
+            "@%p1 ret; st.shared.v4.u32 [%r2], {%r1, %r1, %r1, %r1};
+             cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r2], 16; cp.async.bulk.commit_group;
+             cp.async.bulk.wait_group 0;",
+        ),
+        (
+            Check::ExitWithStores,
+            "@%p1 ret; st.shared.v4.u32 [%r2], {%r1, %r1, %r1, %r1}; fence.proxy.async;
+             cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r2], 16; cp.async.bulk.commit_group;",
+        ),
+        (Check::WrittenReadOnly, "ld.global.nc.u32 %r3, [%rd1+256]; st.global.u32 [%rd1+256], %r3;"),
+        (
+            Check::UnorderedBytes,
+            "@%p1 ret; mbarrier.init.shared.b64 [%r9], 2; fence.proxy.async; mbarrier.arrive.shared.b64 %rd6, [%r9];
+             mbarrier.arrive.shared.b64 %rd6, [%r9]; mbarrier.arrive.expect_tx.shared.b64 %rd6, [%r9], 16;
+             cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd3], 16, [%r9];
+             V: mbarrier.try_wait.parity.shared.b64 %p2, [%r9], 0; @!%p2 bra V; mbarrier.arrive.shared.b64 %rd6, [%r9];
+             W: mbarrier.try_wait.parity.shared.b64 %p2, [%r9], 1; @!%p2 bra W;",
+        ),
+        (Check::ExitWithBytes, "@%p1 ret; mbarrier.init.shared.b64 [%r9], 1; mbarrier.expect_tx.shared.b64 [%r9], 16;"),
+        (Check::InitInUse, "@%p1 ret; mbarrier.init.shared.b64 [%r9], 1; mbarrier.init.shared.b64 [%r9], 1;"),
+    ];
+    for (check, body) in cases {
+        let ptx = kernel(globals, &format!("{start}\n{body}"));
+        let others: Vec<Check> = Check::ALL.iter().copied().filter(|other| *other != check).collect();
+        for waived in [&[][..], &others] {
+            assert!(run(&ptx, &checked(waived, false)).is_err(), "{check} with {waived:?}");
+        }
+        run(&ptx, &checked(&[check], false)).unwrap_or_else(|error| panic!("{check}: {error}"));
+        run(&ptx, &checked(&[], true)).unwrap_or_else(|error| panic!("{check}: {error}"));
+    }
+}
+
+/// A run that goes on reports two races and an uninitialised read, each once, in their order, and writes what it computes.
+#[test]
+fn a_run_goes_on_and_reports() {
+    let body = "mov.u32 %r2, tile; st.global.u32 [%rd2+512], %r1;\nst.global.u32 [%rd2+512], 7;
+        ld.shared.u32 %r3, [%r2];\nld.shared.u32 %r3, [%r2+4]; add.u32 %r4, %r1, 1; st.global.u32 [%rd1], %r4;";
+    let module = Module::parse(&kernel(".shared .align 128 .b8 tile[1024];", body)).unwrap();
+    let mut machine = Machine::new(1);
+    let out = machine.alloc(0, 4096, "out").unwrap();
+    let launch = Launch {
+        device: 0,
+        module: &module,
+        entry: "k",
+        grid: [2, 1, 1],
+        cluster: [1; 3],
+        block: [32, 1, 1],
+        shared_bytes: 0,
+        args: vec![Arg::U64(out), Arg::U64(out)],
+    };
+    machine.run(&[launch], &checked(&[], true).options).unwrap();
+    let reports: Vec<String> = machine.take_reports().iter().map(ToString::to_string).collect();
+    let count = |text: &str| reports.iter().filter(|report| report.contains(text)).count();
+    assert_eq!(count("uninitialised"), 2, "{reports:#?}");
+    assert!(count("data race") >= 1, "{reports:#?}");
+    assert!(reports.len() < 10, "{reports:#?}");
+    let mut words = [0u32; 32];
+    machine.read(out, bytemuck::bytes_of_mut(&mut words)).unwrap();
+    assert_eq!(words, std::array::from_fn(|lane| lane as u32 + 1));
 }
 
 #[test]

@@ -511,6 +511,50 @@ fn a_wait_is_met_or_not_however_often_it_is_tried_again() {
     assert!(cost.polls > 1);
 }
 
+/// A grid of 4000 CTAs takes about ten times as long as one of 400, and as many are resident at once as fit: 132 SMs with 16
+/// CTAs of 128 threads each, or 2 of 100 KiB.
+#[test]
+fn time_grows_with_the_number_of_ctas() {
+    let body = "mov.u32 %r2, %ctaid.x; setp.ne.u32 %p1, %r1, 0; @%p1 ret; mov.u32 %r3, %nsmid;
+        mul.wide.u32 %rd4, %r2, 4; add.u64 %rd4, %rd4, %rd2; st.global.u32 [%rd4], %r3;";
+    let time = |ctas: u32, shared_bytes: u32, checks: bool| {
+        let began = std::time::Instant::now();
+        let options = RunOptions { checks, ..RunOptions::default() };
+        let setup = Setup { ctas, threads: 128, shared_bytes, out_words: 4096, options, ..Setup::default() };
+        let (words, _) = run(&kernel("", body), &setup).unwrap();
+        let resident = words[0];
+        assert!(words[..ctas as usize].iter().all(|word| *word == resident));
+        (resident, began.elapsed())
+    };
+    assert_eq!(time(400, 0, false).0, 400);
+    assert_eq!(time(4000, 0, false).0, 132 * 16);
+    assert_eq!(time(4000, 100 << 10, false).0, 132 * 2);
+    for checks in [false, true] {
+        let (few, many) = (time(400, 0, checks).1, time(4000, 0, checks).1);
+        assert!(many < few * 60 + std::time::Duration::from_millis(500), "{few:?}, {many:?}, checks {checks}");
+    }
+}
+
+/// A variable of 3 GiB takes memory where it is written only.
+#[test]
+fn large_variables_are_sparse() {
+    let globals = ".global .align 16 .b8 large[3221225472];";
+    let body = "mov.u64 %rd4, large; ld.global.u32 %r2, [%rd4+3221225408]; add.u32 %r2, %r2, %r1;
+        mul.wide.u32 %rd5, %r1, 67108864; add.u64 %rd5, %rd5, %rd4; st.global.u32 [%rd5], %r2; ld.global.u32 %r3, [%rd5];
+        st.global.u32 [%rd1], %r3;";
+    let (words, _) = run(&kernel(globals, body), &Setup::default()).unwrap();
+    assert_eq!(words[..32], (0..32).collect::<Vec<u32>>());
+}
+
+/// A kernel that never ends meets the limit of steps, here a small one.
+#[test]
+fn a_step_limit_ends_endless_kernels() {
+    assert_eq!(RunOptions::default().step_limit, Some(RunOptions::STEP_LIMIT));
+    let options = RunOptions { step_limit: Some(10_000), ..RunOptions::default() };
+    let message = error("", "LOOP: bra LOOP;", &Setup { options, ..Setup::default() });
+    assert!(message.contains("limit of 10000 warp instructions"), "{message}");
+}
+
 #[test]
 fn time_begins_at_a_large_value_that_the_seed_chooses() {
     let starts: Vec<u64> = (0..20)

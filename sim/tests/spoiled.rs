@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use ptx_sim::{Arg, Launch, Machine, Module, RunOptions};
 
 /// PTX, one of its kernels, and its parameters: `P` is a pointer to a buffer of [`BUFFER`] bytes, `L` 64 bits, `W` 32 bits.
-const KERNELS: [(&str, &str, &str); 8] = [
+const KERNELS: [(&str, &str, &str); 10] = [
     (include_str!("data/compiled_o1.ptx"), "k", "PL"),
     (include_str!("data/compiled_o3.ptx"), "k", "PL"),
     (include_str!("data/nvcc.ptx"), "reduce", "PPW"),
@@ -15,6 +15,8 @@ const KERNELS: [(&str, &str, &str); 8] = [
     (include_str!("data/nvcc_mma.ptx"), "mma_product", "PPPWWW"),
     (include_str!("data/triton_product.ptx"), "product", "PPPWWWPP"),
     (include_str!("data/triton_softmax.ptx"), "softmax", "PPWPP"),
+    (include_str!("data/i128.ptx"), "d128", "PPPPW"),
+    (include_str!("data/calls.ptx"), "calls", "P"),
 ];
 
 const BUFFER: usize = 16384;

@@ -97,7 +97,7 @@ impl Tokens {
             .iter()
             .zip(&self.routing)
             .map(|(states, routing)| RankBatch {
-                hidden_states: states,
+                hidden_states: states.as_slice().into(),
                 topk_idx: routing.topk_idx(),
                 topk_weights: routing.topk_weights(),
             })

@@ -22,15 +22,52 @@ const LEAST_STAGES: u32 = 3;
 const NAMED_BARRIERS: u32 = 15;
 /// The token tiles from which on a product is limited by the tensor cores. Narrower ones wait for memory, whatever is issued beside them.
 const WIDE: u32 = 64;
-/// Instructions issued for each wgmma of a wide tile, four of which make a stage: what loads descriptors, waits and counts must hide
-/// behind a 64x64x16 product, 32 cycles for each of the four schedulers. Four of them are ptxas' habit: it puts each wgmma's two descriptors together anew.
-const BESIDE_WGMMA: u32 = 9;
-/// Groups of wgmmas that a loop's waits leave in flight; with none the tensor cores stand still while the next group is issued.
-const LEAST_IN_FLIGHT: u32 = 1;
-/// Lines of code of the modules that only the device compiles: a reader gets through them in a day.
-const DEVICE_LINES: u32 = 2500;
+/// Lines of code of the modules that only the device compiles, all formats: a reader gets through them in a day.
+const DEVICE_LINES: u32 = 3200;
 /// Lines of code of a function. clippy.toml has the same limit for what clippy sees; it does not see the device's modules.
 const FUNCTION_LINES: u32 = 120;
+
+/// Limits that a number format has for itself.
+struct OwnLimits {
+    /// Instructions issued for each wgmma of a wide tile, four of which make a stage.
+    beside_wgmma: u32,
+    /// Groups of wgmmas that a loop's waits leave in flight.
+    least_in_flight: u32,
+    /// Bytes of spills, and loads and stores of local memory: all of a kernel's.
+    spilled_bytes: u32,
+    stack_bytes: u32,
+    local_accesses: u32,
+    /// Those of a loop that multiplies a wide tile.
+    local_in_loop: u32,
+}
+
+impl OwnLimits {
+    fn of(format: &Format) -> Self {
+        if format.scaled {
+            // Every product of a k-block is promoted: 64 FMAs of a thread beside four wgmmas. The warpgroups take turns at the tensor cores, so that none has to keep a group in flight.
+            // 64 sums and 64 products leave a consumer no register to keep anything else from task to task: that is spilled, but hardly within a loop.
+            Self {
+                beside_wgmma: 32,
+                least_in_flight: 0,
+                spilled_bytes: 1024,
+                stack_bytes: 128,
+                local_accesses: 220,
+                local_in_loop: 2,
+            }
+        } else {
+            // What loads descriptors, waits and counts must hide behind a 64x64x16 product, 32 cycles for each of the four schedulers. Four of the nine are ptxas' habit: it puts each
+            // wgmma's two descriptors together anew. With no group in flight the tensor cores would stand still while the next is issued.
+            Self {
+                beside_wgmma: 9,
+                least_in_flight: 1,
+                spilled_bytes: 0,
+                stack_bytes: 0,
+                local_accesses: 0,
+                local_in_loop: 0,
+            }
+        }
+    }
+}
 
 /// What a figure must be.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -121,6 +158,8 @@ impl fmt::Display for Table {
 
 /// A row for every entry of the PTX, and for any other function that needs local memory: registers by role, memory, barriers.
 pub fn entries(report: &Report, kernels: &[Kernel], format: &Format) -> Table {
+    let own = OwnLimits::of(format);
+    let at_most = |most: u32| if most == 0 { Limit::Exactly(0) } else { Limit::AtMost(most) };
     let row = |function: &Function| {
         let entry = function.registers.is_some();
         let kernel = kernels.iter().find(|kernel| kernel.name == function.name);
@@ -140,9 +179,9 @@ pub fn entries(report: &Report, kernels: &[Kernel], format: &Format) -> Table {
             registers("consumers", "USETMAXREG.TRY_ALLOC", format.consumer_registers),
             Figure::new("shared (B)", function.shared_bytes + dynamic, Limit::AtMost(SHARED)),
             Figure::new("stages", fused.then_some(stages as u32), if_so(fused, Limit::AtLeast(LEAST_STAGES))),
-            Figure::new("stack (B)", function.stack_bytes, Limit::Exactly(0)),
-            Figure::new("spilled (B)", function.spilled_bytes(), Limit::Exactly(0)),
-            Figure::new("LDL, STL", kernel.map(Kernel::local_accesses), if_so(entry, Limit::Exactly(0))),
+            Figure::new("stack (B)", function.stack_bytes, at_most(own.stack_bytes)),
+            Figure::new("spilled (B)", function.spilled_bytes(), at_most(own.spilled_bytes)),
+            Figure::new("LDL, STL", kernel.map(Kernel::local_accesses), if_so(entry, at_most(own.local_accesses))),
             Figure::new("C75xx", report.serialisations().count() as u32, Limit::Exactly(0)),
             Figure::new("barriers", function.barriers, if_so(entry, Limit::AtMost(NAMED_BARRIERS))),
             Figure::new("SASS", kernel.map(Kernel::len), Limit::None),
@@ -154,8 +193,14 @@ pub fn entries(report: &Report, kernels: &[Kernel], format: &Format) -> Table {
     Table { title: "entry", rows: report.functions.iter().filter(shown).map(row).collect() }
 }
 
+/// What is wrong with a kernel that records: it is held to no other limit, but to run as the one that does not it must keep its values in registers as well as that.
+pub fn spills(report: &Report, format: &Format) -> Option<String> {
+    let spilled: u32 = report.functions.iter().map(Function::spilled_bytes).sum();
+    (spilled > OwnLimits::of(format).spilled_bytes).then(|| format!("{spilled} bytes are spilled"))
+}
+
 /// A row for every loop that multiplies, and for every width of wgmma that is in none: narrow ones first.
-pub fn loops(kernels: &[Kernel]) -> Table {
+pub fn loops(kernels: &[Kernel], format: &Format) -> Table {
     let mut rows = Vec::new();
     for kernel in kernels {
         let mut loops = kernel.loops();
@@ -163,7 +208,7 @@ pub fn loops(kernels: &[Kernel]) -> Table {
         let alone = kernel.widths().into_iter().filter(|width| !looped.contains(width));
         loops.extend(alone.map(|width| Loop { widths: [width].into(), ..Loop::default() }));
         loops.sort_by_key(|one| one.widths.last().copied());
-        rows.extend(loops.into_iter().map(|one| (loop_name(kernel, &one), loop_figures(&one))));
+        rows.extend(loops.into_iter().map(|one| (loop_name(kernel, &one), loop_figures(&one, &OwnLimits::of(format)))));
     }
     Table { title: "loop", rows }
 }
@@ -174,16 +219,17 @@ fn loop_name(kernel: &Kernel, found: &Loop) -> String {
     format!("{}: n{width} {place}", kernel.name)
 }
 
-fn loop_figures(found: &Loop) -> Vec<Figure> {
+fn loop_figures(found: &Loop, own: &OwnLimits) -> Vec<Figure> {
     let width = found.widths.last().copied();
     let beside = (found.wgmma > 0).then(|| f64::from(found.others) / f64::from(found.wgmma));
-    let limit = if width >= Some(WIDE) { Limit::AtMost(BESIDE_WGMMA) } else { Limit::None };
+    let limit = if width >= Some(WIDE) { Limit::AtMost(own.beside_wgmma) } else { Limit::None };
     vec![
         Figure::new("width", width, Limit::None),
         Figure::new("wgmma", found.wgmma, Limit::AtLeast(1)),
         Figure::new("others", found.others, Limit::None),
         Figure { what: "beside each wgmma", value: beside, limit },
-        Figure::new("groups in flight", found.in_flight, Limit::AtLeast(LEAST_IN_FLIGHT)),
+        Figure::new("groups in flight", found.in_flight, Limit::AtLeast(own.least_in_flight)),
+        Figure::new("LDL, STL", found.local_accesses, Limit::AtMost(own.local_in_loop)),
     ]
 }
 
@@ -227,7 +273,8 @@ ptxas info    : Function properties for helper
 
     fn faults(ptxas: &str, sass: &str) -> Vec<String> {
         let kernels = sass::parse(sass);
-        [entries(&Report::parse(ptxas), &kernels, &Format::BF16).faults(), loops(&kernels).faults()].concat()
+        [entries(&Report::parse(ptxas), &kernels, &Format::BF16).faults(), loops(&kernels, &Format::BF16).faults()]
+            .concat()
     }
 
     #[test]
@@ -268,12 +315,12 @@ ptxas info    : Function properties for helper
 
     #[test]
     fn machine_code_is_held_to_its_limits() {
-        let beside = "        /*0070*/ NOP ;\n".repeat(BESIDE_WGMMA as usize - 2);
+        let beside = "        /*0070*/ NOP ;\n".repeat(7);
         for (found, instead, fault) in [
             ("DEALLOC.CTAPOOL 0x58", "DEALLOC.CTAPOOL 0x60", "moe: helpers is 96, must be = 88"),
             ("TRY_ALLOC.CTAPOOL UP0, 0xd0", "TRY_ALLOC.CTAPOOL UP0, 0xc8", "moe: consumers is 200, must be = 208"),
             ("USETMAXREG.TRY_ALLOC", "NOP", "moe: consumers is -, must be = 208"),
-            ("MOV R0, R1", "LDL R0, [R1]", "moe: LDL, STL is 1, must be = 0"),
+            ("EXIT ;", "LDL R0, [R1] ;", "moe: LDL, STL is 1, must be = 0"),
             ("gsb0, 0x1", "gsb0, 0x0", "moe: n64 loop at 0020: groups in flight is 0, must be >= 1"),
             ("WARPGROUP.DEPBAR", "NOP", "moe: n64 loop at 0020: groups in flight is -, must be >= 1"),
             (
@@ -318,11 +365,11 @@ ptxas info    : Function properties for helper
         assert!(!Limit::AtLeast(LEAST_STAGES).holds(Some(f64::from(LEAST_STAGES - 1))));
         let device =
             |lines, longest_lines| sources(&DeviceSide { lines, longest_lines, longest: "pull".into() }).faults();
-        assert_eq!(device(2500, 120), Vec::<String>::new());
+        assert_eq!(device(3200, 120), Vec::<String>::new());
         let name = "device modules of kernel/src, longest fn pull";
         assert_eq!(
-            device(2501, 121),
-            [format!("{name}: lines is 2501, must be <= 2500"), format!("{name}: longest fn is 121, must be <= 120")]
+            device(3201, 121),
+            [format!("{name}: lines is 3201, must be <= 3200"), format!("{name}: longest fn is 121, must be <= 120")]
         );
     }
 
@@ -331,7 +378,7 @@ ptxas info    : Function properties for helper
         let table = sources(&DeviceSide { lines: 2600, longest_lines: 42, longest: "pull".into() }).to_string();
         let expected = "    lines  longest fn  sources
      2600          42  device modules of kernel/src, longest fn pull
-  <= 2500      <= 120  limit
+  <= 3200      <= 120  limit
 ";
         assert_eq!(table, expected);
     }

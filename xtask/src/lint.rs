@@ -6,7 +6,6 @@ use anyhow::{Result, bail};
 use xshell::{Shell, cmd};
 
 use crate::nvidia::NvidiaTools;
-use crate::ptxas::{Function, Report};
 use crate::{build, limits, progress, ptxas, sass, size, workspace};
 
 /// Runs every check.
@@ -42,11 +41,11 @@ fn ptx() -> Result<()> {
             progress::step(&label, || ptxas::assemble(&tools, build::ARCH, &workspace::root().join(ptx.file), &cubin))?;
         report.warnings.iter().for_each(|warning| println!("{warning}"));
         if ptx.traced {
-            faults.extend(spills(ptx.file, &report));
+            faults.extend(limits::spills(&report, &ptx.format).map(|fault| format!("{}: {fault}", ptx.file)));
             continue;
         }
         let kernels = sass::disassemble(&tools, &cubin)?;
-        for table in [limits::entries(&report, &kernels, &ptx.format), limits::loops(&kernels)] {
+        for table in [limits::entries(&report, &kernels, &ptx.format), limits::loops(&kernels, &ptx.format)] {
             println!("{table}");
             faults.extend(table.faults());
         }
@@ -58,12 +57,6 @@ fn ptx() -> Result<()> {
         bail!("the kernel is not as it must be:\n    {}", faults.join("\n    "));
     }
     Ok(())
-}
-
-/// A kernel that records is held to no limits, but to run as the other does it must keep its values in registers.
-fn spills(file: &str, report: &Report) -> Option<String> {
-    let spilled: u32 = report.functions.iter().map(Function::spilled_bytes).sum();
-    (spilled > 0).then(|| format!("{file} spills {spilled} bytes"))
 }
 
 /// The documentation's links. The kernel's crate page names modules that only the device compiles.

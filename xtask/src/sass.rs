@@ -41,6 +41,8 @@ pub struct Loop {
     pub others: u32,
     /// Groups of wgmmas that its strictest wait leaves in flight; none if it has no wait.
     pub in_flight: Option<u32>,
+    /// Loads and stores of local memory.
+    pub local_accesses: u32,
 }
 
 /// Disassembles a cubin.
@@ -71,6 +73,11 @@ pub fn parse(sass: &str) -> Vec<Kernel> {
 }
 
 impl Instruction {
+    /// Whether it loads or stores local memory.
+    fn is_local_access(&self) -> bool {
+        matches!(self.operation(), "LDL" | "STL")
+    }
+
     /// Takes in `/*0010*/ @!P0 BRA.U UP0, `(.L_x_1) ;`.
     fn parse(line: &str) -> Option<Self> {
         let (address, rest) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
@@ -123,7 +130,7 @@ impl Kernel {
 
     /// Loads and stores of local memory.
     pub fn local_accesses(&self) -> u32 {
-        self.instructions.iter().filter(|i| matches!(i.operation(), "LDL" | "STL")).count() as u32
+        self.instructions.iter().filter(|instruction| instruction.is_local_access()).count() as u32
     }
 
     /// The register counts that `setmaxnreg.dec` (`USETMAXREG.DEALLOC`) or `.inc` (`USETMAXREG.TRY_ALLOC`) sets.
@@ -170,6 +177,7 @@ impl Kernel {
             wgmma: round.wgmma,
             others: round.instructions - round.wgmma,
             in_flight: instructions().filter_map(Instruction::in_flight).min(),
+            local_accesses: instructions().filter(|instruction| instruction.is_local_access()).count() as u32,
         }
     }
 
@@ -332,7 +340,14 @@ mod tests {
     }
 
     fn found(address: &str, widths: &[u32], wgmma: u32, others: u32, in_flight: Option<u32>) -> Loop {
-        Loop { address: address.into(), widths: widths.iter().copied().collect(), wgmma, others, in_flight }
+        Loop {
+            address: address.into(),
+            widths: widths.iter().copied().collect(),
+            wgmma,
+            others,
+            in_flight,
+            local_accesses: 0,
+        }
     }
 
     const TASKS: &str = "

@@ -173,7 +173,8 @@ pub(super) fn least(config: &MoeConfig, routings: &[Routing]) -> [PhaseCount; PA
         own_rows += shared * count;
         for choices in routing.topk_idx().chunks(config.top_k) {
             let mut reached = vec![false; routings.len()];
-            reached[from] = shared > 0;
+            // In a format with scales, who quantises a token writes the shared experts' rows: no record is read for them.
+            reached[from] = shared > 0 && !format.scaled;
             for expert in choices.iter().filter_map(|&id| usize::try_from(id).ok()) {
                 let to = expert / per_rank;
                 hit[expert] = true;

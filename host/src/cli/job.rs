@@ -4,10 +4,9 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use ferromoe::{
-    Checkpoint, Error, ExpertFormat, Fp8Tokens, HfLayer, MoeConfig, MoeInput, Result, Routing, WorkspaceSizes, example,
-    reference, split_tokens,
+    Checkpoint, Error, ExpertFormat, Fp8Tokens, HfLayer, HiddenStates, MoeConfig, MoeInput, RankBatch, Result, Routing,
+    WorkspaceSizes, example, reference, split_tokens,
 };
-use half::bf16;
 
 use super::args::{RouteArg, RunArgs};
 use super::routing::RoutingCheck;
@@ -139,9 +138,11 @@ impl Job {
     /// kernel does.
     pub fn expected(&self) -> Result<(Vec<f64>, Compared)> {
         if self.config.experts_format == ExpertFormat::Fp8 {
-            let quantised = || Fp8Tokens::quantise(&self.input.hidden_states, self.config.hidden, self.config.scales);
-            let tokens = self.input.fp8.clone().map_or_else(quantised, Ok)?;
-            let output = reference::forward_a8(&self.config, &self.layer.weights, &tokens, &self.routing)?;
+            let of = |tokens| reference::forward_a8(&self.config, &self.layer.weights, tokens, &self.routing);
+            let output = match self.fp8_tokens() {
+                Some(tokens) => of(tokens)?,
+                None => of(&Fp8Tokens::quantise(&self.input.hidden_states, self.config.hidden, self.config.scales)?)?,
+            };
             return Ok((output, Compared::Fp8Reference));
         }
         match self.recorded() {
@@ -167,16 +168,27 @@ impl Job {
         Some(self.recorded_output()?.iter().map(|&value| f64::from(value)).collect())
     }
 
-    /// Rank `rank`'s tokens: hidden states [T, H], expert ids [T, K] and weights [T, K].
-    pub fn share(&self, rank: usize) -> (&[bf16], &[i32], &[f32]) {
+    /// The input's FP8 tokens, if that is what the kernel gets. Experts in bf16 get what they stand for, rounded.
+    fn fp8_tokens(&self) -> Option<&Fp8Tokens> {
+        self.input.fp8.as_ref().filter(|_| self.config.experts_format == ExpertFormat::Fp8)
+    }
+
+    /// Rank `rank`'s tokens.
+    pub fn share(&self, rank: usize) -> RankBatch<'_> {
         let tokens = &self.shares[rank];
         let of = |width: usize| tokens.start * width..tokens.end * width;
         let (hidden, top_k) = (self.config.hidden, self.config.top_k);
-        (
-            &self.input.hidden_states[of(hidden)],
-            &self.routing.topk_idx()[of(top_k)],
-            &self.routing.topk_weights()[of(top_k)],
-        )
+        RankBatch {
+            hidden_states: match self.fp8_tokens() {
+                Some(fp8) => {
+                    let groups = fp8.scales().len() / fp8.tokens().max(1);
+                    HiddenStates::Fp8 { values: &fp8.values()[of(hidden)], scales: &fp8.scales()[of(groups)] }
+                }
+                None => HiddenStates::Bf16(&self.input.hidden_states[of(hidden)]),
+            },
+            topk_idx: &self.routing.topk_idx()[of(top_k)],
+            topk_weights: &self.routing.topk_weights()[of(top_k)],
+        }
     }
 }
 
@@ -241,9 +253,11 @@ mod tests {
         assert_eq!((job.layer.layer, job.config.hidden, job.route), (0, 192, RouteArg::File));
         assert_eq!(job.shares, [0..25, 25..50]);
         assert_eq!(job.config.max_tokens_per_rank, 25);
-        let (states, ids, weights) = job.share(1);
-        assert_eq!((states.len(), ids.len(), weights.len()), (25 * 192, 25 * 4, 25 * 4));
-        assert_eq!(ids, &job.routing.topk_idx()[100..]);
+        let RankBatch { hidden_states: HiddenStates::Bf16(states), topk_idx, topk_weights } = job.share(1) else {
+            panic!("the example's tokens are bf16")
+        };
+        assert_eq!((states.len(), topk_idx.len(), topk_weights.len()), (25 * 192, 25 * 4, 25 * 4));
+        assert_eq!(topk_idx, &job.routing.topk_idx()[100..]);
         assert_eq!(job.expected().unwrap().1, Compared::OutputF32);
     }
 

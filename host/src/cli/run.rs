@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use ferromoe::{Device, DeviceGroup, Error, FusedMoe, RankBatch, RankOutput, SimOptions, Workspace};
+use ferromoe::{Device, DeviceGroup, Error, FusedMoe, RankOutput, SimOptions, Workspace};
 use half::bf16;
 use indicatif::ProgressBar;
 use serde_json::Value;
@@ -115,10 +115,7 @@ fn forward(job: &Job, group: &DeviceGroup) -> ferromoe::Result<(Vec<RankOutput>,
     spinner.enable_steady_tick(Duration::from_millis(100));
     let workspace = Workspace::new(group, &job.workspace_sizes())?;
     let mut layer = FusedMoe::new(&workspace, &job.config, &job.layer.weights)?;
-    let shares = (0..group.ranks()).map(|rank| job.share(rank));
-    let batch: Vec<RankBatch> = shares
-        .map(|(hidden_states, topk_idx, topk_weights)| RankBatch { hidden_states, topk_idx, topk_weights })
-        .collect();
+    let batch: Vec<_> = (0..group.ranks()).map(|rank| job.share(rank)).collect();
     let started = Instant::now();
     let outputs = layer.forward(&batch)?;
     let elapsed = started.elapsed();

@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use super::*;
+use crate::config::ExpertFormat;
 use crate::group::{Device, DeviceGroup, SimOptions};
 use crate::rendezvous::RendezvousAddress;
 use crate::testing::{EngineRank, Tokens, layer, small_config};
+use crate::tokens::Fp8Tokens;
 use crate::workspace::WorkspaceSizes;
 
 const LONG: Duration = Duration::from_secs(60);
@@ -135,14 +137,100 @@ fn addresses_that_the_kernel_cannot_use_are_refused() {
     let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 1).unwrap();
     let moe = layer(&group, &config, &ExpertWeights::random(&config, 5)).unwrap();
     let engine = EngineRank::new(&group, &config, 0);
-    let odd = RankInputs { output: engine.inputs().output + 8, ..engine.inputs() };
-    // SAFETY: nothing is launched.
-    let error = message(unsafe { moe.enqueue(0, engine.stream.raw(), odd) });
-    assert!(error.starts_with("the output of rank 0 at 0x") && error.ends_with("must be a multiple of 16"), "{error}");
+    let good = engine.inputs();
+    let states = |address| RankInputs { hidden_states: address, ..good };
+    let ids = |address| RankInputs { topk_idx: address, ..good };
+    let weights = |address| RankInputs { topk_weights: address, ..good };
+    let count = |address| RankInputs { tokens: address, ..good };
+    let output = |address| RankInputs { output: address, ..good };
+    type With<'a> = &'a dyn Fn(u64) -> RankInputs;
+    let cases: [(&str, With, u64, u64); 5] = [
+        ("hidden states", &states, good.hidden_states, 16),
+        ("expert ids", &ids, good.topk_idx, 4),
+        ("routing weights", &weights, good.topk_weights, 4),
+        ("token count", &count, good.tokens, 4),
+        ("output", &output, good.output, 16),
+    ];
+    for (what, with, address, alignment) in cases {
+        let null = "the address must not be null, also where the rank has no tokens".to_owned();
+        let odd = address + alignment / 2;
+        for (bad, expected) in [(0, null), (odd, format!("the address must be a multiple of {alignment}"))] {
+            // SAFETY: nothing is launched.
+            let error = message(unsafe { moe.enqueue(0, engine.stream.raw(), with(bad)) });
+            assert_eq!(error, format!("the {what} of rank 0 at {bad:#x} cannot be used; {expected}"));
+        }
+    }
     // SAFETY: nothing is launched.
     let error = message(unsafe { moe.enqueue(1, engine.stream.raw(), engine.inputs()) });
     assert_eq!(error, "rank 1 is not of this process, which has ranks 0 to 0");
     assert_eq!(message(group.alloc(1, 64, "state")), error);
+}
+
+/// Queued with an engine's own memory, on a rank beside one whose tokens are bf16.
+#[test]
+fn fp8_tokens_give_the_bits_that_their_bf16_ones_give() {
+    let config = MoeConfig { hidden: 192, experts_format: ExpertFormat::Fp8, ..small_config() };
+    let weights = ExpertWeights::random(&config, 5);
+    let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 2).unwrap();
+    let mut moe = layer(&group, &config, &weights).unwrap();
+    let tokens = [9, 14].map(|count| Tokens::random(&config, count, count as u64));
+    let batch = tokens.each_ref().map(Tokens::batch);
+    let expected = moe.forward(&batch).unwrap();
+    let fp8 = Fp8Tokens::quantise(&tokens[1].hidden_states, config.hidden, config.scales).unwrap();
+    let outputs = moe.forward(&[batch[0], RankBatch { hidden_states: (&fp8).into(), ..batch[1] }]).unwrap();
+    let engine = [0, 1].map(|rank| EngineRank::new(&group, &config, rank));
+    engine.iter().zip(&tokens).for_each(|(engine, tokens)| engine.write(tokens));
+    let [values, scales] = [fp8.values(), bytemuck::cast_slice(fp8.scales())].map(|contents| {
+        let buffer = group.alloc(1, contents.len() as u64, "FP8 tokens").unwrap();
+        buffer.write(contents).unwrap();
+        buffer
+    });
+    let (plain, good) = (engine[0].inputs(), engine[1].inputs());
+    let good = RankInputs { hidden_states: values.address(), hidden_scales: scales.address(), ..good };
+    let odd = RankInputs { hidden_scales: good.hidden_scales + 2, ..good };
+    // SAFETY: nothing is launched.
+    let error = message(unsafe { moe.enqueue(1, engine[1].stream.raw(), odd) });
+    let address = odd.hidden_scales;
+    let text = "cannot be used; the address must be a multiple of 4";
+    assert_eq!(error, format!("the hidden scales of rank 1 at {address:#x} {text}"));
+    for (rank, inputs) in [plain, good].into_iter().enumerate() {
+        // SAFETY: the memory is as large as it says, and lives to the end of the test.
+        unsafe { moe.enqueue(rank, engine[rank].stream.raw(), inputs) }.unwrap();
+    }
+    moe.workspace().check().unwrap();
+    for rank in 0..2 {
+        assert!(outputs[rank].output == expected[rank].output, "rank {rank}, as a batch");
+        assert!(engine[rank].output(&tokens[rank]) == expected[rank].output, "rank {rank}, queued");
+    }
+}
+
+#[test]
+fn fp8_tokens_that_do_not_fit_the_layer_are_refused() {
+    let config = small_config();
+    let weights = ExpertWeights::random(&config, 5);
+    let group = DeviceGroup::open(Device::Sim(SimOptions::default()), 1).unwrap();
+    let mut moe = layer(&group, &config, &weights).unwrap();
+    let engine = EngineRank::new(&group, &config, 0);
+    let tokens = Tokens::random(&config, 5, 1);
+    let fp8 = Fp8Tokens::quantise(&tokens.hidden_states, config.hidden, config.scales).unwrap();
+    let with = |values, scales| RankBatch { hidden_states: HiddenStates::Fp8 { values, scales }, ..tokens.batch() };
+    let expected =
+        "rank 0 has FP8 tokens, and the layer's experts run in bf16; they must run in fp8, or the tokens must be bf16";
+    assert_eq!(message(moe.forward(&[with(fp8.values(), fp8.scales())])), expected);
+    let inputs = RankInputs { hidden_scales: engine.inputs().topk_weights, ..engine.inputs() };
+    // SAFETY: nothing is launched.
+    assert_eq!(message(unsafe { moe.enqueue(0, engine.stream.raw(), inputs) }), expected);
+
+    let config = MoeConfig { experts_format: ExpertFormat::Fp8, ..config };
+    let mut moe = layer(&group, &config, &weights).unwrap();
+    for (values, scales, found) in [
+        (320, 4, "4 hidden scales; it must have 5 for 5 tokens"),
+        (319, 5, "319 hidden states; it must have 256 for 4 tokens"),
+        (256, 4, "10 expert ids; it must have 8 for 4 tokens"),
+    ] {
+        let error = message(moe.forward(&[with(&fp8.values()[..values], &fp8.scales()[..scales])]));
+        assert_eq!(error, format!("the batch of rank 0 has {found}"));
+    }
 }
 
 #[test]

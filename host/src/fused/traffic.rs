@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use ferromoe_kernel::layout::BF16_BYTES;
+use ferromoe_kernel::quantise::groups;
 use ptx_sim::Traffic;
 
 use super::{FusedMoe, RankInputs};
@@ -56,14 +57,19 @@ impl FusedMoe {
         let params = &state.params[0];
         let (symmetric, workspace) = (&params.symmetric, &params.workspace);
         let row = u64::from(self.shape.hidden) * BF16_BYTES;
+        // FP8 tokens have a byte for each element, and scales.
+        let (in_row, scales) = match inputs.hidden_scales {
+            0 => (row, 0),
+            _ => (row / BF16_BYTES, tokens * u64::from(groups(self.shape.hidden)) * 4),
+        };
         let choices = tokens * u64::from(self.shape.top_k) * 4;
         let at = |base: u64, from: u64, to: u64| base + from..base + to;
         let shared = |from, to| at(params.symmetric_bases[rank], from, to);
         let own = |from, to| at(params.workspace_base, from, to);
         let weights = [&state.linear1, &state.linear2].map(|buffer| at(buffer.address(), 0, buffer.bytes()));
         let [linear1, linear2] = weights;
-        Ok(vec![
-            (at(inputs.hidden_states, 0, tokens * row), Dispatch, Control),
+        let mut places = vec![
+            (at(inputs.hidden_states, 0, tokens * in_row), Dispatch, Control),
             (at(inputs.topk_idx, 0, choices), Dispatch, Control),
             (at(inputs.topk_weights, 0, choices), Dispatch, Control),
             (at(inputs.tokens, 0, 4), Dispatch, Control),
@@ -83,6 +89,10 @@ impl FusedMoe {
             (own(workspace.intermediate, workspace.bytes), Linear2, Linear1),
             (linear1, Linear1, Control),
             (linear2, Linear2, Control),
-        ])
+        ];
+        if scales > 0 {
+            places.push((at(inputs.hidden_scales, 0, scales), Dispatch, Control));
+        }
+        Ok(places)
     }
 }

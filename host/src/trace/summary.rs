@@ -188,6 +188,8 @@ fn shares(trace: &RankTrace, role: &'static str, numbers: &[usize]) -> Vec<Share
     let mut sums: BTreeMap<Kind, Vec<(u64, u64)>> = BTreeMap::new();
     let all: Vec<&Vec<Span>> =
         trace.ctas.iter().flat_map(|cta| numbers.iter().filter_map(|&number| cta.roles.get(number))).collect();
+    // A format with fewer consumer warpgroups leaves the last without spans.
+    let all: Vec<&Vec<Span>> = all.into_iter().filter(|spans| !spans.is_empty()).collect();
     for (index, spans) in all.iter().enumerate() {
         for span in *spans {
             let key = (span.activity, span.phase().map(|phase| phase as u32));
@@ -227,6 +229,7 @@ fn products(trace: &RankTrace, hidden: usize, intermediate: usize) -> Vec<Produc
         let first = phase == Phase::Linear1 as u32;
         let (phase, depth) = if first { (Phase::Linear1, hidden) } else { (Phase::Linear2, intermediate) };
         let tiles = trace.format.tiles;
+        let weight_rows = if first { trace.format.linear1_rows() } else { WEIGHT_TILE };
         let width = tiles.width(width.min(tiles.count - 1));
         Product {
             phase,
@@ -235,7 +238,7 @@ fn products(trace: &RankTrace, hidden: usize, intermediate: usize) -> Vec<Produc
             wait: median(&times[0]),
             multiply: median(&times[1]),
             epilogue: median(&times[2]),
-            operations: 2.0 * f64::from(WEIGHT_TILE * width) * depth as f64,
+            operations: 2.0 * f64::from(weight_rows * width) * depth as f64,
         }
     };
     times.into_iter().map(product).collect()

@@ -2,7 +2,7 @@
 
 use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{BF16_BYTES, MAX_COMBINE_ROWS, Shape, SymmetricLayout, WorkspaceLayout};
-use ferromoe_kernel::quantise::ScaleKind;
+use ferromoe_kernel::quantise::{ScaleKind, groups};
 
 use crate::config::{ExpertFormat, MoeConfig};
 use crate::error::{Error, Excess, Result};
@@ -65,7 +65,7 @@ impl WorkspaceSizes {
     /// Sizes that the kernel cannot run on so many ranks.
     pub fn bytes(&self, ranks: usize) -> Result<u64> {
         let (shape, formats) = (self.shape(ranks)?, self.kernel_formats());
-        let inputs = 2 * choices_bytes(&shape) + COUNT_BYTES + states_bytes(&shape);
+        let inputs = 2 * choices_bytes(&shape) + COUNT_BYTES + states_bytes(&shape) + scales_bytes(&shape, &formats);
         Ok(symmetric_bytes(&shape, &formats) + WorkspaceLayout::new(&shape, &formats).bytes + inputs)
     }
 
@@ -161,6 +161,12 @@ pub(super) const COUNT_BYTES: u64 = 4;
 /// Bytes of the most hidden states that a rank can have.
 pub(super) fn states_bytes(sizes: &Shape) -> u64 {
     u64::from(sizes.max_tokens) * u64::from(sizes.hidden) * BF16_BYTES
+}
+
+/// Bytes of the scales of the most FP8 tokens that a rank can have; 0 if no layer can take them.
+pub(super) fn scales_bytes(sizes: &Shape, formats: &[Format]) -> u64 {
+    let takes_fp8 = formats.iter().any(|format| format.scaled);
+    if takes_fp8 { u64::from(sizes.max_tokens) * u64::from(groups(sizes.hidden)) * 4 } else { 0 }
 }
 
 /// Bytes of the most expert ids or routing weights.

@@ -148,9 +148,11 @@ fn what_a_workspace_takes_is_known_before() {
         let (group, sizes) = (group(2), WorkspaceSizes::of([&config]));
         let workspace = Workspace::new(&group, &sizes).unwrap();
         for (rank, symmetric) in workspace.shared.ranks.iter().zip(&workspace.shared._symmetric) {
-            let InputBuffers { hidden_states: _, topk_idx, topk_weights, tokens, output } = &rank.inputs;
-            let buffers = [symmetric, &rank.own, topk_idx, topk_weights, tokens, output];
-            assert_eq!(buffers.map(DeviceBuffer::bytes).iter().sum::<u64>(), sizes.bytes(2).unwrap());
+            let InputBuffers { hidden_states: _, hidden_scales, topk_idx, topk_weights, tokens, output } = &rank.inputs;
+            assert_eq!(hidden_scales.is_some(), config.experts_format == ExpertFormat::Fp8);
+            let buffers =
+                [symmetric, &rank.own, topk_idx, topk_weights, tokens, output].into_iter().chain(hidden_scales);
+            assert_eq!(buffers.map(DeviceBuffer::bytes).sum::<u64>(), sizes.bytes(2).unwrap());
         }
         assert!(sizes.bytes(5).is_err());
     }

@@ -188,6 +188,11 @@ impl Clock {
         self.warps.learn(warp, entry);
     }
 
+    /// Learns that the reads by lanes of a warp, up to a tick, are over.
+    pub fn end_reads(&mut self, warp: u32, entry: Entry) {
+        self.read.learn(warp, entry);
+    }
+
     /// Has read what lanes of a warp wrote at a tick.
     pub fn see(&mut self, warp: u32, tick: u32, lanes: u32) {
         self.seen.learn(warp, Entry::new(tick, lanes));

@@ -7,9 +7,9 @@
 //! Bytes that complete on a barrier count for whatever phase is current then. So who sends them must know that the phase before the one that they
 //! are meant for is complete, or they may count for that one.
 
-use super::clock::Clock;
+use super::clock::{Clock, Entry};
 use super::shadow::{Agent, ClashKind, Site, shared_key};
-use super::{Checker, Clash, Mode, Record, Scope, note};
+use super::{Checker, Clash, Mode, Record, Scope};
 use crate::error::Fault;
 use crate::mbarrier::MbarrierError;
 
@@ -96,8 +96,16 @@ impl Checker {
         let Some(&Site { cta: own, .. }) = self.scopes.get(warp as usize) else {
             return;
         };
-        let known = self.snapshot(warp, lanes);
-        let clock = if relaxed { self.released(warp, lanes, scope, true) } else { known.clone() };
+        let mut known = self.snapshot(warp, lanes);
+        let mut clock = if relaxed { self.released(warp, lanes, scope, true) } else { known.clone() };
+        if let Some((.., agent, _)) = self.group_agent(warp) {
+            // Its warpgroup has made the products that it has waited for together, so all of it is done with reading their
+            // operands: CUTLASS's pipelines give them back by one arrival for four warps.
+            let waited = self.warps.get(warp as usize).map_or(0, |state| state.wgmma_waited);
+            let whole = Entry::new(waited, crate::registers::ALL);
+            known.end_reads(agent, whole);
+            clock.end_reads(agent, whole);
+        }
         let tick = self.warps.get(warp as usize).map_or(0, |state| state.tick);
         if let Some(phases) = self.phases(place.0, place.1) {
             phases.before.join_reads(&known);
@@ -160,7 +168,7 @@ impl Checker {
             kind: ClashKind::Phase,
             key: shared_key(cta, u64::from(address)),
         };
-        Err(note(&mut self.clash, clash))
+        self.verdicts.judge(clash, &self.ctas)
     }
 
     /// How many phases of an mbarrier some lanes of a warp know to be complete.

@@ -90,7 +90,8 @@ const PROXY: u32 = 1;
 const STRONG: u32 = 2;
 const SCOPE_SHIFT: u32 = 2;
 const READ_ONLY: u32 = 16;
-const SITE_SHIFT: u32 = 5;
+const WAITS: u32 = 32;
+const SITE_SHIFT: u32 = 6;
 const FLAGS: u32 = (1 << SITE_SHIFT) - 1;
 
 impl Record {
@@ -111,6 +112,11 @@ impl Record {
     /// The same, by `ld.global.nc`.
     pub fn read_only(self) -> Self {
         Self { site: self.site | READ_ONLY, ..self }
+    }
+
+    /// The same, by a wait for an mbarrier.
+    pub fn waits(self) -> Self {
+        Self { site: self.site | WAITS, ..self }
     }
 
     pub fn is_async(self) -> bool {
@@ -211,8 +217,22 @@ impl Actor<'_> {
                     || self.clock.knows(warp, before.tick, lanes)
                     || before_mode == Mode::Read && self.clock.knows_read(warp, before.tick, lanes)
                     || before.site & STRONG != 0 && self.clock.has_seen(warp, before.tick, before.lanes)
+                    || before.site & WAITS != 0 && self.knows_wait(warp, before)
             }
         }
+    }
+
+    /// Whether a wait for an mbarrier by some lanes together is over: it is for all of them if it is for one, as the instruction is
+    /// (`cuda::pipeline` has one lane invalidate the barrier that all have waited at).
+    #[cold]
+    fn knows_wait(&self, warp: u32, wait: Record) -> bool {
+        let known = |lane: usize| {
+            let lane = 1 << lane;
+            wait.agent == self.record.agent && self.record.lanes & lane != 0
+                || self.clock.knows(warp, wait.tick, lane)
+                || self.clock.knows_read(warp, wait.tick, lane)
+        };
+        crate::registers::lanes(wait.lanes).any(known)
     }
 
     /// Whether the accesses are unordered, and no race as both are strong.

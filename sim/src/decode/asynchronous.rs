@@ -45,6 +45,7 @@ impl Decoder {
             "cp" => self.decode_copy(opcode, operands),
             "wgmma" => self.decode_wgmma(opcode, operands),
             "mma" => self.decode_mma(opcode, operands),
+            "tensormap" => self.decode_tensor_map(opcode, operands),
             _ => self.decode_matrix_access(opcode, operands),
         }
     }
@@ -90,13 +91,11 @@ impl Decoder {
             if !opcode.take("arrive") {
                 return Err("`.arrive` is missing".to_owned());
             }
-            if !opcode.take("noinc") {
-                return Err("only the `.noinc` form is supported".to_owned());
-            }
+            let increases = !opcode.take("noinc");
             let named = opcode.take_map(space_of).unwrap_or(Space::Generic);
             opcode.take("b64");
-            let (mbarrier, _) = self.address(operand(operands, 0)?, named)?;
-            self.push(Op::SmallCopyArrive { mbarrier });
+            let (mbarrier, space) = self.address(operand(operands, 0)?, named)?;
+            self.push(Op::SmallCopyArrive { mbarrier, generic: space == Space::Generic, increases });
             return Ok(());
         }
         opcode.ignore(&CACHE_HINTS);
@@ -222,6 +221,52 @@ impl Decoder {
         Ok(())
     }
 
+    /// `tensormap.replace` and `tensormap.cp_fenceproxy` (PTX ISA 8.6).
+    fn decode_tensor_map(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
+        if opcode.take("cp_fenceproxy") {
+            opcode.ignore(&["global", "shared::cta", "tensormap::generic", "release", "sync", "aligned"]);
+            let scope = super::memory::take_scope(opcode).ok_or("the scope is missing")?;
+            expect_count(operands, 3)?;
+            if immediate(&operands[2])? != 128 {
+                return Err("the size must be 128".to_owned());
+            }
+            let (to, _) = self.address(&operands[0], Space::Global)?;
+            let (from, _) = self.address(&operands[1], Space::Shared)?;
+            self.push(Op::TensorMapPublish { to, from, scope });
+            return Ok(());
+        }
+        if !opcode.take("replace") || !opcode.take("tile") {
+            return Err("only tensormap.replace.tile and tensormap.cp_fenceproxy are known".to_owned());
+        }
+        let (field, has_ordinal) = opcode
+            .take_map(|part| {
+                Some(match part {
+                    "global_address" => (TensorMapField::GlobalAddress, false),
+                    "rank" => (TensorMapField::Rank, false),
+                    "box_dim" => (TensorMapField::BoxDim, true),
+                    "global_dim" => (TensorMapField::GlobalDim, true),
+                    "global_stride" => (TensorMapField::GlobalStride, true),
+                    "element_stride" => (TensorMapField::ElementStride, true),
+                    "elemtype" => (TensorMapField::ElementType, false),
+                    "interleave_layout" => (TensorMapField::Interleave, false),
+                    "swizzle_mode" => (TensorMapField::Swizzle, false),
+                    "fill_mode" => (TensorMapField::Fill, false),
+                    _ => return None,
+                })
+            })
+            .ok_or("the field is missing")?;
+        let named = opcode.take_map(space_of).unwrap_or(Space::Generic);
+        opcode.take("b1024");
+        let kind = opcode.need_type()?;
+        expect_count(operands, 2 + usize::from(has_ordinal))?;
+        let (address, space) = self.address(&operands[0], named)?;
+        let ordinal = if has_ordinal { immediate(&operands[1])? } else { 0 };
+        let ordinal = usize::try_from(ordinal).map_err(|_| format!("dimension {ordinal}"))?;
+        let value = self.source(&operands[1 + usize::from(has_ordinal)], kind)?;
+        self.push(Op::TensorMapReplace(Box::new(TensorMapReplace { address, space, field, ordinal, value })));
+        Ok(())
+    }
+
     fn decode_wgmma(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
         opcode.ignore(&["sync", "aligned"]);
         match opcode.take_one(&["fence", "commit_group", "wait_group", "mma_async"]) {
@@ -282,6 +327,9 @@ impl Decoder {
                 1 => Major::MN,
                 other => return Err(format!("a transpose flag of {other}; it must be 0 or 1")),
             });
+        }
+        if !transposed.is_empty() && !matches!(a_type, OperandType::F16 | OperandType::Bf16) {
+            return Err("only matrices of 16-bit types can be transposed, so others have no such operands".to_owned());
         }
         match (&a, &transposed[..]) {
             (_, []) => {}

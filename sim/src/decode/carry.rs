@@ -19,15 +19,17 @@ enum Operation {
 }
 
 impl Operation {
-    /// The result of `bits` bits, and the carry or borrow.
+    /// The result of `bits` bits, and the flag. A subtraction is the sum with the complement, as on hardware: its flag is
+    /// the carry of that sum, which is set where there is no borrow, and `subc` subtracts one where it is clear. `addc` after
+    /// `sub.cc` adds just that flag.
     fn apply(self, bits: u32, [a, b, c]: [u64; 3], carry: bool) -> (u64, bool) {
         let modulus = 1u128 << bits;
         let (a, b, c, carry) = (u128::from(a), u128::from(b), u128::from(c), u128::from(carry));
         let sum = match self {
             Self::Add => a + b + carry,
             Self::Subtract => {
-                let difference = a.wrapping_sub(b + carry);
-                return ((difference % modulus) as u64, b + carry > a);
+                let sum = a + (modulus - 1 - b) + carry;
+                return ((sum % modulus) as u64, sum >= modulus);
             }
             Self::MultiplyAdd { high: false, .. } => a.wrapping_mul(b) % modulus + c + carry,
             Self::MultiplyAdd { signed: false, .. } => ((a * b) >> bits) + c + carry,
@@ -65,9 +67,11 @@ impl Decoder {
         if [d, a, b, c].iter().any(|register| register.bytes() != bytes) {
             return Err(format!("an operand does not have {} bits", 8 * bytes));
         }
+        // What is added without a flag: a complement is one less than the negative.
+        let without = if matches!(operation, Operation::Subtract) { u32::MAX } else { 0 };
         Ok(Op::Alu(Box::new(move |registers: &mut Registers, mask| {
             let (x, y, z) = (a.read(registers), b.read(registers), c.read(registers));
-            let flags = if uses { registers.predicates[CARRY.0 as usize] } else { 0 };
+            let flags = if uses { registers.predicates[CARRY.0 as usize] } else { without };
             let (mut out, mut carries) = ([0; LANES], 0);
             for lane in 0..LANES {
                 let operands = [x[lane], y[lane], z[lane]];
@@ -88,13 +92,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn carries_and_borrows() {
+    fn carries_and_no_borrows() {
         let multiply = |high, signed| Operation::MultiplyAdd { high, signed };
         let max = u64::from(u32::MAX);
         assert_eq!(Operation::Add.apply(32, [max, 0, 0], true), (0, true));
         assert_eq!(Operation::Add.apply(64, [u64::MAX, 5, 0], false), (4, true));
-        assert_eq!(Operation::Subtract.apply(32, [3, 3, 0], true), (max, true));
-        assert_eq!(Operation::Subtract.apply(32, [3, 2, 0], true), (0, false));
+        // 3 - 3, 3 - 3 - 1, 3 - 2 - 1, 0 - 2^64 + 1
+        assert_eq!(Operation::Subtract.apply(32, [3, 3, 0], true), (0, true));
+        assert_eq!(Operation::Subtract.apply(32, [3, 3, 0], false), (max, false));
+        assert_eq!(Operation::Subtract.apply(32, [3, 2, 0], false), (0, true));
+        assert_eq!(Operation::Subtract.apply(64, [0, u64::MAX, 0], true), (1, false));
         assert_eq!(multiply(false, false).apply(32, [1 << 31, 2, 7], false), (7, false));
         assert_eq!(multiply(true, false).apply(32, [1 << 31, 2, max], false), (0, true));
         assert_eq!(multiply(true, true).apply(32, [max, 1, 0], false), (max, false));

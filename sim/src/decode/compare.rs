@@ -139,10 +139,12 @@ impl Decoder {
         let result = if is_set { Some(opcode.need_type()?) } else { None };
         let kind = opcode.need_type()?;
         let (a, b) = (operand(operands, 1)?, operand(operands, 2)?);
-        let test = if is_packed(kind) {
-            return Err("packed comparisons are not supported".to_owned());
+        // Of packed types the upper halves give a mask of their own.
+        let (test, upper) = if is_packed(kind) {
+            let (a, b): (R32, R32) = (self.read(a, kind)?, self.read(b, kind)?);
+            (packed_comparison(name, kind, ftz, a, b, 0)?, Some(packed_comparison(name, kind, ftz, a, b, 16)?))
         } else {
-            self.comparison(name, kind, ftz, a, b)?
+            (self.comparison(name, kind, ftz, a, b)?, None)
         };
         let joined = match join {
             Some(join) => Some((join, self.condition(operand(operands, 3)?)?)),
@@ -152,19 +154,21 @@ impl Decoder {
             None => None,
         };
         if let Some(result) = result {
-            let d: R32 = self.write(operand(operands, 0)?)?;
-            let truth = match result {
-                Type::F32 => 1f32.to_bits(),
-                Type::U32 | Type::S32 => u32::MAX,
-                other => return Err(format!("result of type {other:?}")),
-            };
+            let truth = truth_of(result, kind)?;
+            let d = self.destination(operand(operands, 0)?, result.bytes())?;
+            if d.bytes() != result.bytes() {
+                return Err(format!("the destination has {} bits", 8 * d.bytes()));
+            }
             self.push(Op::Alu(Box::new(move |registers: &mut Registers, mask| {
                 let bits = join_with(registers, test(registers), joined);
+                let upper = upper.as_ref().map_or(bits, |upper| join_with(registers, upper(registers), joined));
+                let [low, high] = [u64::from(truth & 0xffff), u64::from(truth & 0xffff_0000)];
                 let mut out = [0; LANES];
                 for (lane, value) in out.iter_mut().enumerate() {
-                    *value = if bits & 1 << lane != 0 { truth } else { 0 };
+                    *value =
+                        if bits >> lane & 1 != 0 { low } else { 0 } | if upper >> lane & 1 != 0 { high } else { 0 };
                 }
-                d.set(registers, mask, &out);
+                d.write(registers, mask, &out);
             })));
             return Ok(());
         }
@@ -172,15 +176,18 @@ impl Decoder {
             Operand::Pair(first, second) => (self.write_predicate(first)?, Some(self.write_predicate(second)?)),
             other => (self.write_predicate(other)?, None),
         };
+        if upper.is_some() != second.is_some() && upper.is_some() {
+            return Err("a packed comparison gives two predicates, `p|q`".to_owned());
+        }
         self.push(Op::Alu(Box::new(move |registers: &mut Registers, mask| {
             let bits = test(registers);
+            let value = join_with(registers, bits, joined);
             if let Some(second) = second {
-                let inverse = join_with(registers, !bits, joined);
-                let value = join_with(registers, bits, joined);
+                let other = upper.as_ref().map_or(!bits, |upper| upper(registers));
+                let other = join_with(registers, other, joined);
                 registers.set_predicate(d, mask, value);
-                registers.set_predicate(second, mask, inverse);
+                registers.set_predicate(second, mask, other);
             } else {
-                let value = join_with(registers, bits, joined);
                 registers.set_predicate(d, mask, value);
             }
         })));
@@ -202,12 +209,9 @@ impl Decoder {
             F16 | Bf16 => {
                 let test = float_comparison::<f32>(name)?;
                 let format = if kind == F16 { HalfType::F16 } else { HalfType::Bf16 };
-                let flushed = move |bits: u16| {
-                    let subnormal = ftz && format == HalfType::F16 && bits & 0x7c00 == 0;
-                    format.to_f32(if subnormal { bits & 0x8000 } else { bits })
-                };
+                let value = move |bits: u16| half_value(format, bits, ftz);
                 let (a, b): (R16, R16) = (self.read(a, kind)?, self.read(b, kind)?);
-                comparison(a, b, move |x, y| test(flushed(x), flushed(y)))
+                comparison(a, b, move |x, y| test(value(x), value(y)))
             }
             U16 | B16 => {
                 let (a, b): (R16, R16) = (self.read(a, kind)?, self.read(b, kind)?);
@@ -288,6 +292,34 @@ fn float32(name: &str, ftz: bool, a: R32, b: R32) -> Decoded<Comparison> {
             comparison(a, b, move |x, y| test(view(x), view(y)))
         }
     })
+}
+
+/// What `set` writes where a comparison of `kind` is true.
+fn truth_of(result: Type, kind: Type) -> Decoded<u32> {
+    let half = |format: Type| if format == Type::F16 { 0x3c00 } else { 0x3f80 };
+    Ok(match result {
+        Type::F32 if !is_packed(kind) => 1f32.to_bits(),
+        Type::U32 | Type::S32 => u32::MAX,
+        Type::U16 | Type::S16 if matches!(kind, Type::F16 | Type::Bf16) => 0xffff,
+        Type::F16 | Type::Bf16 if kind == result => half(result),
+        Type::F16x2 if kind == result => half(Type::F16) * 0x1_0001,
+        Type::Bf16x2 if kind == result => half(Type::Bf16) * 0x1_0001,
+        other => return Err(format!("result of type {other:?}")),
+    })
+}
+
+/// A comparison of the halves from bit `shift` on.
+fn packed_comparison(name: &str, kind: Type, ftz: bool, a: R32, b: R32, shift: u32) -> Decoded<Comparison> {
+    let test = float_comparison::<f32>(name)?;
+    let format = if kind == Type::F16x2 { HalfType::F16 } else { HalfType::Bf16 };
+    let value = move |bits: u32| half_value(format, (bits >> shift) as u16, ftz);
+    Ok(comparison(a, b, move |x, y| test(value(x), value(y))))
+}
+
+/// A half as a number, with `ftz` zero instead of a subnormal f16.
+fn half_value(format: HalfType, bits: u16, ftz: bool) -> f32 {
+    let subnormal = ftz && format == HalfType::F16 && bits & 0x7c00 == 0;
+    format.to_f32(if subnormal { bits & 0x8000 } else { bits })
 }
 
 fn is_packed(kind: Type) -> bool {

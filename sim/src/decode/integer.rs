@@ -76,7 +76,8 @@ impl Decoder {
             "shf" => self.funnel_shift(opcode, operands)?,
             "lop3" => self.lop3(opcode, operands)?,
             "bfe" | "bfi" | "bmsk" | "szext" => self.bit_field(opcode, operands)?,
-            "brev" | "clz" | "popc" | "bfind" | "fns" => self.bit_count(opcode, operands)?,
+            "brev" | "clz" | "popc" | "bfind" => self.bit_count(opcode, operands)?,
+            "fns" => self.find_nth_set(opcode, operands)?,
             "sad" => self.absolute_difference(opcode, operands)?,
             _ => self.dot_product(opcode, operands)?,
         };
@@ -495,9 +496,6 @@ impl Decoder {
         let kind = opcode.need_type()?;
         let d = operand(o, 0)?;
         let a = self.source(operand(o, 1)?, kind)?;
-        if opcode.name() == "fns" {
-            return Err("not supported".to_owned());
-        }
         expect_count(o, 2)?;
         if opcode.name() == "brev" {
             return Ok(match a {
@@ -523,6 +521,18 @@ impl Decoder {
             }),
             _ => return Err(format!("type {kind:?}")),
         })
+    }
+
+    fn find_nth_set(&mut self, opcode: &mut Opcode<'_>, o: &[Operand]) -> Decoded<Op> {
+        expect_count(o, 4)?;
+        let kind = opcode.need_type()?;
+        Ok(ternary(
+            self.write::<R32>(&o[0])?,
+            self.read::<R32>(&o[1], kind)?,
+            self.read::<R32>(&o[2], Type::U32)?,
+            self.read::<R32>(&o[3], Type::S32)?,
+            |mask, base, offset| nth_set(mask, base, offset as i32),
+        ))
     }
 
     fn absolute_difference(&mut self, opcode: &mut Opcode<'_>, o: &[Operand]) -> Decoded<Op> {
@@ -611,6 +621,20 @@ fn insert(x: u64, y: u64, at: u32, length: u32, width: u32) -> u64 {
     let kept = length.min(width - at);
     let mask = if kept >= 64 { u64::MAX } else { (1 << kept) - 1 };
     y & !(mask << at) | (x & mask) << at
+}
+
+/// `fns`: the `offset`th bit that is set, from `base` on upwards, or downwards if it is negative; `base` itself for 0.
+fn nth_set(mask: u32, base: u32, offset: i32) -> u32 {
+    let is_set = |bit: &u32| mask >> bit & 1 != 0;
+    let base = base.min(32);
+    let nth = (offset.unsigned_abs() as usize).saturating_sub(1);
+    let found = match offset {
+        0 => (base..32).take(1).find(is_set),
+        1.. => (base..32).filter(is_set).nth(nth),
+        _ if base < 32 => (0..=base).rev().filter(is_set).nth(nth),
+        _ => None,
+    };
+    found.unwrap_or(u32::MAX)
 }
 
 fn find_leading(x: u64, width: u32, shift_amount: bool) -> u32 {

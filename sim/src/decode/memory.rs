@@ -5,7 +5,7 @@ use super::operands::operand;
 use super::{Decoded, Decoder};
 use crate::ast::{Operand, Type};
 use crate::check::{Order, Scope};
-use crate::program::{Access, Atomic, AtomicOperation, AtomicType, Op, Space};
+use crate::program::{Access, AsyncStore, Atomic, AtomicOperation, AtomicType, Op, Space};
 use crate::registers::Register;
 
 /// Cache operators and eviction hints, which change no value.
@@ -132,8 +132,8 @@ impl Decoder {
     }
 
     fn decode_access(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand], store: bool) -> Decoded<()> {
-        if opcode.take("async") || opcode.take("bulk") {
-            return Err("not supported".to_owned());
+        if opcode.take("async") {
+            return self.decode_async_store(opcode, operands);
         }
         let volatile = opcode.take("volatile");
         // `.volatile` is as `.relaxed.sys` (PTX ISA 8.6, "ld").
@@ -148,12 +148,15 @@ impl Decoder {
         let count = match opcode.take_one(&["v2", "v4", "v8"]) {
             Some("v2") => 2,
             Some("v4") => 4,
-            Some(_) => 8,
+            Some(_) => return Err("vectors of 8 are of sm_100 and later".to_owned()),
             None => 1,
         };
         let kind = opcode.need_type()?;
         if matches!(kind, Type::Pred | Type::B128) {
             return Err(format!("type {kind:?}"));
+        }
+        if count as u32 * kind.bytes() > 16 {
+            return Err("vectors have at most 16 bytes before sm_100".to_owned());
         }
         let expected = 2 + usize::from(hint);
         if operands.len() != expected {
@@ -190,9 +193,63 @@ impl Decoder {
         Ok(())
     }
 
+    /// `st.async [a], b, [mbarrier]` and `red.async` (PTX ISA 8.6).
+    fn decode_async_store(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
+        let reduces = opcode.name() == "red";
+        opcode.ignore(if reduces { &["relaxed", "cluster"] } else { &["weak"] });
+        if opcode.name() == "ld" || !opcode.take("mbarrier::complete_tx::bytes") {
+            return Err("only stores that complete on an mbarrier are asynchronous on sm_90".to_owned());
+        }
+        let space = if opcode.take("shared::cluster") { Space::Cluster } else { Space::Generic };
+        let operation =
+            if reduces { Some(take_atomic_operation(opcode).ok_or("the operation is missing")?) } else { None };
+        let count = match opcode.take_one(&["v2", "v4"]) {
+            _ if reduces => 1,
+            Some("v2") => 2,
+            Some(_) => 4,
+            None => 1,
+        };
+        let kind = opcode.need_type()?;
+        if !matches!(kind.bytes(), 4 | 8) || count * kind.bytes() > 16 {
+            return Err(format!("{count} of type {kind:?}"));
+        }
+        let reduction = match operation {
+            Some(operation) => {
+                let (atomic, element, _) = atomic_type(kind)?;
+                Some((operation, atomic, element))
+            }
+            None => None,
+        };
+        if operands.len() != 3 {
+            return Err("3 operands expected".to_owned());
+        }
+        let (address, _) = self.address(&operands[0], space)?;
+        let values = self.elements(&operands[1]);
+        if values.len() != count as usize {
+            return Err(format!("{count} values expected, {} found", values.len()));
+        }
+        let registers: Vec<_> = values.iter().map(|value| self.source(value, kind)).collect::<Decoded<_>>()?;
+        if registers.iter().any(|register| register.bytes() != kind.bytes()) {
+            return Err("a register is not as wide as the type".to_owned());
+        }
+        let (mbarrier, _) = self.address(&operands[2], space)?;
+        let access = Access {
+            space,
+            address,
+            registers: registers.into(),
+            element: kind.bytes(),
+            signed: false,
+            order: Order::Weak,
+            scope: Scope::Cluster,
+            read_only: false,
+        };
+        self.push(Op::AsyncStore(Box::new(AsyncStore { access, mbarrier, reduction })));
+        Ok(())
+    }
+
     fn decode_atomic(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
         if opcode.take("async") {
-            return Err("not supported".to_owned());
+            return self.decode_async_store(opcode, operands);
         }
         let returns = opcode.name() == "atom";
         // Without qualifiers: relaxed, at GPU scope (PTX ISA 8.6, "atom").

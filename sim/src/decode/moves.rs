@@ -42,8 +42,12 @@ impl Decoder {
 
     fn decode_mov(&mut self, opcode: &mut Opcode<'_>, operands: &[Operand]) -> Decoded<()> {
         expect_count(operands, 2)?;
+        let vector = opcode.take_one(&["v2", "v4"]);
         let kind = opcode.need_type()?;
         let (to, from) = (&operands[0], &operands[1]);
+        if vector.is_some() {
+            return self.decode_vector_move(kind, to, from);
+        }
         if kind == Type::Pred {
             let d = self.write_predicate(to)?;
             if matches!(from, Operand::Name(name, 0) if name == "%is_explicit_cluster") {
@@ -76,6 +80,35 @@ impl Decoder {
                 Ok(())
             }
         }
+    }
+
+    /// `mov.v4.u32 {%r1, %r2, %r3, %r4}, %tid`: one part after the other.
+    fn decode_vector_move(&mut self, kind: Type, to: &Operand, from: &Operand) -> Decoded<()> {
+        let parts = self.elements(to);
+        let sources = match from {
+            Operand::Name(name, 0) => {
+                let axis = |axis: &&str| Operand::Name(format!("{name}.{axis}"), 0);
+                ["x", "y", "z"].iter().map(axis).chain([Operand::Integer(0)]).collect()
+            }
+            other => self.elements(other).to_vec(),
+        };
+        if !(2..=4).contains(&parts.len()) || parts.len() > sources.len() {
+            return Err(format!("{} parts of a vector", parts.len()));
+        }
+        // All are read before any is written.
+        let values: Vec<Register> =
+            sources.iter().take(parts.len()).map(|part| self.source(part, kind)).collect::<Decoded<_>>()?;
+        let mut kept = Vec::new();
+        for value in values {
+            let scratch = self.scratch(value.bytes());
+            self.push(copy(scratch, value));
+            kept.push(scratch);
+        }
+        for (part, value) in parts.iter().zip(kept) {
+            let d = self.destination(part, kind.bytes())?;
+            self.push(copy(d, value));
+        }
+        Ok(())
     }
 
     /// `mov.b64 {%r1, %r2}, %rd1`

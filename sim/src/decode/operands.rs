@@ -84,6 +84,10 @@ fn special(name: &str) -> Option<(Special, u32)> {
             return Some((make(axis), 4));
         }
     }
+    if let Some(number) = name.strip_prefix("%envreg").and_then(|number| number.parse::<u32>().ok()) {
+        // What a driver puts there is its own affair; here it is nothing.
+        return (number < 32).then_some((Special::Constant(0), 4));
+    }
     Some(match name {
         "%laneid" => (Special::Lane, 4),
         "%warpid" => (Special::Warp, 4),
@@ -187,6 +191,22 @@ impl Decoder {
         }
     }
 
+    /// The register that holds an offset from the start of dynamic shared memory, in every lane.
+    fn dynamic_shared(&mut self, bytes: u32, offset: i64) -> Register {
+        let bytes = bytes.max(4);
+        let known = self.dynamic.get(&(bytes, offset)).copied();
+        let make = |index| if bytes == 4 { Register::R32(R32(index)) } else { Register::R64(R64(index)) };
+        if let Some(index) = known {
+            return make(index);
+        }
+        let register = self.scratch(bytes);
+        if let Register::R32(R32(index)) | Register::R64(R64(index)) = register {
+            self.dynamic.insert((bytes, offset), index);
+        }
+        self.module.constants.dynamic.push((register, offset));
+        register
+    }
+
     /// A source operand of any kind; immediates get the size of `kind`.
     pub(super) fn source(&mut self, operand: &Operand, kind: Type) -> Decoded<Register> {
         if let Some(bits) = literal_bits(operand, false, kind) {
@@ -216,7 +236,12 @@ impl Decoder {
         let constant = |place: u32| (i64::from(place) + offset) as u64;
         Ok(match symbol {
             Symbol::Shared(place) => self.constant(bytes, constant(place)),
-            Symbol::Local(place) => self.constant(bytes, constant(place)),
+            Symbol::DynamicShared => self.dynamic_shared(bytes, offset),
+            Symbol::Local { .. } if self.calls.is_recursive(self.current) => {
+                return Err(format!("the address of `{name}`, in local memory, in a function that may call itself"));
+            }
+            Symbol::Local { place, .. } => self.constant(bytes, constant(place)),
+            Symbol::External => return Err(format!("`{name}` is external: modules are not linked")),
             Symbol::KernelParameter(place) => self.constant(bytes, constant(place)),
             Symbol::Function(index) => self.constant(bytes, CODE_WINDOW + u64::from(index)),
             Symbol::Global(variable) => {
@@ -332,9 +357,21 @@ impl Decoder {
             Some(Symbol::Register(Register::R64(r))) => Ok((Address { base: Base::R64(r), offset }, space)),
             Some(Symbol::Register(Register::R32(r))) => Ok((Address { base: Base::R32(r), offset }, space)),
             Some(Symbol::Shared(place)) => absolute(in_window(SHARED_WINDOW, place), space),
-            Some(Symbol::Local(place)) if space == Space::Param => absolute(i64::from(place) + offset, Space::Local),
-            Some(Symbol::Local(place)) => absolute(in_window(LOCAL_WINDOW, place), space),
+            Some(Symbol::DynamicShared) => {
+                let (bytes, window) = if space == Space::Generic { (8, SHARED_WINDOW) } else { (4, 0) };
+                let base = match self.dynamic_shared(bytes, offset.wrapping_add_unsigned(window)) {
+                    Register::R64(r) => Base::R64(r),
+                    Register::R32(r) => Base::R32(r),
+                    Register::R16(_) => Base::None,
+                };
+                Ok((Address { base, offset: 0 }, space))
+            }
+            Some(Symbol::Local { place, .. }) if space == Space::Param => {
+                absolute(i64::from(place) + offset, Space::Local)
+            }
+            Some(Symbol::Local { place, .. }) => absolute(in_window(LOCAL_WINDOW, place), space),
             Some(Symbol::KernelParameter(place)) => absolute(in_window(PARAM_WINDOW, place), space),
+            Some(Symbol::External) => Err(format!("`{name}` is external: modules are not linked")),
             Some(symbol @ Symbol::Global(_)) => {
                 let base = match self.symbol_address(symbol, offset, 8, name)? {
                     Register::R64(r) => Base::R64(r),

@@ -12,13 +12,20 @@ pub(crate) enum Symbol {
     Predicate(Predicate),
     /// Offset in shared memory.
     Shared(u32),
+    /// The start of dynamic shared memory, which each kernel has elsewhere.
+    DynamicShared,
     /// Offset in a lane's local memory, where call parameters live too.
-    Local(u32),
+    Local {
+        place: u32,
+        bytes: u32,
+    },
     /// Offset in the kernel's parameters.
     KernelParameter(u32),
     Global(u32),
     Function(u32),
     Label(u32),
+    /// A variable of another module.
+    External,
 }
 
 impl Symbol {

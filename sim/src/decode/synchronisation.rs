@@ -17,10 +17,11 @@ impl Decoder {
             "fence" => self.decode_fence(opcode),
             "membar" => {
                 let level = opcode.take_one(&["cta", "gl", "sys", "proxy"]).ok_or("the level is missing")?;
+                let fence = |scope| Op::Fence { scope, sequential: true };
                 self.push(match level {
-                    "cta" => Op::Fence(Scope::Cta),
-                    "gl" => Op::Fence(Scope::Gpu),
-                    "sys" => Op::Fence(Scope::Sys),
+                    "cta" => fence(Scope::Cta),
+                    "gl" => fence(Scope::Gpu),
+                    "sys" => fence(Scope::Sys),
                     _ => proxy_fence(opcode, &["alias", "async"])?,
                 });
                 Ok(())
@@ -59,10 +60,10 @@ impl Decoder {
             opcode.ignore(&["release", "cluster"]);
             self.push(Op::FenceMbarrierInit);
         } else {
-            opcode.take_one(&["acq_rel", "sc", "acquire", "release"]);
+            let sequential = opcode.take_one(&["acq_rel", "sc", "acquire", "release"]) == Some("sc");
             opcode.ignore(&["sync_restrict::shared::cta", "sync_restrict::shared::cluster"]);
             let scope = take_scope(opcode).ok_or("the scope is missing")?;
-            self.push(Op::Fence(scope));
+            self.push(Op::Fence { scope, sequential });
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use crate::error::Fault;
 use crate::memory::{Copied, GlobalMemory, TrackedBytes, Window, window_offset};
 use crate::program::{Access, Space};
 use crate::registers::{LANES, Registers, Slot, lanes};
+use crate::waiver::Check;
 
 /// Repeats of the same read that make it a poll, after which a warp pauses.
 const POLL_REPEATS: u32 = 2;
@@ -49,6 +50,7 @@ impl Context<'_> {
             return Flow::Next;
         }
         self.cost.polls += 1;
+        self.warp.polled = true;
         self.warp.polls.repeats += 1;
         let repeats = self.warp.polls.repeats;
         if repeats < POLL_REPEATS {
@@ -72,10 +74,9 @@ impl Context<'_> {
                     let shared = &state_at(self.state, self.peers, place).shared;
                     let at = shared_range(shared, place.address, bytes)?;
                     if !shared.is_written(at, bytes) {
-                        return Err(Fault::Uninitialised {
-                            place: shared_place(shared, place.address),
-                            bytes: bytes as u64,
-                        });
+                        let fault =
+                            Fault::Uninitialised { place: shared_place(shared, place.address), bytes: bytes as u64 };
+                        self.findings.judge(fault, self.pc, 1 << lane)?;
                     }
                     let data = &shared.data()[at..at + bytes];
                     unpack(&mut self.warp.registers, access, lane, data);
@@ -89,10 +90,11 @@ impl Context<'_> {
                     self.fault_lanes = 1 << lane;
                     let at = self.local_range(lane, addresses[lane], bytes)?;
                     if !self.warp.local.is_partly_written(at, bytes) {
-                        return Err(Fault::Uninitialised {
+                        let fault = Fault::Uninitialised {
                             place: format!("local memory + {}", addresses[lane]),
                             bytes: bytes as u64,
-                        });
+                        };
+                        self.findings.judge(fault, self.pc, 1 << lane)?;
                     }
                     let data = &self.warp.local.data()[at..at + bytes];
                     unpack(&mut self.warp.registers, access, lane, data);
@@ -159,6 +161,7 @@ impl Context<'_> {
                 mode,
                 strong: order.strong(scope),
                 read_only: access.read_only,
+                waits: false,
             };
             if let Err(fault) = checker.access(one, key, bytes) {
                 self.fault_lanes = lanes;
@@ -223,8 +226,10 @@ impl Context<'_> {
                 }
                 let offset = offset as usize;
                 if !allocation.bytes.is_written(offset, bytes) {
-                    unwritten = Some(lane);
-                    break;
+                    unwritten.get_or_insert(lane);
+                    if self.findings.fails(Check::UninitialisedRead) {
+                        break;
+                    }
                 }
                 let data = &allocation.bytes.data()[offset..offset + bytes];
                 unpack(&mut self.warp.registers, access, lane, data);
@@ -237,7 +242,8 @@ impl Context<'_> {
             }
             if let Some(lane) = unwritten {
                 self.fault_lanes = 1 << lane;
-                return Err(Fault::Uninitialised { place: self.memory.place(addresses[lane]), bytes: bytes as u64 });
+                let fault = Fault::Uninitialised { place: self.memory.place(addresses[lane]), bytes: bytes as u64 };
+                self.findings.judge(fault, self.pc, 1 << lane)?;
             }
         }
         Ok(())
@@ -417,7 +423,7 @@ fn read_word(bytes: &[u8]) -> u64 {
 }
 
 #[inline]
-fn pack(registers: &Registers, access: &Access, lane: usize, buffer: &mut [u8; 64]) {
+pub(super) fn pack(registers: &Registers, access: &Access, lane: usize, buffer: &mut [u8; 64]) {
     let element = access.element as usize;
     for (index, register) in access.registers.iter().enumerate() {
         let value = register.lane(registers, lane);

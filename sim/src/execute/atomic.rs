@@ -112,10 +112,12 @@ impl Context<'_> {
                 let shared = &mut state_at(self.state, self.peers, place).shared;
                 let at = shared_range(shared, place.address, whole)?;
                 if !shared.is_written(at, whole) {
-                    return Err(Fault::Uninitialised {
+                    let fault = Fault::Uninitialised {
                         place: super::access::shared_place(shared, place.address),
                         bytes: whole as u64,
-                    });
+                    };
+                    self.findings.judge(fault, self.pc, 1 << lane)?;
+                    shared.mark(at, whole);
                 }
                 let data = &mut shared.data_mut()[at..at + whole];
                 changed |= apply(&mut self.warp.registers, atomic, lane, data, &mut digest);
@@ -131,8 +133,11 @@ impl Context<'_> {
             let local = GlobalMemory::device_of(address) == self.state.device;
             let (allocation, offset) = self.memory.find(address, whole as u64)?;
             if !allocation.bytes.is_written(offset, whole) {
-                return Err(Fault::Uninitialised { place: self.memory.place(address), bytes: whole as u64 });
+                let fault = Fault::Uninitialised { place: self.memory.place(address), bytes: whole as u64 };
+                self.findings.judge(fault, self.pc, 1 << lane)?;
             }
+            let (allocation, offset) = self.memory.find(address, whole as u64)?;
+            allocation.bytes.mark(offset, whole);
             if local {
                 allocation.lines.touch(offset, whole, Direction::Write, self.cost);
             } else {
@@ -171,6 +176,7 @@ impl Context<'_> {
             mode: Mode::Write,
             strong: Some(scope),
             read_only: false,
+            waits: false,
         };
         checker.access(access, key, bytes)?;
         if atomic.destination.is_some() {

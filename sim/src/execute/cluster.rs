@@ -192,6 +192,9 @@ impl Context<'_> {
         self.warp.cluster_passed &= !active;
         if let Some(checker) = &mut self.checker {
             checker.wait_cluster(self.agent, active);
+            if aligned {
+                checker.end_reads(self.agent, active);
+            }
         }
         Ok(Flow::Next)
     }

@@ -5,8 +5,11 @@ use super::{Context, Executed, Flow, NEVER};
 use crate::asynchronous::{Completion, CopyPart, Event, Place, Transfer};
 use crate::cta::Wait;
 use crate::error::Fault;
-use crate::memory::{Window, window_offset};
-use crate::program::{Address, AtomicOperation, AtomicType, BulkCopy, CopyKind, SmallCopy, Space, TensorCopy};
+use crate::mbarrier::Mbarrier;
+use crate::memory::{Copied, Window, window_offset};
+use crate::program::{
+    Address, AsyncStore, AtomicOperation, AtomicType, BulkCopy, CopyKind, SmallCopy, Space, TensorCopy,
+};
 use crate::registers::{LANES, Slot, lanes};
 use crate::tensor_map::{TensorMap, TensorMapDataType};
 
@@ -18,7 +21,9 @@ impl Context<'_> {
         completion: Completion,
         reduction: Option<(AtomicOperation, AtomicType, u32)>,
         targets: &[(usize, u64)],
+        data: Option<Copied>,
     ) -> Result<(), Fault> {
+        let is_store = data.is_some();
         let own = [(self.slot, self.state.id)];
         let (&target, others) = targets.split_first().unwrap_or((&own[0], &[]));
         let multicast: Vec<_> = others.iter().map(|other| (self.queue.reserve(), *other)).collect();
@@ -36,7 +41,7 @@ impl Context<'_> {
                 parts,
                 completion,
                 reduction,
-                data: None,
+                data,
             }),
         );
         if let Completion::Group(kind) = completion {
@@ -45,7 +50,10 @@ impl Context<'_> {
         if let Some(checker) = &mut self.checker {
             let (kind, mbarrier) = match completion {
                 Completion::Group(kind) => (kind, None),
-                Completion::Mbarrier { address, .. } => (CopyKind::Bulk, Some((target.1, address))),
+                Completion::Mbarrier { address, .. } => {
+                    // A store's data is the issuer's own: it is none of the asynchronous proxy.
+                    (if is_store { CopyKind::Small } else { CopyKind::Bulk }, Some((target.1, address)))
+                }
             };
             checker.issue_copy(number, self.agent, lane, self.pc, kind, mbarrier);
             if let Some((cta, address)) = mbarrier {
@@ -127,7 +135,7 @@ impl Context<'_> {
                 None => (Completion::Group(CopyKind::Bulk), Vec::new()),
             };
             let parts = if bytes == 0 { Vec::new() } else { vec![part] };
-            self.enqueue(lane, parts, completion, copy.reduction, &targets)?;
+            self.enqueue(lane, parts, completion, copy.reduction, &targets, None)?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -138,7 +146,18 @@ impl Context<'_> {
         let places = self.addresses(copy.shared);
         let mbarriers = copy.mbarrier.map(|address| self.addresses(address));
         let space = if mbarriers.is_some() { Space::Cluster } else { Space::Shared };
-        for lane in lanes(active) {
+        let mut issued = active;
+        if mbarriers.is_none() && copy.reduction.is_none() {
+            // Lanes that store the same tile to the same place do so once: CUTLASS has a whole warp execute its stores.
+            let registers = &self.warp.registers;
+            let same = |one: usize, other: usize| {
+                (maps[one], places[one]) == (maps[other], places[other])
+                    && copy.coordinates.iter().all(|by| by.get(registers)[one] == by.get(registers)[other])
+            };
+            let first = |lane: &usize| !lanes(active).take_while(|other| other < lane).any(|other| same(other, *lane));
+            issued = lanes(active).filter(first).fold(0, |all, lane| all | 1 << lane);
+        }
+        for lane in lanes(issued) {
             self.fault_lanes = 1 << lane;
             let map = self.tensor_map(maps[lane])?;
             if let Some(checker) = &mut self.checker
@@ -180,7 +199,7 @@ impl Context<'_> {
                 }
                 None => None,
             };
-            self.enqueue(lane, parts, completion, reduction, &targets)?;
+            self.enqueue(lane, parts, completion, reduction, &targets, None)?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
@@ -242,18 +261,56 @@ impl Context<'_> {
                     bytes: copy.bytes - read,
                 });
             }
-            self.enqueue(lane, parts, Completion::Group(CopyKind::Small), None, &[])?;
+            self.enqueue(lane, parts, Completion::Group(CopyKind::Small), None, &[], None)?;
+        }
+        self.fault_lanes = 0;
+        Ok(Flow::Next)
+    }
+
+    pub(super) fn async_store(&mut self, store: &AsyncStore, active: u32) -> Executed {
+        let access = &store.access;
+        let (places, mbarriers) = (self.addresses(access.address), self.addresses(store.mbarrier));
+        let bytes = access.element as usize * access.registers.len();
+        for lane in lanes(active) {
+            self.fault_lanes = 1 << lane;
+            let at = self.locate_generic(places[lane], access.space)?;
+            let mbarrier = self.locate_generic(mbarriers[lane], access.space)?;
+            if mbarrier.cta != at.cta {
+                return Err(Fault::Operand(
+                    "the mbarrier of an asynchronous store is in another CTA than its destination".to_owned(),
+                ));
+            }
+            // All CTAs of a cluster have as much shared memory.
+            shared_range(&self.state.shared, at.address, bytes)?;
+            shared_range(&self.state.shared, mbarrier.address, 8)?;
+            let mut buffer = [0; 64];
+            super::access::pack(&self.warp.registers, access, lane, &mut buffer);
+            let data = Copied { data: buffer[..bytes].to_vec(), unwritten: Vec::new() };
+            let part =
+                CopyPart { from: Place::Fill([0; 2]), to: Place::Shared(at.address as u32), bytes: bytes as u32 };
+            let completion = Completion::Mbarrier { address: mbarrier.address as u32, bytes: bytes as u32 };
+            self.enqueue(lane, vec![part], completion, store.reduction, &[(at.slot, at.cta)], Some(data))?;
         }
         self.fault_lanes = 0;
         Ok(Flow::Next)
     }
 
     /// Arrives on an mbarrier once all earlier `cp.async` of each lane are done.
-    pub(super) fn small_copy_arrive(&mut self, mbarrier: Address, active: u32) -> Executed {
-        let addresses = self.shared_addresses(mbarrier, false, active)?;
+    pub(super) fn small_copy_arrive(
+        &mut self,
+        mbarrier: Address,
+        generic: bool,
+        increases: bool,
+        active: u32,
+    ) -> Executed {
+        let addresses = self.shared_addresses(mbarrier, generic, active)?;
         for lane in lanes(active) {
             self.fault_lanes = 1 << lane;
             let address = addresses[lane];
+            if increases {
+                super::update_mbarrier(self.state, address, false, Mbarrier::add_pending)?;
+                *self.progress += 1;
+            }
             let groups = self.warp.groups(CopyKind::Small, lane);
             let after: Vec<u64> = groups.committed.iter().flatten().chain(&groups.open).copied().collect();
             let issuer = self.issuer(1 << lane);

@@ -10,6 +10,7 @@ use crate::mbarrier::{Mbarrier, MbarrierError};
 use crate::mbarrier_op::{MbarrierAction, MbarrierOp};
 use crate::program::{Space, WaitPhase};
 use crate::registers::{LANES, Slot, lanes};
+use crate::waiver::Check;
 
 /// How long `try_wait` suspends a warp at most, in simulated nanoseconds, unless it says so itself. The device's
 /// limit is its own.
@@ -102,14 +103,16 @@ impl Context<'_> {
                 mode: Mode::Read,
                 strong: Some(Scope::Cta),
                 read_only: false,
+                waits: true,
             };
             checker.access(access, shared_key(self.state.id, u64::from(address)), 8)?;
             if let (WaitPhase::Parity(parity), Some(barrier)) = (phase, mbarrier_at(self.state, address)) {
                 let parities = parity.get(&self.warp.registers);
                 for parity in [0, 1].into_iter().filter(|parity| lanes(same).any(|lane| parities[lane] == *parity)) {
-                    checker
-                        .check_parity(self.agent, (self.state.id, address), parity, barrier.parity())
-                        .map_err(|error| misuse(self.state, address, error))?;
+                    let place = (self.state.id, address);
+                    if let Err(error) = checker.check_parity(self.agent, place, parity, barrier.parity()) {
+                        self.findings.judge(misuse(self.state, address, error), self.pc, same)?;
+                    }
                 }
             }
             rest &= !same;
@@ -129,7 +132,7 @@ impl Context<'_> {
             let place = self.locate_mbarrier(operation, addresses[lane])?;
             let address = place.address as u32;
             self.check_mbarrier(operation, place, lane)?;
-            let checked = self.checker.is_some();
+            let checked = self.checker.is_some() && !self.findings.policy.allow.contains(Check::UnannouncedBytes);
             let state = state_at(self.state, self.peers, place);
             let registers = &self.warp.registers;
             let mut completed = false;
@@ -193,10 +196,13 @@ impl Context<'_> {
         let changes = live || matches!(operation.action, MbarrierAction::Invalidate);
         if changes {
             let in_use = mbarrier_at(self.state, address).is_some();
-            checker.init_mbarrier(at, live, in_use).map_err(|error| misuse(self.state, address, error))?;
+            if let Err(error) = checker.init_mbarrier(at, live, in_use) {
+                self.findings.judge(misuse(self.state, address, error), self.pc, lanes)?;
+                let _ = checker.init_mbarrier(at, live, false);
+            }
         }
         let (mode, strong) = if changes { (Mode::Write, None) } else { (Mode::Read, Some(Scope::Cluster)) };
-        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong, read_only: false };
+        let access = Access { warp, lanes, pc: self.pc, reads: false, mode, strong, read_only: false, waits: false };
         checker.access(access, shared_key(place.cta, place.address), 8)?;
         match operation.action {
             MbarrierAction::Arrive { .. } => {
@@ -257,6 +263,7 @@ impl Context<'_> {
                 return Ok(Flow::Wait(Wait::Mbarrier { address, phase }, until));
             }
             self.cost.polls += 1;
+            self.warp.polled = true;
         } else {
             let met = !self.forget_unmet(addresses, phase, active);
             let waits = &mut self.cost.warps[self.warp_index];

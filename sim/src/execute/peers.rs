@@ -18,7 +18,9 @@ impl Context<'_> {
             Op::Atomic(atomic) => {
                 (global(atomic.space, atomic.address), atomic.order.releases().then_some(atomic.scope))
             }
-            Op::Fence(scope) => (None, Some(*scope)),
+            Op::Fence { scope, .. } => (None, Some(*scope)),
+            Op::TensorMapReplace(operation) => (global(operation.space, operation.address), None),
+            Op::TensorMapPublish { to, scope, .. } => (Some(*to), Some(*scope)),
             Op::TensorCopy(copy) => (Some(copy.map), None),
             Op::SmallCopy(copy) => (Some(copy.source), None),
             // Issued without its memory, if only an error needs that.

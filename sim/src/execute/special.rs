@@ -7,6 +7,9 @@ use crate::registers::{LANES, Register};
 impl Context<'_> {
     pub(super) fn special(&mut self, destination: Register, which: Special, active: u32) {
         let launch = self.launch;
+        if matches!(which, Special::GlobalTimer { .. } | Special::Clock) {
+            self.warp.polled = true;
+        }
         let [x, y, _] = launch.block.map(u64::from);
         let first = self.warp_index as u64 * LANES as u64;
         let value = |lane: u64| -> u64 {

@@ -105,6 +105,7 @@ impl Context<'_> {
         }
         if let Some(checker) = &mut self.checker {
             checker.wait_wgmma(self.agent, pending);
+            checker.end_reads(self.agent, active);
         }
         Ok(Flow::Next)
     }
@@ -134,14 +135,14 @@ impl Context<'_> {
             *self.progress += 1;
             return Ok(Flow::Next);
         }
+        let (findings, pc) = (&mut *self.findings, self.pc);
         let shared = &self.state.shared;
         let values = ldmatrix(count, access.transpose, &addresses, |address| {
             let at = shared_range(shared, u64::from(address), 16)?;
             if !shared.is_written(at, 16) {
-                return Err(Fault::Uninitialised {
-                    place: super::access::shared_place(shared, u64::from(address)),
-                    bytes: 16,
-                });
+                let fault =
+                    Fault::Uninitialised { place: super::access::shared_place(shared, u64::from(address)), bytes: 16 };
+                findings.judge(fault, pc, active)?;
             }
             let mut row = [0; 16];
             row.copy_from_slice(&shared.data()[at..at + 16]);
@@ -168,6 +169,7 @@ impl Context<'_> {
                 mode,
                 strong: None,
                 read_only: false,
+                waits: false,
             };
             checker.access(one, shared_key(self.state.id, u64::from(*address)), 16)?;
         }
