@@ -466,6 +466,7 @@ fn waited_for(stage: ferromoe_kernel::status::Stage, subject: u32) -> String {
         Stage::Counts => format!("dispatch had no token counts for expert {subject}"),
         Stage::Rows => format!("linear 1 had not all rows of tile {subject}"),
         Stage::Columns => format!("linear 2 had not all columns of tile {subject}"),
+        Stage::Ring => format!("dispatch had no place for rows: linear 2 of tile {subject} was not through"),
         Stage::Results => format!("combine had no results of expert {subject}"),
     }
 }

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::Shape;
-use ferromoe_kernel::params::Arguments;
+use ferromoe_kernel::params::{Arguments, Params};
+use ferromoe_kernel::schedule::Cut;
 use ferromoe_kernel::shared::{SHARED_LIMIT, SharedLayout};
 use half::bf16;
 
@@ -29,7 +30,7 @@ use crate::workspace::Workspace;
 pub use batch::{HiddenStates, RankBatch, RankOutput};
 pub use inputs::RankInputs;
 use rank::Rank;
-pub(crate) use rank::{clusters_pay, wave_tiles};
+pub(crate) use rank::clusters_pay;
 pub(crate) use traffic::{PARTS, Part};
 
 /// How long one wait of the kernel may last, unless [`FusedMoe::set_deadline`] says otherwise.
@@ -90,6 +91,21 @@ impl FusedMoe {
     pub fn set_deadline(&mut self, deadline: Duration) {
         for params in self.ranks.iter_mut().flat_map(|rank| &mut rank.params) {
             params.deadline_ns = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
+        }
+    }
+
+    /// Cuts the work otherwise, from the next launch on, with no more tiles of the ring than the workspace has: for tests of the ring. The output does not depend on it.
+    ///
+    /// # Panics
+    /// If the ring is larger than the workspace's, or smaller than [`Cut::least_ring`] without being so large that every tile has a place.
+    #[doc(hidden)]
+    pub fn set_cut(&mut self, cut: Cut) {
+        let format = self.config.experts_format.kernel();
+        let least = Cut::least_ring(cut.wave_tiles, cut.part_tiles).min(self.shape.routed_tiles(format));
+        for params in self.ranks.iter_mut().flat_map(|rank| &mut rank.params) {
+            assert!((least..=params.ring_tiles).contains(&cut.ring_tiles), "{cut:?} with {params:?}");
+            let Cut { wave_tiles, part_tiles, ring_tiles } = cut;
+            *params = Params { wave_tiles, part_tiles, ring_tiles, ..*params };
         }
     }
 

@@ -7,6 +7,7 @@ use crate::device::global::{ld_acquire_gpu_u32, ld_relaxed_gpu_u64, ld_weak_u32,
 use crate::device::special::{globaltimer, nanosleep};
 use crate::layout::{BF16_BYTES, RowMeta};
 use crate::params::{Arguments, Params};
+use crate::schedule::TileRing;
 use crate::status::{Status, Timeout};
 use crate::task::Task;
 
@@ -145,6 +146,18 @@ impl Launch {
     pub fn claim(&self, offset: u64, lane: u32) -> u32 {
         // SAFETY: a counter of this launch.
         if lane == 0 { unsafe { atom_inc_relaxed_gpu(self.counter(offset, 0)) } } else { 0 }
+    }
+
+    /// Where tiles have their rows in this launch.
+    #[inline(always)]
+    pub fn tile_ring(&self) -> TileRing {
+        let params = self.params();
+        TileRing {
+            first_tile: params.shape.shared_experts * FORMAT.tiles.tiles(self.tokens()),
+            first_row: params.workspace.ring_row as u32,
+            place_rows: params.place_rows,
+            tiles: params.ring_tiles,
+        }
     }
 
     /// Writes down where the result of a pool's row goes, and what it is weighted with. One thread calls this for a row.

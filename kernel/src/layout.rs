@@ -2,6 +2,7 @@
 
 use crate::format::Format;
 use crate::quantise::groups;
+use crate::schedule::{Cut, TileRing};
 use crate::status::Status;
 
 /// The most ranks of one group.
@@ -72,17 +73,21 @@ impl Shape {
         self.top_k + self.shared_experts
     }
 
-    /// Rows of the token pool and of the intermediate pool: the most that any routing can need, padding included.
-    pub const fn pool_rows(&self, format: &Format) -> u32 {
-        let choices = if self.top_k < self.routed_experts() { self.top_k } else { self.routed_experts() };
-        let rows = self.max_tokens * (self.ranks * choices + self.shared_experts);
+    /// Rows of the pools for shared experts: all tokens of the rank for each.
+    pub const fn shared_rows(&self, format: &Format) -> u32 {
         // Scales of neighbouring rows are copied 16 bytes at once.
-        (rows + self.local_experts() * format.tiles.max_padding()).next_multiple_of(8)
+        (self.shared_experts * (self.max_tokens + format.tiles.max_padding())).next_multiple_of(8)
     }
 
-    /// Tiles that the pools can hold: each expert has at most one more than its rows fill.
-    pub const fn pool_tiles(&self, format: &Format) -> u32 {
-        self.pool_rows(format) / format.tiles.widest() + self.local_experts()
+    /// The most tiles of routed experts that any routing can give: each expert has at most one more than its rows fill.
+    pub const fn routed_tiles(&self, format: &Format) -> u32 {
+        let choices = if self.top_k < self.routed_experts() { self.top_k } else { self.routed_experts() };
+        self.max_tokens * self.ranks * choices / format.tiles.widest() + self.routed_experts()
+    }
+
+    /// The most tiles that any routing can give.
+    pub const fn most_tiles(&self, format: &Format) -> u32 {
+        self.shared_experts * format.tiles.tiles(self.max_tokens) + self.routed_tiles(format)
     }
 }
 
@@ -202,7 +207,7 @@ pub struct WorkspaceLayout {
     pub row_result: u64,
     /// f32 `[pool_rows]`: its routing weight.
     pub row_weight: u64,
-    /// `[pool_rows][hidden]`: tokens in expert order.
+    /// `[pool_rows][hidden]`: tokens, tile by tile.
     pub tokens: u64,
     /// f32 `[groups of hidden][pool_rows]`: the tokens' scales, if the format has any.
     pub token_scales: u64,
@@ -210,6 +215,8 @@ pub struct WorkspaceLayout {
     pub intermediate: u64,
     /// f32 `[groups of intermediate][pool_rows]`: their scales.
     pub intermediate_scales: u64,
+    /// The first row of the ring of routed experts' tiles; before it are shared experts' rows.
+    pub ring_row: u64,
     /// Rows of the pools.
     pub pool_rows: u64,
     /// Size of the buffer.
@@ -235,10 +242,12 @@ pub struct CounterLayout {
     pub task_ticket: u64,
     /// `[experts]`: rows that this rank sends to an expert.
     pub sent: u64,
-    /// `[pool_tiles]`: rows pulled into a tile.
+    /// `[most_tiles]`: rows pulled into a tile.
     pub rows_ready: u64,
-    /// `[pool_tiles]`: blocks of intermediate columns stored for a tile, one for each linear 1 task.
+    /// `[most_tiles]`: blocks of intermediate columns stored for a tile, one for each linear 1 task.
     pub columns_ready: u64,
+    /// `[most_tiles]`: linear 2 tasks of a tile whose results are stored: behind the last of them, its rows are read no more.
+    pub tile_done: u64,
     /// `[local_experts]`: linear 2 tasks of an expert whose results are stored.
     pub expert_done: u64,
     /// Size of one set, a multiple of 4.
@@ -331,7 +340,8 @@ const fn scale_bytes(format: &Format, columns: u32) -> u64 {
 /// What the pools take for layers of any of some formats.
 #[derive(Clone, Copy)]
 struct PoolSizes {
-    rows: u64,
+    shared_rows: u64,
+    ring_rows: u64,
     tiles: u64,
     token_bytes: u64,
     token_scales: u64,
@@ -341,14 +351,25 @@ struct PoolSizes {
 
 impl PoolSizes {
     const fn new(sizes: &Shape, formats: &[Format]) -> Self {
-        let mut most =
-            Self { rows: 0, tiles: 0, token_bytes: 0, token_scales: 0, intermediate_bytes: 0, intermediate_scales: 0 };
+        let mut most = Self {
+            shared_rows: 0,
+            ring_rows: 0,
+            tiles: 0,
+            token_bytes: 0,
+            token_scales: 0,
+            intermediate_bytes: 0,
+            intermediate_scales: 0,
+        };
         let mut index = 0;
         while index < formats.len() {
             let format = &formats[index];
             most = Self {
-                rows: larger(most.rows, sizes.pool_rows(format) as u64),
-                tiles: larger(most.tiles, sizes.pool_tiles(format) as u64),
+                shared_rows: larger(most.shared_rows, sizes.shared_rows(format) as u64),
+                ring_rows: larger(
+                    most.ring_rows,
+                    Cut::workspace_ring(sizes, format) as u64 * TileRing::place_rows(sizes, format) as u64,
+                ),
+                tiles: larger(most.tiles, sizes.most_tiles(format) as u64),
                 token_bytes: larger(most.token_bytes, format.row_bytes(sizes.hidden) as u64),
                 token_scales: larger(most.token_scales, scale_bytes(format, sizes.hidden)),
                 intermediate_bytes: larger(most.intermediate_bytes, format.row_bytes(sizes.intermediate) as u64),
@@ -374,6 +395,7 @@ impl CounterLayout {
             sent: parts.take(sizes.experts as u64 * 4, PART_ALIGNMENT),
             rows_ready: parts.take(pools.tiles * 4, PART_ALIGNMENT),
             columns_ready: parts.take(pools.tiles * 4, PART_ALIGNMENT),
+            tile_done: parts.take(pools.tiles * 4, PART_ALIGNMENT),
             expert_done: parts.take(sizes.local_experts() as u64 * 4, PART_ALIGNMENT),
             bytes: parts.take(0, PART_ALIGNMENT),
         }
@@ -385,7 +407,7 @@ impl WorkspaceLayout {
     pub const fn new(sizes: &Shape, formats: &[Format]) -> Self {
         let pools = PoolSizes::new(sizes, formats);
         let counter = CounterLayout::new(sizes, &pools);
-        let rows = pools.rows;
+        let rows = pools.shared_rows + pools.ring_rows;
         let mut parts = Parts(0);
         Self {
             status: parts.take(size_of::<Status>() as u64, PART_ALIGNMENT),
@@ -398,9 +420,18 @@ impl WorkspaceLayout {
             token_scales: parts.take(rows * pools.token_scales, PART_ALIGNMENT),
             intermediate: parts.take(rows * pools.intermediate_bytes, PART_ALIGNMENT),
             intermediate_scales: parts.take(rows * pools.intermediate_scales, PART_ALIGNMENT),
+            ring_row: pools.shared_rows,
             pool_rows: rows,
             bytes: parts.take(0, PART_ALIGNMENT),
         }
+    }
+}
+
+impl WorkspaceLayout {
+    /// How the work of a layer that fits the workspace is cut on so many SMs.
+    pub const fn cut(&self, shape: &Shape, format: &Format, sms: u32) -> Cut {
+        let places = (self.pool_rows - self.ring_row) / TileRing::place_rows(shape, format) as u64;
+        Cut::new(shape, format, sms).within(places as u32, shape.routed_tiles(format))
     }
 }
 

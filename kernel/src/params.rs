@@ -61,12 +61,16 @@ pub struct Params {
     pub scale_kind: u32,
     /// Number of the layer among those of its workspace.
     pub layer: u32,
-    /// Zero: aligns what follows.
-    pub padding: u32,
+    /// The most token tiles of a part, at least 1.
+    pub part_tiles: u32,
+    /// Tiles of the ring.
+    pub ring_tiles: u32,
+    /// Pool rows of each of them.
+    pub place_rows: u32,
     /// Where a traced kernel records.
     pub trace: TraceBuffer,
     /// Zero: up to the alignment.
-    pub reserved: u64,
+    pub reserved: [u64; 6],
 }
 
 /// The kernel's other arguments, in order, each 8 bytes: what may change from launch to launch. All are device addresses.

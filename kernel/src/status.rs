@@ -37,8 +37,10 @@ pub enum Stage {
     Rows = 4,
     /// Linear 2: the intermediate columns of a tile.
     Columns = 5,
+    /// Dispatch: linear 2 of the tile whose rows are to be overwritten.
+    Ring = 6,
     /// Combine: the results of an expert.
-    Results = 6,
+    Results = 7,
 }
 
 /// A wait that ran past the deadline, or that nothing will ever end.
@@ -48,7 +50,7 @@ pub struct Timeout {
     pub stage: Stage,
     /// The rank that should have delivered it.
     pub rank: u32,
-    /// The expert (global id) or, for [`Stage::Rows`] and [`Stage::Columns`], the tile that was missing; 0 for [`Stage::Records`]; for [`Stage::Layer`] the layer
+    /// The expert (global id) or, for [`Stage::Rows`], [`Stage::Columns`] and [`Stage::Ring`], the tile that was missing; 0 for [`Stage::Records`]; for [`Stage::Layer`] the layer
     /// that there was instead.
     pub subject: u32,
 }
@@ -67,7 +69,8 @@ impl Timeout {
             3 => Stage::Records,
             4 => Stage::Rows,
             5 => Stage::Columns,
-            6 => Stage::Results,
+            6 => Stage::Ring,
+            7 => Stage::Results,
             _ => return None,
         };
         let timeout = Self { stage, rank: (word >> 32) as u32 & 0xff, subject: word as u32 };

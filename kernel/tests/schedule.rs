@@ -6,8 +6,8 @@ use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::{Shape, SymmetricLayout, WorkspaceLayout};
 use ferromoe_kernel::quantise::groups;
 use ferromoe_kernel::schedule::{
-    MAX_PULL_ROWS, RowCursor, ScheduleShape, TaskCursor, WAVES_AHEAD, combine_chunks, combine_tokens, group_tiles,
-    pull_rows, route_chunks, route_step, route_tokens, shared_row,
+    Cut, MAX_PULL_ROWS, Row, RowCursor, ScheduleShape, TaskCursor, TileRing, WAVES_AHEAD, combine_chunks,
+    combine_tokens, group_tiles, pull_rows, route_chunks, route_step, route_tokens, shared_row,
 };
 use ferromoe_kernel::task::{Phase, Task};
 use ferromoe_kernel::tile::WEIGHT_TILE;
@@ -29,11 +29,14 @@ fn format() -> impl Strategy<Value = Format> {
 
 fn schedule() -> impl Strategy<Value = (ScheduleShape, Vec<u32>)> {
     let rows = prop::collection::vec(prop_oneof![Just(0u32), 1..40u32, 60..300u32, 900..3000u32], 1..12);
-    (format(), rows, 1..6u32, 1..6u32, prop_oneof![1..9u32, 100..200u32], 0..5u32).prop_map(
-        |(format, rows, wave_tiles, intermediate, hidden, combine_chunks)| {
+    (format(), rows, (1..6u32, 1..6u32), 1..6u32, prop_oneof![1..9u32, 100..200u32], 0..5u32).prop_map(
+        |(format, rows, (wave_tiles, part_tiles), intermediate, hidden, combine_chunks)| {
+            let tiles = Cut::least_ring(wave_tiles, part_tiles);
             let shape = ScheduleShape {
                 format,
                 wave_tiles,
+                part_tiles,
+                ring: TileRing { first_tile: 0, first_row: 0, place_rows: format.tiles.widest(), tiles },
                 linear1_rows: 128 * intermediate,
                 linear2_rows: 64 * hidden,
                 combine_chunks,
@@ -73,21 +76,66 @@ proptest! {
         }
     }
 
-    /// When linear 2 of an expert begins, linear 1 has come to the experts that begin less than [`WAVES_AHEAD`] waves of tiles behind it, and not further.
+    /// When linear 2 of a part begins, linear 1 has come to the parts that begin less than [`WAVES_AHEAD`] waves of tiles behind it, and not further.
     #[test]
     fn linear_1_is_waves_ahead((shape, rows) in schedule()) {
-        let first_tile = |expert: u32| rows[..expert as usize].iter().map(|&rows| shape.format.tiles.tiles(rows)).sum::<u32>();
+        // First tile of each part, and the tile behind the last.
+        let mut parts = vec![0];
+        for &rows in &rows {
+            let (first, tiles) = (parts[parts.len() - 1], shape.format.tiles.tiles(rows));
+            parts.extend((1..=tiles).filter(|tile| *tile == tiles || tile % shape.part_tiles == 0).map(|tile| first + tile));
+        }
+        let part_of = |tile: u32| parts.partition_point(|&first| first <= tile) - 1;
         let mut begun = HashSet::new();
         for task in tasks(shape, &rows).iter().filter(|task| task.phase != COMBINE) {
+            let part = part_of(task.tile);
             if task.phase == LINEAR1 {
-                begun.insert(task.expert);
+                begun.insert(part);
                 continue;
             }
-            let ahead = first_tile(task.expert + 1) + WAVES_AHEAD * shape.wave_tiles;
-            let hit = (0..rows.len() as u32).filter(|&expert| rows[expert as usize] > 0);
-            let due: HashSet<u32> = hit.filter(|&expert| first_tile(expert) < ahead).collect();
+            let ahead = parts[part + 1] + WAVES_AHEAD * shape.wave_tiles;
+            let due: HashSet<_> = (0..parts.len() - 1).filter(|&part| parts[part] < ahead).collect();
             prop_assert_eq!(&begun, &due, "at {:?}", task);
         }
+    }
+
+    /// With the least ring and a single CTA, which works through the tickets in order, a tile's rows are pulled before its linear 1, although every pull waits for the rows that it
+    /// overwrites, and for those of its whole ticket; and they are in their places until linear 2 is through.
+    #[test]
+    fn the_least_ring_is_enough((shape, rows) in schedule(), shared_experts in 0..3usize, batch in 1..=MAX_PULL_ROWS) {
+        let cut = shape.format.tiles;
+        let mut rows = rows;
+        let tokens = rows[0];
+        let shared_experts = shared_experts.min(rows.len());
+        rows[..shared_experts].fill(tokens);
+        let shared_experts = shared_experts as u32;
+        let first_tile = shared_experts * cut.tiles(tokens);
+        let first_row = shared_experts * cut.padded_rows(tokens) + 8;
+        let ring = TileRing { first_tile, first_row, ..shape.ring };
+        let shape = ScheduleShape { ring, ..shape };
+        let mut cursor = RowCursor::new(cut, ring);
+        let pulls: Vec<Row> = (shared_experts * tokens..rows.iter().sum()).map_while(|number| cursor.seek(number, &rows[..])).collect();
+        let mut pulls = pulls.chunks(batch as usize).peekable();
+        // The tile of each pool row that has been pulled, and the tiles whose linear 2 is through.
+        let (mut places, mut done) = (HashMap::new(), HashMap::new());
+        let blocks = shape.linear2_rows.div_ceil(WEIGHT_TILE);
+        for task in tasks(shape, &rows).iter().filter(|task| task.phase != COMBINE) {
+            let is_free = |row: &Row| ring.before(row.tile).is_none_or(|before| done.get(&before) == Some(&blocks));
+            while let Some(ticket) = pulls.next_if(|ticket| ticket.iter().all(is_free)) {
+                places.extend(ticket.iter().map(|row| (row.pool_row, row.tile)));
+            }
+            if task.tile >= first_tile {
+                for row in task.pool_row..task.pool_row + task.rows {
+                    prop_assert_eq!(places.get(&row), Some(&task.tile), "row {} of {:?}", row, task);
+                }
+            } else {
+                prop_assert!(task.pool_row + cut.width(task.width) <= first_row);
+            }
+            if task.phase == LINEAR2 {
+                *done.entry(task.tile).or_insert(0) += 1;
+            }
+        }
+        prop_assert!(pulls.next().is_none());
     }
 
     /// Each CTA sees only the tickets it claims; what it makes of them does not depend on which those are.
@@ -109,8 +157,9 @@ proptest! {
             let columns = if task.phase == LINEAR1 { shape.linear2_rows } else { shape.linear1_rows / 2 };
             let tiles = shape.format.tiles;
             let first_tile: u32 = rows[..task.expert as usize].iter().map(|&rows| tiles.tiles(rows)).sum();
-            let group = (task.tile - first_tile) / group_tiles(tiles, shape.format.row_bytes(columns));
-            let block = (task.phase, task.expert, group, task.weight_row);
+            let (part, tile) = ((task.tile - first_tile) / shape.part_tiles, (task.tile - first_tile) % shape.part_tiles);
+            let group = tile / group_tiles(tiles, shape.format.row_bytes(columns));
+            let block = (task.phase, task.expert, part, group, task.weight_row);
             prop_assert!(last == Some(block) || blocks.insert(block), "{task:?} comes back to a block of weights");
             last = Some(block);
         }
@@ -129,6 +178,8 @@ proptest! {
     #[test]
     fn early_tasks_and_rows_are_the_first((shape, routed) in schedule(), shared_experts in 0..3u32, tokens in prop_oneof![Just(0u32), 1..40u32, 200..900u32]) {
         let rows: Vec<_> = std::iter::repeat_n(tokens, shared_experts as usize).chain(routed).collect();
+        let tiles = shape.format.tiles;
+        let shape = ScheduleShape { ring: TileRing { first_tile: shared_experts * tiles.tiles(tokens), ..shape.ring }, ..shape };
         let all = tasks(shape, &rows);
         let mut found = 0;
         for (ticket, task) in all.iter().enumerate() {
@@ -136,19 +187,20 @@ proptest! {
             prop_assert_eq!(Task { widest: task.widest, ..early }, *task);
             found += 1;
         }
-        let early = all.iter().filter(|task| task.phase == LINEAR1 && task.expert == 0 && shared_experts > 0).count();
+        let early = all.iter().filter(|task| task.phase == LINEAR1 && task.expert == 0 && shared_experts > 0 && task.tile < shape.part_tiles).count();
         prop_assert_eq!(found, early);
-        let mut cursor = RowCursor::new(shape.format.tiles);
+        let mut cursor = RowCursor::new(shape.format.tiles, shape.ring);
         for number in 0..shared_experts * tokens {
             prop_assert_eq!(shared_row(shape.format.tiles, shared_experts, tokens, number), cursor.seek(number, &rows[..]));
         }
         prop_assert_eq!(shared_row(shape.format.tiles, shared_experts, tokens, shared_experts * tokens), None);
     }
 
-    /// Tiles cover the pulled rows of their expert, and share no pool row with each other.
+    /// Tiles cover the pulled rows of their expert, and share no pool row with each other where all have a place.
     #[test]
     fn tiles_and_rows_agree((shape, rows) in schedule()) {
-        let mut cursor = RowCursor::new(shape.format.tiles);
+        let shape = ScheduleShape { ring: TileRing { tiles: u32::MAX, ..shape.ring }, ..shape };
+        let mut cursor = RowCursor::new(shape.format.tiles, shape.ring);
         let pulled: Vec<_> = (0..rows.iter().sum()).map(|ticket| {
             cursor.seek(ticket, &rows[..]).expect("a row for every ticket")
         }).collect();
@@ -168,13 +220,12 @@ proptest! {
             }
         }
         prop_assert_eq!(row.next(), None);
-        prop_assert_eq!(end, rows.iter().map(|&rows| shape.format.tiles.padded_rows(rows)).sum::<u32>());
     }
 
     /// A lane of a ticket's rows sees every eighth row, or so; what it makes of them does not depend on which those are.
     #[test]
     fn a_row_cursor_that_skips_rows_finds_the_same((shape, rows) in schedule(), stride in 1..300usize, first in 0..9usize) {
-        let (mut all, mut skipping) = (RowCursor::new(shape.format.tiles), RowCursor::new(shape.format.tiles));
+        let (mut all, mut skipping) = (RowCursor::new(shape.format.tiles, shape.ring), RowCursor::new(shape.format.tiles, shape.ring));
         let numbers = 0..rows.iter().sum::<u32>() + 9;
         let found: Vec<_> = numbers.map(|number| all.seek(number, &rows[..])).collect();
         for number in (first..found.len()).step_by(stride) {
@@ -202,9 +253,9 @@ proptest! {
         prop_assert!(chunks * per_chunk >= tokens && tokens >= chunks.saturating_sub(1) * per_chunk);
     }
 
-    /// Any routing fits the pools: the one that pads most, and the one that has all tokens at the fewest experts.
+    /// Any routing fits the counters of tiles, and every tile of a layer its place in the pools of a workspace for that and others.
     #[test]
-    fn pools_hold_any_routing(shape in shape(), format in format(), draws in prop::collection::vec(0..1000u32, 1..64)) {
+    fn pools_hold_any_routing(shape in shape(), format in format(), other in shape(), sms in 1..200u32, draws in prop::collection::vec(0..1000u32, 1..64)) {
         let routed = shape.routed_experts();
         let choices = shape.ranks * shape.max_tokens * shape.top_k.min(routed);
         let mut left = choices;
@@ -214,9 +265,17 @@ proptest! {
             left -= rows[expert];
         }
         rows.extend(vec![shape.max_tokens; shape.shared_experts as usize]);
-        let tiles = format.tiles;
-        prop_assert!(rows.iter().map(|&rows| tiles.padded_rows(rows)).sum::<u32>() <= shape.pool_rows(&format));
-        prop_assert!(rows.iter().map(|&rows| tiles.tiles(rows)).sum::<u32>() <= shape.pool_tiles(&format));
+        let tiles = rows.iter().map(|&rows| format.tiles.tiles(rows)).sum::<u32>();
+        prop_assert!(tiles <= shape.most_tiles(&format));
+        let other = Shape { experts: other.routed_experts() * shape.ranks, ranks: shape.ranks, ..other };
+        let sizes = larger_of(shape, other);
+        let layout = WorkspaceLayout::new(&sizes, &Format::ALL);
+        let cut = layout.cut(&shape, &format, sms);
+        let place_rows = TileRing::place_rows(&shape, &format);
+        prop_assert!(shape.shared_rows(&format) as u64 <= layout.ring_row);
+        prop_assert!(layout.ring_row + (cut.ring_tiles * place_rows) as u64 <= layout.pool_rows);
+        let least = Cut::least_ring(cut.wave_tiles, cut.part_tiles);
+        prop_assert!(cut.wave_tiles > 0 && cut.part_tiles > 0 && cut.ring_tiles >= least.min(shape.routed_tiles(&format)));
     }
 
     /// A rank that is at its next layer must write nothing that another still reads of the last.
@@ -224,21 +283,12 @@ proptest! {
     fn layers_of_different_shapes_keep_parities_and_sources_apart(a in shape(), b in shape()) {
         let b = Shape { experts: b.routed_experts() * a.ranks, ranks: a.ranks, ..b };
         let b = Shape { top_k: b.top_k.min(b.experts), ..b };
-        let sizes = Shape {
-            hidden: a.hidden.max(b.hidden),
-            intermediate: a.intermediate.max(b.intermediate),
-            experts: a.experts.max(b.experts),
-            shared_experts: a.shared_experts.max(b.shared_experts),
-            top_k: a.top_k.max(b.top_k),
-            max_tokens: a.max_tokens.max(b.max_tokens),
-            ranks: a.ranks,
-        };
+        let sizes = larger_of(a, b);
         let layout = SymmetricLayout::new(&sizes, &Format::ALL);
         let (ranks, top_k, tokens) = (sizes.ranks as u64, sizes.top_k as u64, sizes.max_tokens as u64);
         for shape in [a, b] {
             for format in &Format::ALL {
-                prop_assert!(shape.pool_rows(format) <= sizes.pool_rows(format));
-                prop_assert!(shape.pool_tiles(format) <= sizes.pool_tiles(format));
+                prop_assert!(shape.most_tiles(format) <= sizes.most_tiles(format));
             }
             let (last_expert, last_rank) = (shape.routed_experts() - 1, shape.ranks - 1);
             for parity in 0..2 {
@@ -285,8 +335,7 @@ proptest! {
             (layout.bytes(&shape, &formats), 0),
         ])?;
         let layout = WorkspaceLayout::new(&shape, &formats);
-        let rows = most(&|format| shape.pool_rows(format) as u64);
-        prop_assert_eq!(layout.pool_rows, rows);
+        let rows = layout.pool_rows;
         let elements = |columns: u32| most(&|format| format.row_bytes(columns) as u64);
         let scales = |columns| most(&|format| if format.scaled { groups(columns) as u64 * 4 } else { 0 });
         in_order(&[
@@ -301,7 +350,7 @@ proptest! {
             (layout.intermediate_scales, rows * scales(shape.intermediate)),
             (layout.bytes, 0),
         ])?;
-        let (counter, tiles) = (layout.counter, most(&|format| shape.pool_tiles(format) as u64) * 4);
+        let (counter, tiles) = (layout.counter, most(&|format| shape.most_tiles(format) as u64) * 4);
         in_order(&[
             (counter.quantise_ticket, 4),
             (counter.quantised, 4),
@@ -312,6 +361,7 @@ proptest! {
             (counter.sent, shape.experts as u64 * 4),
             (counter.rows_ready, tiles),
             (counter.columns_ready, tiles),
+            (counter.tile_done, tiles),
             (counter.expert_done, shape.local_experts() as u64 * 4),
             (counter.bytes, 0),
         ])?;
@@ -330,6 +380,19 @@ fn shape() -> impl Strategy<Value = Shape> {
             ranks,
         },
     )
+}
+
+/// Sizes in which layers of both shapes fit.
+fn larger_of(a: Shape, b: Shape) -> Shape {
+    Shape {
+        hidden: a.hidden.max(b.hidden),
+        intermediate: a.intermediate.max(b.intermediate),
+        experts: a.experts.max(b.experts),
+        shared_experts: a.shared_experts.max(b.shared_experts),
+        top_k: a.top_k.max(b.top_k),
+        max_tokens: a.max_tokens.max(b.max_tokens),
+        ranks: a.ranks,
+    }
 }
 
 /// Each part (offset, bytes) begins aligned, behind the one before.

@@ -1,9 +1,8 @@
 //! One rank's part of a layer.
 
-use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::Shape;
 use ferromoe_kernel::params::Params;
-use ferromoe_kernel::schedule::weight_tasks;
+use ferromoe_kernel::schedule::TileRing;
 use ferromoe_kernel::trace::TraceBuffer;
 
 use super::DEFAULT_DEADLINE;
@@ -51,6 +50,7 @@ impl Rank {
         let own = workspace.rank(rank)?.own.address();
         let addresses = [own, linear1.address(), linear2.address()];
         let maps = |cluster| tensor_maps(&**backend, &shape, format, layout, cluster, addresses);
+        let cut = layout.cut(&shape, format, backend.sms(rank));
         let single = Params {
             maps: maps(1)?,
             symmetric_bases: workspace.bases(),
@@ -63,13 +63,15 @@ impl Rank {
             shape,
             rank: rank as u32,
             swiglu_limit: config.swiglu_limit.unwrap_or(f32::INFINITY),
-            wave_tiles: wave_tiles(&shape, format, backend.sms(rank)),
+            wave_tiles: cut.wave_tiles,
             cluster: 1,
             scale_kind: config.scales as u32,
             layer: number,
-            padding: 0,
+            part_tiles: cut.part_tiles,
+            ring_tiles: cut.ring_tiles,
+            place_rows: TileRing::place_rows(&shape, format),
             trace: TraceBuffer::NONE,
-            reserved: 0,
+            reserved: [0; 6],
         };
         let cluster = format.max_cluster.min(backend.resident_ctas(rank));
         let params = [single, Params { maps: maps(cluster)?, cluster, ..single }];
@@ -81,11 +83,6 @@ impl Rank {
         let [single, clustered] = &self.params;
         if clusters_pay(&single.shape, most_tokens) { clustered } else { single }
     }
-}
-
-/// Token tiles of one wave: enough that their linear 1 gives every SM two tasks.
-pub(crate) fn wave_tiles(shape: &Shape, format: &Format, sms: u32) -> u32 {
-    (2 * sms).div_ceil(weight_tasks(2 * shape.intermediate, format.linear1_rows(), 1)).max(1)
 }
 
 /// Mean rows of an expert from which on a cluster pays: with fewer, weights are most of the bytes, and CTAs that wait for each other cost

@@ -158,3 +158,44 @@ fn what_a_workspace_takes_is_known_before() {
     }
     assert!(WorkspaceSizes::of([]).bytes(1).is_err());
 }
+
+/// Models as REFERENCES.md and README's table have them: name, hidden, intermediate, experts, top-k, shared experts.
+const MODELS: [(&str, [usize; 5]); 9] = [
+    ("DeepSeek-V4-Flash", [4096, 2048, 256, 6, 1]),
+    ("DeepSeek-V4-Pro", [7168, 3072, 384, 6, 1]),
+    ("DeepSeek-V3", [7168, 2048, 256, 8, 1]),
+    ("Kimi K2", [7168, 2048, 384, 8, 1]),
+    ("GLM-5", [6144, 2048, 256, 8, 1]),
+    ("Qwen3-30B", [2048, 768, 128, 8, 0]),
+    ("Qwen3-235B", [4096, 1536, 128, 8, 0]),
+    ("MiniMax-M2", [3072, 1536, 256, 8, 0]),
+    ("Mixtral-8x7B", [4096, 14336, 8, 2, 0]),
+];
+
+/// GiB that a workspace of such a model takes on each of 8 ranks.
+fn gib([hidden, intermediate, experts, top_k, shared_experts]: [usize; 5], format: ExpertFormat, tokens: usize) -> f64 {
+    let formats = vec![format];
+    let sizes = WorkspaceSizes { hidden, intermediate, experts, top_k, shared_experts, tokens, formats };
+    sizes.bytes(8).unwrap() as f64 / f64::from(1 << 30)
+}
+
+#[test]
+fn readme_says_what_a_workspace_takes() {
+    let readme = include_str!("../../../README.md");
+    for (name, sizes) in MODELS {
+        let cell = |tokens| {
+            format!("{:.2} ({:.2})", gib(sizes, ExpertFormat::Fp8, tokens), gib(sizes, ExpertFormat::Bf16, tokens))
+        };
+        let line = format!("| {name} | {} | {} | {} |", cell(512), cell(2048), cell(8192));
+        assert!(readme.contains(&line), "README's table of workspaces lacks\n{line}");
+    }
+}
+
+/// Whatever the routing: at 8192 tokens a rank, and in FP8 at 512.
+#[test]
+fn a_workspace_is_small() {
+    for ((name, sizes), [fp8, bf16]) in MODELS.into_iter().zip([[1.0, 1.6], [1.5, 2.6], [1.6, 2.8]]) {
+        assert!(gib(sizes, ExpertFormat::Fp8, 8192) <= fp8 && gib(sizes, ExpertFormat::Bf16, 8192) <= bf16, "{name}");
+        assert!(gib(sizes, ExpertFormat::Fp8, 512) <= 0.35, "{name}");
+    }
+}

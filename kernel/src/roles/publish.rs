@@ -47,12 +47,16 @@ fn announce_columns(launch: &Launch, task: &Task) {
     unsafe { red_add_release_gpu(stored, 1) };
 }
 
-/// Linear 2: counts a task's stores; the last of an expert raises its flag on every rank that sent it tokens.
+/// Linear 2: counts a task for its tile, whose rows may be overwritten behind the last, and its stores; the last of an expert raises its flag on every rank that sent it tokens.
 #[inline(always)]
 fn announce_results(launch: &Launch, task: &Task) {
     let params = launch.params();
     let shape = &params.shape;
     let done = launch.counter(params.workspace.counter.expert_done, task.expert);
+    let tile_done = launch.counter(params.workspace.counter.tile_done, task.tile);
+    // As above: all consumers have read the tile's rows.
+    // SAFETY: a counter of this launch.
+    unsafe { red_add_release_gpu(tile_done, 1) };
     // The consumers' stores to all ranks come before the count, and all counted stores before the flag: with the fences the count releases and acquires.
     launch.fence();
     // SAFETY: a counter of this launch.

@@ -1,22 +1,28 @@
 //! Pull: dispatch warps claim pool rows in expert order and copy each from its source rank into the token pool.
 //!
 //! A ticket stands for a few rows, a lane for each: their pieces are under way together. What a token has for several experts of this rank comes
-//! once, with the row that leads, which is the first in this order: other lanes store it for the rows that follow, whose own tickets have nothing to do.
+//! once, with the row that leads, which is the first in this order: other lanes store it for the rows that follow, whose own tickets have nothing to do. Where not all tiles of the
+//! launch have a place in the ring at once, none follows: it would have to wait for what the row that leads keeps from happening.
 
 use crate::cta::{CountedRows, Cta, FORMAT, Ring};
 use crate::device::atomic::red_add_release_gpu;
 use crate::device::barrier::bar_warp_sync;
 use crate::device::bulk::{bulk_commit_group, bulk_load, bulk_store, bulk_wait_group, bulk_wait_group_read};
+use crate::device::cluster::cluster_ctas;
 use crate::device::fence::fence_proxy_async_global;
-use crate::device::global::{ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64};
+use crate::device::global::{ld_acquire_gpu_u32, ld_relaxed_gpu_u64, ld_weak_u32, ld_weak_u64};
 use crate::device::special::ctas;
 use crate::device::warp::{ballot, redux_add, shfl_idx};
 use crate::launch::Launch;
 use crate::layout::{FOLLOWER, ListPlace, MAX_RANKS, RowMeta};
 use crate::main_loop::{Loop, MainLoop};
-use crate::schedule::{ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, pull_rows, shared_row};
+use crate::schedule::{
+    ExpertRows, MAX_PULL_ROWS, PoolPosition, Row, RowCursor, TileRing, pull_rows, shared_row, weight_tasks,
+};
 use crate::shared::PULL_BUFFERS;
 use crate::sources::{Sources, place_of, source_at};
+use crate::status::{Stage, Timeout};
+use crate::tile::WEIGHT_TILE;
 use crate::warps::WARP;
 
 /// Pieces are multiples of so many bytes, as rows are: whole lines.
@@ -41,7 +47,8 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     let shared_tickets = (to_pull + batch - 1) >> batch.ilog2();
     // SAFETY: asked for nothing before the counts are there.
     let rows = unsafe { CountedRows::new(cta, shape.local_experts()) };
-    let mut puller = Puller { launch, cta, warp, lane, rows, batch, ring: Ring::new() };
+    let tiles = launch.tile_ring();
+    let mut puller = Puller { launch, cta, warp, lane, rows, batch, tiles, follows: true, ring: Ring::new() };
     let mut ticket = claim();
     while ticket < shared_tickets {
         mark!(launch, Pull, ticket * batch);
@@ -52,8 +59,10 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     mark!(launch, WaitForCounts);
     cta.counted().wait(0);
     Loop::wait_for_records(launch, lane < shape.ranks, lane);
-    puller.batch = pull_rows(count_rows(&puller.rows, lane) - shared_rows, ctas());
-    let mut cursor = RowCursor::new(FORMAT.tiles);
+    let (rows, tiles) = count_rows(&puller.rows, lane);
+    puller.batch = pull_rows(rows - shared_rows, ctas());
+    puller.follows = tiles - puller.tiles.first_tile <= puller.tiles.tiles;
+    let mut cursor = RowCursor::new(FORMAT.tiles, puller.tiles);
     loop {
         let number = shared_rows + (ticket - shared_tickets) * puller.batch + lane;
         let row = if lane < puller.batch { cursor.seek(number, &puller.rows) } else { None };
@@ -67,16 +76,18 @@ pub fn pull(launch: &Launch, cta: Cta, warp: u32, lane: u32) {
     }
 }
 
-/// All rows to pull.
+/// All rows, and all tiles.
 #[inline(always)]
-fn count_rows(rows: &CountedRows, lane: u32) -> u32 {
-    let mut sum = 0;
+fn count_rows(rows: &CountedRows, lane: u32) -> (u32, u32) {
+    let (mut sum, mut tiles) = (0, 0);
     let mut expert = lane;
     while expert < rows.experts() {
-        sum += rows.rows(expert);
+        let count = rows.rows(expert);
+        sum += count;
+        tiles += FORMAT.tiles.tiles(count);
         expert += WARP;
     }
-    redux_add(sum)
+    (redux_add(sum), redux_add(tiles))
 }
 
 /// Rows of a routed expert of this rank by source; 0 for one that has not published in this launch (the wait for it ran out). All counts are under way
@@ -139,6 +150,10 @@ struct Puller<'a> {
     rows: CountedRows,
     /// Rows of a ticket.
     batch: u32,
+    /// Where tiles have their rows.
+    tiles: TileRing,
+    /// Whether rows follow others: not where a row that follows may have no place yet.
+    follows: bool,
     ring: Ring,
 }
 
@@ -165,8 +180,13 @@ impl Puller<'_> {
     /// Copies the rows of a ticket, one of each lane that has one, and those that follow them. All lanes call this.
     #[inline(always)]
     fn copy(&mut self, row: Option<Row>) {
+        // Where rows follow others, all have a place.
+        if let Some(Row { tile, .. }) = row {
+            self.wait_for_place(tile);
+        }
         let nothing = (RowMeta { combine_row: 0, rank: 0, weight: 0.0 }, FOLLOWER, 0);
         let (meta, followers, source) = row.map_or(nothing, |row| source_of(self.launch, row));
+        let followers = if self.follows || row.is_none() { followers } else { 0 };
         let own = (meta, row.unwrap_or(Row { expert: 0, row: 0, pool_row: 0, tile: 0 }));
         let mut leads = followers != FOLLOWER;
         while ballot(leads) != 0 {
@@ -228,7 +248,6 @@ impl Puller<'_> {
         let (source, combine_row) = (shfl_idx(meta.rank, leader), shfl_idx(meta.combine_row, leader));
         let mut position = PoolPosition {
             expert: shfl_idx(row.expert, leader),
-            pool_row: shfl_idx(row.pool_row - row.row, leader),
             tile: shfl_idx(row.tile - FORMAT.tiles.tile_of_row(row.row, self.rows.rows(row.expert)), leader),
         };
         follower?;
@@ -247,9 +266,21 @@ impl Puller<'_> {
         while position.expert < local {
             position = position.next(FORMAT.tiles, &self.rows);
         }
-        let tile = position.tile + FORMAT.tiles.tile_of_row(row, self.rows.rows(local));
-        let pool_row = position.pool_row + row;
-        Some((meta, Row { expert: local, row, pool_row, tile }))
+        Some((meta, position.row(FORMAT.tiles, self.tiles, row, self.rows.rows(local))))
+    }
+
+    /// Waits until linear 2 of the tile that had the place of this one before is through.
+    #[inline(always)]
+    fn wait_for_place(&self, tile: u32) {
+        let Some(before) = self.tiles.before(tile) else { return };
+        let params = self.launch.params();
+        let done = self.launch.counter(params.workspace.counter.tile_done, before);
+        let tasks = weight_tasks(params.shape.hidden, WEIGHT_TILE, cluster_ctas());
+        let missing = || Timeout { stage: Stage::Ring, rank: params.rank, subject: before };
+        // SAFETY: a counter of this launch.
+        self.launch.wait_until(missing, || unsafe { ld_acquire_gpu_u32(done) } >= tasks);
+        // The rows were read, and will be written, by bulk copies; the acquire is an ordinary one.
+        fence_proxy_async_global();
     }
 
     /// Copies the rows of all `leaders` piece by piece: one piece is loaded while the one before is stored, by every lane that has a `destination`,

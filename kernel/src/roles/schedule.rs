@@ -52,6 +52,8 @@ fn shape_of(launch: &Launch, most_rows: u32) -> ScheduleShape {
     ScheduleShape {
         format: FORMAT,
         wave_tiles: params.wave_tiles,
+        part_tiles: params.part_tiles,
+        ring: launch.tile_ring(),
         linear1_rows: 2 * params.shape.intermediate,
         linear2_rows: params.shape.hidden,
         combine_chunks: combine_chunks(launch.tokens(), ctas()),

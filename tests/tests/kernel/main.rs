@@ -6,5 +6,6 @@ mod invariance;
 mod launches;
 mod layer;
 mod model;
+mod ring;
 mod trace;
 mod traffic;

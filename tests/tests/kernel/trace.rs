@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ferromoe::trace::{CONSUMERS, PRODUCER, PUBLISHER, ROLE_NAMES, RankTrace, Span, Trace};
 use ferromoe::{Error, MoeConfig, SimOptions};
-use ferromoe_kernel::schedule::{ScheduleShape, TaskCursor};
+use ferromoe_kernel::schedule::{ScheduleShape, TaskCursor, TileRing};
 use ferromoe_kernel::task::Phase;
 use ferromoe_kernel::trace::Activity;
 use ferromoe_tests::{Case, Choices, Tokens, traced_group};
@@ -45,6 +45,8 @@ fn expected(case: &Case, tokens: &Tokens, rank: usize) -> Products {
     let shape = ScheduleShape {
         format,
         wave_tiles: 1,
+        part_tiles: u32::MAX,
+        ring: TileRing { first_tile: 0, first_row: 0, place_rows: 0, tiles: 1 },
         linear1_rows: 2 * config.intermediate as u32,
         linear2_rows: config.hidden as u32,
         combine_chunks: 0,

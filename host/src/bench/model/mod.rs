@@ -4,15 +4,15 @@
 mod timeline;
 
 use ferromoe_kernel::format::{Format, WEIGHT_SCALES_BYTES};
-use ferromoe_kernel::layout::{BF16_BYTES, Shape};
-use ferromoe_kernel::schedule::{ScheduleShape, TaskCursor, group_tiles};
+use ferromoe_kernel::layout::{BF16_BYTES, Shape, WorkspaceLayout};
+use ferromoe_kernel::schedule::{Cut, ScheduleShape, TaskCursor, TileRing, group_tiles};
 use ferromoe_kernel::task::{Phase, Task};
 use ferromoe_kernel::tile::WEIGHT_TILE;
 use serde::Serialize;
 
 use crate::bench::{Choice, Plan, draw};
 use crate::error::Result;
-use crate::fused::{clusters_pay, wave_tiles};
+use crate::fused::clusters_pay;
 use crate::router::Routing;
 use crate::trace::Trace;
 use crate::workspace::layer_shape;
@@ -171,7 +171,7 @@ pub fn modelled(plan: &Plan, machine: &Machine, ranks: usize) -> Result<Vec<Mode
             bottleneck,
             trace: Trace::modelled(
                 *format,
-                models.into_iter().zip(&loads).map(|(model, load)| (model.ctas, load.wave_tiles)),
+                models.into_iter().zip(&loads).map(|(model, load)| (model.ctas, load.cut.wave_tiles)),
             ),
             sizes: [config.hidden, config.intermediate],
         })
@@ -195,7 +195,7 @@ pub(super) struct Load {
     received: u32,
     cluster: u32,
     ctas: u32,
-    wave_tiles: u32,
+    cut: Cut,
     /// Whether the weights of one expert stay in the cache from one group of token tiles to the next, in linear 1 and in linear 2.
     kept: [bool; 2],
 }
@@ -225,7 +225,11 @@ impl Load {
         let part_of_rows = |parts: &[u32]| {
             rows.iter().zip(parts).map(|(&all, &part)| f64::from(part) / f64::from(all.max(1))).collect::<Vec<_>>()
         };
-        let (remote, crossing) = (part_of_rows(&from_others), part_of_rows(&leading));
+        let cut = WorkspaceLayout::new(shape, &[*format]).cut(shape, format, machine.sms);
+        let tiles: u32 = rows[shared..].iter().map(|&rows| format.tiles.tiles(rows)).sum();
+        // Rows follow others where all have a place in the ring at once.
+        let crossing = part_of_rows(if tiles <= cut.ring_tiles { &leading } else { &from_others });
+        let remote = part_of_rows(&from_others);
         let cluster = if clusters_pay(shape, shape.max_tokens) { format.max_cluster } else { 1 };
         let kept = [2, 1].map(|times| {
             times * u64::from(shape.intermediate) * u64::from(format.row_bytes(shape.hidden)) <= machine.l2_bytes
@@ -240,7 +244,7 @@ impl Load {
             received,
             cluster,
             ctas: machine.sms / cluster * cluster,
-            wave_tiles: wave_tiles(shape, format, machine.sms),
+            cut,
             kept,
         }
     }
@@ -249,7 +253,10 @@ impl Load {
     fn tasks(&self) -> impl Iterator<Item = Task> {
         let shape = ScheduleShape {
             format: self.format,
-            wave_tiles: self.wave_tiles,
+            wave_tiles: self.cut.wave_tiles,
+            part_tiles: self.cut.part_tiles,
+            // The rows' places do not matter.
+            ring: TileRing { first_tile: 0, first_row: 0, place_rows: 0, tiles: 1 },
             linear1_rows: 2 * self.shape.intermediate,
             linear2_rows: self.shape.hidden,
             combine_chunks: 0,
