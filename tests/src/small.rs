@@ -6,14 +6,47 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferromoe::{
-    DeviceGroup, Error, ExpertWeights, FusedMoe, MoeConfig, Routing, SimOptions, Workspace, WorkspaceSizes, reference,
+    DeviceGroup, Error, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, Routing, ScaleKind, SimOptions, Workspace,
+    WorkspaceSizes, reference,
 };
-use ptx_sim::{Module, RunOptions, SimError};
+use ptx_sim::{Module, ParseError, RunOptions, SimError};
 
 use crate::{Case, Choices, Tokens, tolerance};
 
 /// How long one wait of the kernel may last, in simulated time: a launch of a small case takes a tenth of it.
 const DEADLINE: Duration = Duration::from_millis(4);
+
+/// The number formats that the small matrix has cases of.
+pub const FORMATS: [ExpertFormat; 2] = [ExpertFormat::Bf16, ExpertFormat::Fp8];
+
+/// The format of this name, for options of commands.
+///
+/// # Errors
+/// None has it.
+pub fn format_of(name: &str) -> Result<ExpertFormat, String> {
+    let found = FORMATS.into_iter().find(|format| format.name() == name);
+    found.ok_or_else(|| format!("there are {}", FORMATS.map(ExpertFormat::name).join(" and ")))
+}
+
+/// The kernel of every format.
+pub struct Modules([Arc<Module>; FORMATS.len()]);
+
+impl Modules {
+    /// Parses them.
+    ///
+    /// # Errors
+    /// PTX that the simulator does not read.
+    pub fn parse() -> Result<Self, ParseError> {
+        let module = |format| Module::parse(ferromoe::kernel_ptx(format, false)).map(Arc::new);
+        let [bf16, fp8] = FORMATS.map(module);
+        Ok(Self([bf16?, fp8?]))
+    }
+
+    /// That of a format.
+    pub fn of(&self, format: ExpertFormat) -> &Arc<Module> {
+        &self.0[usize::from(format == ExpertFormat::Fp8)]
+    }
+}
 
 /// What a launch must give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +157,11 @@ impl SmallCase {
         Self::new(self.name, config, &tokens, *choices, *sim, &self.launches)
     }
 
+    /// The format of its experts.
+    pub fn format(&self) -> ExpertFormat {
+        self.case.config.experts_format
+    }
+
     /// Whether every launch gives an output.
     pub fn succeeds(&self) -> bool {
         self.launches.iter().all(|launch| *launch == Expectation::Output)
@@ -199,18 +237,24 @@ pub fn run_options(step_limit: Option<u64>, checks: bool) -> RunOptions {
     RunOptions { step_limit, checks, threads: Some(NonZeroUsize::MIN), ..RunOptions::default() }
 }
 
-/// The small matrix.
+/// The small matrix: the cases of every format.
 pub fn small_matrix() -> Vec<SmallCase> {
+    let mut cases = bf16_cases();
+    cases.extend(fp8_cases());
+    cases
+}
+
+/// A layer of the small matrix.
+fn config(hidden: usize, intermediate: usize, experts: usize, top_k: usize, shared_experts: usize) -> MoeConfig {
+    MoeConfig { hidden, intermediate, experts, top_k, shared_experts, ..Case::default().config }
+}
+
+fn sms(sms: u32, residency: Option<u32>) -> SimOptions {
+    SimOptions { sms, residency, seed: 0 }
+}
+
+fn bf16_cases() -> Vec<SmallCase> {
     use Expectation::{BadExpert, LostRank, Output};
-    let config = |hidden, intermediate, experts, top_k, shared_experts| MoeConfig {
-        hidden,
-        intermediate,
-        experts,
-        top_k,
-        shared_experts,
-        ..Case::default().config
-    };
-    let sms = |sms, residency| SimOptions { sms, residency, seed: 0 };
     let case = SmallCase::new;
     vec![
         // More k-blocks than stages in both products, two waves of experts, a shared expert, odd last blocks.
@@ -236,5 +280,33 @@ pub fn small_matrix() -> Vec<SmallCase> {
             &[BadExpert { rank: 1, token: 4, k: 1 }, Output],
         ),
         case("lost rank", config(64, 64, 4, 2, 1), &[11, 18], Choices::Random, sms(2, None), &[LostRank(1), Output]),
+    ]
+}
+
+/// Sizes are no multiples of 128, so that every last group of columns is half a group, in most.
+fn fp8_cases() -> Vec<SmallCase> {
+    use Expectation::{LostRank, Output};
+    let case = |name, config, tokens: &[usize], choices, sim, launches: &[Expectation]| {
+        let config = MoeConfig { experts_format: ExpertFormat::Fp8, ..config };
+        SmallCase::new(name, config, tokens, choices, sim, launches)
+    };
+    let powers_of_two = MoeConfig { scales: ScaleKind::PowerOfTwo, ..config(320, 192, 4, 2, 1) };
+    vec![
+        // Narrow tiles, tasks of two weight tiles and of one, a shared expert.
+        case("fp8 layer", config(448, 320, 8, 3, 1), &[20, 9], Choices::Random, sms(3, None), &[Output; 3]),
+        // Wide tiles of one expert that share its rows, narrow ones of the others, and more than one chunk of tokens to route.
+        case("fp8 tiles", config(192, 128, 4, 2, 1), &[259, 14], Choices::AllTo(3), sms(3, None), &[Output; 2]),
+        // Records of several units, pulled in several pieces; so many columns that sums without promotion would be wrong.
+        case("fp8 wide rows", config(4160, 64, 4, 2, 1), &[5, 3], Choices::Random, sms(2, None), &[Output; 2]),
+        // One rank alone, with tiles of 128 tokens and scales that are powers of two.
+        case("fp8 one rank", powers_of_two, &[70], Choices::AllTo(1), sms(3, None), &[Output; 2]),
+        case(
+            "fp8 lost rank",
+            config(64, 64, 4, 2, 1),
+            &[11, 18],
+            Choices::Random,
+            sms(2, None),
+            &[LostRank(1), Output],
+        ),
     ]
 }
