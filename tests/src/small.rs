@@ -6,10 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferromoe::{
-    DeviceGroup, Error, ExpertFormat, ExpertWeights, FusedMoe, MoeConfig, Routing, ScaleKind, SimOptions, Workspace,
-    WorkspaceSizes, reference,
+    DeviceGroup, Error, Expert, ExpertFormat, ExpertWeights, FusedMoe, Matrix, MoeConfig, Routing, ScaleKind,
+    SimOptions, WeightMatrix, Workspace, WorkspaceSizes, reference,
 };
+use half::bf16;
 use ptx_sim::{Module, ParseError, RunOptions, SimError};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 use crate::{Case, Choices, Tokens, tolerance};
 
@@ -140,10 +143,10 @@ impl SmallCase {
         let max_tokens_per_rank = tokens.iter().copied().max().unwrap_or(0).max(1);
         let config = MoeConfig { max_tokens_per_rank, ..config };
         let case = Case { config, tokens: tokens.to_vec(), choices, sim, data: 1 };
-        let weights = ExpertWeights::random(&case.config, case.data);
-        let tokens = case.tokens();
+        let (weights, tokens) = (weights(&case.config, case.data), tokens_of(&case));
         let reference = tokens.hidden_states.iter().zip(&tokens.routing).map(|(states, routing)| {
-            reference::forward(&case.config, &weights, states, routing).expect("a case that the reference can compute")
+            reference::of_format(&case.config, &weights, states, routing)
+                .expect("a case that the reference can compute")
         });
         let reference = reference.collect();
         Self { name, case, weights, tokens, reference, launches: launches.to_vec() }
@@ -219,7 +222,7 @@ impl SmallCase {
 
     /// The case's tokens, but this choice and a later token's name experts that do not exist.
     fn with_bad_id(&self, rank: usize, token: usize, k: usize) -> Tokens {
-        let mut tokens = self.case.tokens();
+        let mut tokens = tokens_of(&self.case);
         let routing = &tokens.routing[rank];
         let mut ids = routing.topk_idx().to_vec();
         for token in [token, token + 1] {
@@ -242,6 +245,50 @@ pub fn small_matrix() -> Vec<SmallCase> {
     let mut cases = bf16_cases();
     cases.extend(fp8_cases());
     cases
+}
+
+/// How large the values of a group are: unlike those of its neighbours, so that another group's scale shows.
+fn magnitude(number: usize) -> f32 {
+    [1.0, 0.4, 1.7, 0.7, 1.3][number % 5]
+}
+
+/// Random weights; of a format with scales, blocks unlike each other.
+fn weights(config: &MoeConfig, seed: u64) -> ExpertWeights {
+    if config.experts_format == ExpertFormat::Bf16 {
+        return ExpertWeights::random(config, seed);
+    }
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut matrix = |rows: usize, columns: usize, first: usize| {
+        let bound = (3.0 / columns as f32).sqrt();
+        let value = |at: usize| {
+            let block = first + at / columns / 128 + 2 * (at % columns / 128);
+            bf16::from_f32(magnitude(block) * random.random_range(-bound..=bound))
+        };
+        let values = (0..rows * columns).map(value).collect();
+        WeightMatrix::from(Matrix::new(values, rows, columns).expect("as many values as the matrix has"))
+    };
+    let (hidden, intermediate) = (config.hidden, config.intermediate);
+    let mut expert = |number: usize| Expert {
+        gate: matrix(intermediate, hidden, number),
+        up: matrix(intermediate, hidden, number + 1),
+        down: matrix(hidden, intermediate, number + 2),
+    };
+    ExpertWeights {
+        experts: (0..config.experts).map(&mut expert).collect(),
+        shared: (0..config.shared_experts).map(expert).collect(),
+    }
+}
+
+/// The tokens of a case; of a format with scales, groups of columns unlike each other.
+fn tokens_of(case: &Case) -> Tokens {
+    let mut tokens = case.tokens();
+    if case.config.experts_format != ExpertFormat::Bf16 {
+        let hidden = case.config.hidden;
+        for (at, value) in tokens.hidden_states.iter_mut().flat_map(|states| states.iter_mut().enumerate()) {
+            *value = bf16::from_f32(value.to_f32() * magnitude(at / hidden + 3 * (at % hidden / 128)));
+        }
+    }
+    tokens
 }
 
 /// A layer of the small matrix.
