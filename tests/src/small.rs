@@ -120,6 +120,26 @@ pub enum Failure {
         /// Its error.
         error: f64,
     },
+    /// An output that is too large or too small as a whole.
+    #[error("all of rank {rank} is off by {bias:.2e} in launch {launch}")]
+    Biased {
+        /// The rank.
+        rank: usize,
+        /// The launch, from 0.
+        launch: usize,
+        /// By how much.
+        bias: f64,
+    },
+}
+
+/// By how much all of a right output in bf16 may be too large or too small. What is rounded goes either way, and in the mean of so many values nowhere; what is cut off does not.
+const BIAS: f64 = 6e-4;
+
+/// By how much a part of its own the output is larger than expected, in the mean.
+fn bias(output: &[bf16], expected: &[f64]) -> f64 {
+    let product = |of: &dyn Fn(usize) -> f64| (0..expected.len()).map(|at| of(at) * expected[at]).sum::<f64>();
+    let square = product(&|at| expected[at]);
+    if square == 0.0 { 0.0 } else { product(&|at| output[at].to_f64()) / square - 1.0 }
 }
 
 impl From<Error> for Failure {
@@ -205,6 +225,10 @@ impl SmallCase {
                     let error = reference::relative_l2(&output.output, expected);
                     if error.is_nan() || error > tolerance(self.case.config.experts_format) {
                         return Err(Failure::WrongResult { rank, launch, error });
+                    }
+                    let bias = bias(&output.output, expected);
+                    if self.format() == ExpertFormat::Bf16 && bias.abs() > BIAS {
+                        return Err(Failure::Biased { rank, launch, bias });
                     }
                 }
                 Ok(outputs.iter().filter_map(|output| output.cost).map(|cost| cost.instructions).sum())

@@ -23,6 +23,8 @@ pub enum Edit {
     Swap(usize, usize),
     /// An operand becomes a value.
     Become(i32, i64),
+    /// Only these bits of an operand are left.
+    And(i32, u32),
     /// An operand becomes the rank of the executing CTA in its cluster.
     BecomeRank(i32),
     /// An operand is an address in an array at this offset of shared memory, and its distance from there loses a bit.
@@ -207,6 +209,9 @@ fn apply(lines: &mut [String], at: usize, edit: Edit) -> Result<()> {
         }
         Edit::Become(operand, value) => {
             lines[at] = with_operand(&line, operand, |bits, _| format!("mov.b{bits} mutant, {value};"))?
+        }
+        Edit::And(operand, mask) => {
+            lines[at] = with_operand(&line, operand, |bits, old| format!("and.b{bits} mutant, {old}, {mask};"))?
         }
         Edit::BecomeRank(operand) => {
             lines[at] = with_operand(&line, operand, |_, _| "mov.u32 mutant, %cluster_ctarank;".to_owned())?

@@ -18,7 +18,7 @@ const fn stage_bytes(width: u32) -> u32 {
 }
 
 use crate::edit::Edit::{
-    Add, Become, BecomeRank, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Swap, Twice, WithoutBit,
+    Add, And, Become, BecomeRank, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Swap, Twice, WithoutBit,
 };
 use crate::edit::{Edit, Plant};
 
@@ -504,6 +504,8 @@ fn results() -> Vec<Mutant> {
     let (loads, metas, pass) = ("consumer::load_rows", "launch::write_row pull::copy", i64::from(PASS_BYTES));
     vec![
         bug("linear 1 stores columns 16 bytes too far", store, linear1, Add(0, 16)),
+        bug("linear 1 cuts its results off", "cvt.rn.bf16x2", "bf16::stage_activated", Replace(".rn", ".rz")),
+        bug("routing weights are cut off to bf16", "st.global.u32", "launch::write_row", And(-1, 0xffff_0000)),
         bug("linear 2 stores rows 16 bytes too far", store, linear2, Add(0, 16)),
         bug_at("linear 1 stores columns that do not exist", "setp.ge", linear1, 0, Stay),
         bug_at("linear 2 stores columns that do not exist", "setp.ge", linear2, 0, Stay),
@@ -745,6 +747,9 @@ fn global_counts() -> Vec<Mutant> {
         bug("every task of an expert raises its flag", ATOM, "publish::announce_results", Stay),
         bug("no task of an expert raises its flag", ATOM, "publish::announce_results", Branch),
         bug("tasks of an expert count two", ATOM, "publish::announce_results", Add(-1, 1)),
+        bug_at("counts of all launches lie in the same places", "mul.lo.s64", "route::route", 1, Become(2, 0))
+            .and(bug("", "mul.lo.s64", "publish::publish", Become(2, 0)))
+            .and(bug("", "mad.lo.s64", "schedule:: schedule::schedule", Become(2, 0))),
         bug("flags have the next launch's epoch", "st.relaxed.sys", "publish::announce_results", Add(-1, 1)),
         bug("counts are one too high", "st.relaxed.sys", "route::publish", Add(-1, 1)),
         bug("counts are one too low", "st.relaxed.sys", "route::publish", Add(-1, -1)),

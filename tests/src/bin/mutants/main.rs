@@ -215,6 +215,7 @@ fn describe(failure: &Failure) -> (Finder, String) {
         Failure::Reported(Error::Deadline { stage, .. }) => (Finder::Progress, format!("deadline of {stage:?}")),
         Failure::Reported(other) => (Finder::Result, short(&other.to_string())),
         Failure::Unreported(_) => (Finder::Result, "an error that was not reported".to_owned()),
+        Failure::Biased { .. } => (Finder::Result, "an output that is too small or too large".to_owned()),
         Failure::WrongResult { .. } => (Finder::Result, "wrong output".to_owned()),
     }
 }
