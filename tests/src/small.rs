@@ -363,8 +363,8 @@ fn fp8_cases() -> Vec<SmallCase> {
     };
     let powers_of_two = MoeConfig { scales: ScaleKind::PowerOfTwo, ..config(320, 192, 4, 2, 1) };
     vec![
-        // Narrow tiles, tasks of two weight tiles and of one, a shared expert.
-        case("fp8 layer", config(448, 320, 8, 3, 1), &[20, 9], Choices::Random, sms(3, None), &[Output; 3]),
+        // Narrow tiles, tasks of two weight tiles and of one, a shared expert; a chunk to combine has a token for each warp, so that all have their buffers.
+        case("fp8 layer", config(448, 320, 8, 3, 1), &[34, 9], Choices::Random, sms(3, None), &[Output; 3]),
         // Wide tiles of one expert that share its rows, narrow ones of the others, and more than one chunk of tokens to route.
         case("fp8 tiles", config(192, 128, 4, 2, 1), &[259, 14], Choices::AllTo(3), sms(3, None), &[Output; 2]),
         // Records of several units, pulled in several pieces; so many columns that sums without promotion would be wrong.

@@ -749,7 +749,8 @@ fn global_counts() -> Vec<Mutant> {
         bug("tasks of an expert count two", ATOM, "publish::announce_results", Add(-1, 1)),
         bug_at("counts of all launches lie in the same places", "mul.lo.s64", "route::route", 1, Become(2, 0))
             .and(bug("", "mul.lo.s64", "publish::publish", Become(2, 0)))
-            .and(bug("", "mad.lo.s64", "schedule:: schedule::schedule", Become(2, 0))),
+            .and(bug("", "mad.lo.s64", "schedule:: schedule::schedule", Become(2, 0)))
+            .harmless("a launch of the small matrix has ended on all ranks before the next one begins on any"),
         bug("flags have the next launch's epoch", "st.relaxed.sys", "publish::announce_results", Add(-1, 1)),
         bug("counts are one too high", "st.relaxed.sys", "route::publish", Add(-1, 1)),
         bug("counts are one too low", "st.relaxed.sys", "route::publish", Add(-1, -1)),
