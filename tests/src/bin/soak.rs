@@ -6,15 +6,14 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Parser;
 use ferromoe_tests::repeat::quoted;
-use ferromoe_tests::small::{SmallCase, run_options, small_matrix};
+use ferromoe_tests::small::{Modules, SmallCase, run_options, small_matrix};
 use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
-use ptx_sim::Module;
 use rayon::prelude::*;
 
 /// Runs the small matrix over many seeds: a number of them, going on where the last soak was stopped, or fresh ones for a time.
@@ -55,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
+    let modules = Modules::parse()?;
     let mut cases = small_matrix();
     if let Some(name) = &arguments.case {
         let names: Vec<_> = cases.iter().map(|case| case.name).collect();
@@ -65,13 +64,13 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     if let Some(seed) = arguments.seed {
-        run_seed(&cases, &module, seed, !arguments.unchecked)?;
+        run_seed(&cases, &modules, seed, !arguments.unchecked)?;
         println!("seed {seed}: all right");
         return Ok(());
     }
     let checks = !arguments.unchecked;
     if let Some(seconds) = arguments.seconds {
-        return run_fresh(&cases, &module, arguments.base, Duration::from_secs(seconds), checks);
+        return run_fresh(&cases, &modules, arguments.base, Duration::from_secs(seconds), checks);
     }
     let path = done_path(checks)?;
     if arguments.restart && path.exists() {
@@ -87,7 +86,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} seeds, {elapsed} ({eta} left)")?;
     let progress = ProgressBar::new(left.len() as u64).with_style(style);
     left.par_iter().progress_with(progress).try_for_each(|&seed| {
-        run_seed(&cases, &module, seed, !arguments.unchecked)?;
+        run_seed(&cases, &modules, seed, !arguments.unchecked)?;
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         writeln!(file, "{seed}").with_context(|| format!("cannot write {}", path.display()))
     })?;
@@ -96,13 +95,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// Runs seeds from `base` on until the time is up; the last ones begun are finished.
-fn run_fresh(
-    cases: &[SmallCase],
-    module: &Arc<Module>,
-    base: Option<u64>,
-    budget: Duration,
-    checks: bool,
-) -> Result<()> {
+fn run_fresh(cases: &[SmallCase], modules: &Modules, base: Option<u64>, budget: Duration, checks: bool) -> Result<()> {
     // Milliseconds: no two soaks have seeds in common.
     let today = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
     let base = base.unwrap_or_else(today);
@@ -111,7 +104,7 @@ fn run_fresh(
     let next = AtomicU64::new(base);
     (0..rayon::current_num_threads()).into_par_iter().try_for_each(|_| {
         while start.elapsed() < budget {
-            run_seed(cases, module, next.fetch_add(1, Ordering::Relaxed), checks)?;
+            run_seed(cases, modules, next.fetch_add(1, Ordering::Relaxed), checks)?;
         }
         anyhow::Ok(())
     })?;
@@ -120,10 +113,10 @@ fn run_fresh(
     Ok(())
 }
 
-fn run_seed(cases: &[SmallCase], module: &Arc<Module>, seed: u64, checks: bool) -> Result<()> {
+fn run_seed(cases: &[SmallCase], modules: &Modules, seed: u64, checks: bool) -> Result<()> {
     for case in cases {
         let name = case.name;
-        case.run(module, seed, &run_options(None, checks)).map_err(|failure| {
+        case.run(modules.of(case.format()), seed, &run_options(None, checks)).map_err(|failure| {
             let unchecked = if checks { "" } else { " --unchecked" };
             let command = format!("cargo xtask soak --case {} --seed {seed}{unchecked}", quoted(name));
             anyhow!("case `{name}` failed with seed {seed}: {failure}\nrepeat it with\n  {command}")

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use clap::builder::RangedU64ValueParser;
 use ferromoe::MAX_RANKS;
-use ferromoe_tests::small::{SmallCase, small_matrix};
+use ferromoe_tests::small::{Modules, SmallCase, small_matrix};
 use ptx_sim::{Kind, Module, Profile, RunOptions};
 
 /// Thread instructions, those of wgmma left out, that the simulator should run in a second of one core.
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
+    let modules = Modules::parse()?;
     println!(
         "The kernel's PTX in the simulator, a second being one of processor time; the fastest of {} runs.\n\
          Goals: {:.0} M thread instructions/s without checks and without wgmma, checks on at most {CHECKS_GOAL}x.\n\n\
@@ -73,7 +73,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut short = 0;
     for case in small_matrix().iter().filter(|case| case.succeeds()) {
         for &ranks in &arguments.ranks {
-            let measured = measure(&case.on_ranks(ranks), &module, arguments.runs)
+            let measured = measure(&case.on_ranks(ranks), modules.of(case.format()), arguments.runs)
                 .with_context(|| format!("case `{}` on {ranks} ranks", case.name))?;
             let (rate, ratio) = (measured.thread_rate(), measured.checks_ratio());
             println!(

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,8 +19,12 @@ pub enum Edit {
     Add(i32, i64),
     /// The lowest bit of an operand is flipped.
     Flip(i32),
+    /// Two operands are exchanged.
+    Swap(usize, usize),
     /// An operand becomes a value.
     Become(i32, i64),
+    /// Only these bits of an operand are left.
+    And(i32, u32),
     /// An operand becomes the rank of the executing CTA in its cluster.
     BecomeRank(i32),
     /// An operand is an address in an array at this offset of shared memory, and its distance from there loses a bit.
@@ -193,8 +198,20 @@ fn apply(lines: &mut [String], at: usize, edit: Edit) -> Result<()> {
         Edit::Flip(operand) => {
             lines[at] = with_operand(&line, operand, |bits, old| format!("xor.b{bits} mutant, {old}, 1;"))?
         }
+        Edit::Swap(first, second) => {
+            let operands = operands(&line);
+            let (Some(first), Some(second)) = (operands.get(first), operands.get(second)) else {
+                bail!("`{line}` has only {} operands", operands.len());
+            };
+            let [a, b] = [first, second].map(|place| &line[place.clone()]);
+            let (before, between, behind) = (&line[..first.start], &line[first.end..second.start], &line[second.end..]);
+            lines[at] = format!("{before}{b}{between}{a}{behind}");
+        }
         Edit::Become(operand, value) => {
             lines[at] = with_operand(&line, operand, |bits, _| format!("mov.b{bits} mutant, {value};"))?
+        }
+        Edit::And(operand, mask) => {
+            lines[at] = with_operand(&line, operand, |bits, old| format!("and.b{bits} mutant, {old}, {mask};"))?
         }
         Edit::BecomeRank(operand) => {
             lines[at] = with_operand(&line, operand, |_, _| "mov.u32 mutant, %cluster_ctarank;".to_owned())?
@@ -238,8 +255,8 @@ fn next(lines: &[String], at: usize, wanted: impl Fn(&str) -> bool) -> Result<us
     found.context("no such line follows")
 }
 
-/// The instruction with another operand, in a scope of its own: what `change` makes of the old one, of so many bits.
-fn with_operand(line: &str, operand: i32, change: impl Fn(u32, &str) -> String) -> Result<String> {
+/// Where a line's registers and numbers are.
+fn operands(line: &str) -> Vec<Range<usize>> {
     let is_operand = |text: &str| text.starts_with("%r") || text.starts_with(|c: char| c.is_ascii_digit());
     let opcode = line.trim_start().find([' ', '\t']).unwrap_or(0) + line.len() - line.trim_start().len();
     let mut operands = Vec::new();
@@ -252,6 +269,12 @@ fn with_operand(line: &str, operand: i32, change: impl Fn(u32, &str) -> String) 
             start = end + 1;
         }
     }
+    operands
+}
+
+/// The instruction with another operand, in a scope of its own: what `change` makes of the old one, of so many bits.
+fn with_operand(line: &str, operand: i32, change: impl Fn(u32, &str) -> String) -> Result<String> {
+    let operands = operands(line);
     let index = if operand < 0 { operand + operands.len() as i32 } else { operand };
     let place = usize::try_from(index).ok().and_then(|index| operands.get(index));
     let place = place.with_context(|| format!("`{line}` has only {} operands", operands.len()))?.clone();
@@ -299,6 +322,9 @@ mod tests {
             assert_eq!(with_operand(line, operand, less).expect("an operand"), expected);
         }
         with_operand(line, 4, |_, _| String::new()).expect_err("four operands");
+        let mut lines = [line.to_owned()];
+        apply(&mut lines, 0, Edit::Swap(1, 2)).expect("both operands");
+        assert_eq!(lines[0], "ld.x.v2.u32 [%rd7, {%r2, %r1}], 16, _;");
     }
 
     #[test]

@@ -1,10 +1,13 @@
-//! The planted bugs.
+//! The planted bugs. What both formats share has its bugs in the kernel of bf16 alone; what is FP8's own is in [`fp8`].
 
+mod fp8;
+
+use ferromoe::ExpertFormat;
 use ferromoe_kernel::format::Format;
 use ferromoe_kernel::layout::MAX_LOCAL_EXPERTS;
 use ferromoe_kernel::shared::{PASS_BYTES, SharedLayout};
 
-/// The format whose kernel bugs are planted in.
+/// The format of most bugs.
 const FORMAT: Format = Format::BF16;
 const CONSUMER_WARPS: u32 = FORMAT.consumer_warps();
 const TASK_FINISHED_OFFSET: u32 = SharedLayout::new(&FORMAT).task_finished;
@@ -15,7 +18,7 @@ const fn stage_bytes(width: u32) -> u32 {
 }
 
 use crate::edit::Edit::{
-    Add, Become, BecomeRank, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Twice, WithoutBit,
+    Add, And, Become, BecomeRank, Behind, Branch, Drop, Flip, Pass, Replace, Set, Stay, Swap, Twice, WithoutBit,
 };
 use crate::edit::{Edit, Plant};
 
@@ -23,6 +26,8 @@ use crate::edit::{Edit, Plant};
 pub struct Mutant {
     /// What is wrong with it.
     pub what: &'static str,
+    /// In whose kernel it is planted.
+    pub format: ExpertFormat,
     /// The edits.
     pub plants: Vec<Plant>,
     /// Why nothing can find it, where that is so.
@@ -41,11 +46,15 @@ impl Mutant {
 }
 
 fn bug(what: &'static str, instruction: &'static str, from: &'static str, edit: Edit) -> Mutant {
-    Mutant { what, plants: vec![Plant { instruction, from, place: None, edit }], harmless: None }
+    planted(what, Plant { instruction, from, place: None, edit })
 }
 
 fn bug_at(what: &'static str, instruction: &'static str, from: &'static str, place: usize, edit: Edit) -> Mutant {
-    Mutant { what, plants: vec![Plant { instruction, from, place: Some(place), edit }], harmless: None }
+    planted(what, Plant { instruction, from, place: Some(place), edit })
+}
+
+fn planted(what: &'static str, plant: Plant) -> Mutant {
+    Mutant { what, format: ExpertFormat::Bf16, plants: vec![plant], harmless: None }
 }
 
 const PROXY: &str = "fence.proxy.async";
@@ -53,6 +62,8 @@ const PROXY: &str = "fence.proxy.async";
 const FENCE: &str = "fence.acq_rel.sys";
 /// Of one rank alone.
 const FENCE_ALONE: &str = "fence.acq_rel.gpu";
+/// One of a warpgroup's, each under a condition.
+const SYNC: &str = "@";
 const WAIT: &str = "mbarrier.try_wait";
 /// At a barrier of this CTA, or of any by its address in the cluster.
 const ARRIVE: &str = "mbarrier.arrive.shared";
@@ -104,6 +115,7 @@ pub fn mutants() -> Vec<Mutant> {
         global_order(),
         global_counts(),
         progress(),
+        fp8::mutants(),
     ]
     .into_iter()
     .flatten()
@@ -195,8 +207,8 @@ fn mbarrier_waits() -> Vec<Mutant> {
         bug("the scheduler does not wait for a free slot", WAIT, "cta::put", Pass),
         bug_at("the scheduler does not wait until the next task is wanted", WAIT, "cta::wait", 0, Pass)
             .harmless(CLAIMED),
-        bug_at("a consumer reads the row metas before the first stage is full", WAIT, "consume::run", 0, Pass),
-        bug("a consumer does not wait for full stages", WAIT, "consume::multiply", Pass),
+        bug_at("a consumer loads what the rows have before the first stage is full", WAIT, "bf16::run", 0, Pass),
+        bug("a consumer does not wait for full stages", WAIT, "bf16::multiply", Pass),
         bug("the producer does not wait for free stages", WAIT, "produce::load_weights", Pass),
         bug("the publisher does not wait for a finished task", WAIT, finished, Pass),
         bug("a pulled piece is stored before it has landed", WAIT, "pull::copy_pieces", Pass),
@@ -212,8 +224,8 @@ fn mbarrier_waits() -> Vec<Mutant> {
             0,
             Flip(1),
         ),
-        bug_at("the row metas are read with the other parity", WAIT, "consume::run", 0, Flip(1)),
-        bug("a consumer waits for stages with the other parity", WAIT, "consume::multiply", Flip(1)),
+        bug_at("what the rows have is loaded with the other parity", WAIT, "bf16::run", 0, Flip(1)),
+        bug("a consumer waits for stages with the other parity", WAIT, "bf16::multiply", Flip(1)),
         bug("the producer waits for stages with the other parity", WAIT, "produce::load_weights", Flip(1)),
         bug("the publisher waits for a finished task with the other parity", WAIT, finished, Flip(1)),
         bug("a pulled piece is waited for with the other parity", WAIT, "pull::copy_pieces", Flip(1)),
@@ -249,17 +261,17 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
             Drop,
         ),
         bug("consumers do not give the slot of a chunk back", ARRIVE, "cta::release_warp combine::combine", Drop),
-        bug("consumers do not give stages back", ARRIVE, "consume::multiply", Drop),
-        bug_at("consumers do not give the last stage of a task back", ARRIVE, "consume::multiply", 1, Drop),
-        bug("a finished task is not handed over", ARRIVE, "consume::hand_over", Drop),
+        bug("consumers do not give stages back", ARRIVE, "bf16::multiply", Drop),
+        bug_at("consumers do not give the last stage of a task back", ARRIVE, "bf16::multiply", 1, Drop),
+        bug("a finished task is not handed over", ARRIVE, "consumer::hand_over", Drop),
         bug("a task is announced twice", ARRIVE, "cta::put", Twice),
         bug_at("the producer says twice that the next task is wanted", ARRIVE, "produce::load", 1, Twice),
         bug("consumers give the task slot back twice", ARRIVE, "cta::release_warp consume::multiply_tasks", Twice),
-        bug("consumers give stages back twice", ARRIVE, "consume::multiply", Twice),
-        bug("a finished task is handed over twice", ARRIVE, "consume::hand_over", Twice),
+        bug("consumers give stages back twice", ARRIVE, "bf16::multiply", Twice),
+        bug("a finished task is handed over twice", ARRIVE, "consumer::hand_over", Twice),
         bug("a task is announced in the next slot", OWN_ARRIVE, "cta::put", Add(0, 8)),
-        bug("a finished task is handed over as the next one", OWN_ARRIVE, "consume::hand_over", Add(0, 8)),
-        bug("consumers give the next stage back", ARRIVE, "consume::multiply", Add(0, 8)),
+        bug("a finished task is handed over as the next one", OWN_ARRIVE, "consumer::hand_over", Add(0, 8)),
+        bug("consumers give the next stage back", ARRIVE, "bf16::multiply", Add(0, 8)),
         bug(
             "the producer gives the task slot back before it has read it",
             "ld.shared.v4",
@@ -289,7 +301,7 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug("a combine buffer expects 16 bytes too many", EXPECT, "combine::load", Add(-1, 16)),
         bug("a combine buffer expects 16 bytes too few", EXPECT, "combine::load", Add(-1, -16)),
         bug("the producer's ring has a stage less", "setp.eq", "cta::advance produce::load", Add(-1, -1)),
-        bug("the consumers' ring never wraps", "setp.eq", "cta::wrap consume::multiply", Add(-1, -1)),
+        bug("the consumers' ring never wraps", "setp.eq", "cta::wrap bf16::multiply", Add(-1, -1)),
         bug_at("the producer reads a task twice", "add.s32", "cta::take produce::produce", 2, Replace(", 1;", ", 0;")),
         bug("consumers read a task twice", "add.s32", "cta::release_warp combine::combine", Replace(", 1;", ", 0;")),
         bug("the scheduler has a task slot more", "setp.eq", "cta::wrap cta::wait", Replace(", 2;", ", 3;")),
@@ -310,7 +322,7 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
         bug(
             "the ring of finished tasks is as long as that of the slots",
             OWN_ARRIVE,
-            "consume::hand_over",
+            "consumer::hand_over",
             WithoutBit(0, TASK_FINISHED_OFFSET, 16),
         )
         .and(bug("", WAIT, "mbarrier::wait publish::publish", WithoutBit(0, TASK_FINISHED_OFFSET, 16)))
@@ -329,7 +341,7 @@ fn mbarrier_arrivals() -> Vec<Mutant> {
 /// What begins before the counts are there, and how the counts are announced.
 fn early_work() -> Vec<Mutant> {
     let (scheduler, meta, first_task) =
-        ("schedule::schedule", "layout::pack pull::copy_shared", "schedule::schedule schedule::words");
+        ("schedule::schedule", "launch::write_row pull::copy_shared", "task::words schedule::schedule");
     vec![
         bug_at("pull does not wait for the counts", WAIT, "pull::pull", 1, Pass),
         bug_at("pull waits for the counts with the other parity", WAIT, "pull::pull", 1, Flip(1)),
@@ -356,26 +368,31 @@ fn early_work() -> Vec<Mutant> {
             0,
             Add(2, 1),
         ),
-        bug_at("shared rows are those of the next token", "mad.lo.s64", "pull::pull", 0, Add(1, 1)),
-        bug("results of shared rows go to the next row", "or.b64", meta, Add(1, 1)),
-        bug("results of shared rows go to the next rank", "shl.b32", meta, Add(1, 1)),
+        bug("shared rows are those of the next token", "mad.lo.s64", "pull:: pull::pull", Add(1, 1)),
+        bug("results of shared rows go to the next row", "mad.lo.s64", meta, Add(1, 1)),
+        bug(
+            "results of shared rows go to the next rank",
+            "ld.param.b64",
+            "launch::symmetric_base launch::write_row pull::copy_shared",
+            Add(1, 8),
+        ),
         bug(
             "shared experts have half of their weight",
-            "or.b64",
+            "st.global.u32",
             meta,
-            Replace("4575657221408423936", "4539628424389459968"),
+            Become(-1, i64::from(0.5_f32.to_bits())),
         ),
     ]
 }
 
 /// How a CTA goes on from the first product's stages to those of the launch, if they are cut otherwise.
 fn stages_of_another_cut() -> Vec<Mutant> {
-    let (producer, consumers, old) = ("produce::retire", "consume::retire", "schedule::hand_out_tasks");
+    let (producer, consumers, old) = ("produce::retire", "consumer::pass_stage", "schedule::hand_out_tasks");
     vec![
-        bug_at("no task says that stages were cut otherwise", "selp.b32", old, 2, Set(0)),
-        bug_at("a task says that there were two stages less", "selp.b32", old, 2, Add(2, -2 << 16)),
+        bug_at("no task says that stages were cut otherwise", "selp.b32", old, 1, Set(0)),
+        bug_at("a task says that there were two stages less", "selp.b32", old, 1, Add(2, -2 << 16)),
         bug_at("the producer does not pass over old stages", "setp.eq", "produce::load", 1, Branch),
-        bug_at("consumers do not pass over old stages", "setp.eq", "consume::multiply_tasks", 1, Branch),
+        bug_at("consumers do not pass over old stages", "setp.eq", "consume::multiply_tasks", 2, Branch),
         bug("the producer waits for no old stage", WAIT, producer, Pass),
         bug("the producer waits for old stages with the other parity", WAIT, producer, Flip(1)),
         bug_at("the producer does not wait until all old stages are free", WAIT, producer, 1, Pass),
@@ -468,30 +485,27 @@ fn followers() -> Vec<Mutant> {
 fn products() -> Vec<Mutant> {
     let wait = "wgmma.wait_group";
     vec![
-        bug("no `wgmma.fence`", "wgmma.fence", "consume::multiply", Drop),
-        bug("no `wgmma.commit_group`", "wgmma.commit_group", "consume::multiply", Drop),
-        bug_at("no wait for the products before", wait, "consume::multiply", 0, Drop),
-        bug_at("two products stay in flight where one may", wait, "consume::multiply", 0, Replace(" 1;", " 2;")),
-        bug_at("no wait for the last products", wait, "consume::multiply", 1, Drop),
-        bug("the product's tokens are the next stage's", "mov.b64 b,", "consume::multiply", Add(0, STAGE / 16)),
-        bug("the product's weights are the next stage's", "mov.b64 a,", "consume::multiply", Add(0, STAGE / 16)),
-        bug("the product's tokens begin 16 bytes too far", "mov.b64 b,", "consume::multiply", Add(0, 1)),
-        bug(
-            "consumers take more registers than there are",
-            "setmaxnreg.inc",
-            "entry::ferromoe_forward",
-            Replace("208", "240"),
-        ),
-        bug("helper warps keep their registers", "setmaxnreg.dec", "entry::ferromoe_forward", Drop),
+        bug("no `wgmma.fence`", "wgmma.fence", "bf16::multiply", Drop),
+        bug("no `wgmma.commit_group`", "wgmma.commit_group", "bf16::multiply", Drop),
+        bug_at("no wait for the products before", wait, "bf16::multiply", 0, Drop),
+        bug_at("two products stay in flight where one may", wait, "bf16::multiply", 0, Replace(" 1;", " 2;")),
+        bug_at("no wait for the last products", wait, "bf16::multiply", 1, Drop),
+        bug("the product's tokens are the next stage's", "mov.b64 b,", "bf16::multiply", Add(0, STAGE / 16)),
+        bug("the product's weights are the next stage's", "mov.b64 a,", "bf16::multiply", Add(0, STAGE / 16)),
+        bug("the product's tokens begin 16 bytes too far", "mov.b64 b,", "bf16::multiply", Add(0, 1)),
+        bug("consumers take more registers than there are", "setmaxnreg.inc", "entry::forward", Replace("208", "240")),
+        bug("helper warps keep their registers", "setmaxnreg.dec", "entry::forward", Drop),
     ]
 }
 
 /// How products leave the consumers.
 fn results() -> Vec<Mutant> {
-    let (linear1, linear2, store, transpose) = ("linear1::finish", "linear2::finish", "st.global.v4", "stmatrix");
-    let (metas, pass) = ("consume::keep_row_metas", i64::from(PASS_BYTES));
+    let (linear1, linear2, store, transpose) = ("bf16::finish_linear1", "linear2::finish", "st.global.v4", "stmatrix");
+    let (loads, metas, pass) = ("consumer::load_rows", "launch::write_row pull::copy", i64::from(PASS_BYTES));
     vec![
         bug("linear 1 stores columns 16 bytes too far", store, linear1, Add(0, 16)),
+        bug("linear 1 cuts its results off", "cvt.rn.bf16x2", "bf16::stage_activated", Replace(".rn", ".rz")),
+        bug("routing weights are cut off to bf16", "st.global.u32", "launch::write_row", And(-1, 0xffff_0000)),
         bug("linear 2 stores rows 16 bytes too far", store, linear2, Add(0, 16)),
         bug_at("linear 1 stores columns that do not exist", "setp.ge", linear1, 0, Stay),
         bug_at("linear 2 stores columns that do not exist", "setp.ge", linear2, 0, Stay),
@@ -500,32 +514,44 @@ fn results() -> Vec<Mutant> {
         bug_at(
             "linear 2 stores the next pass",
             "ld.shared.v4",
-            "consume::store_passes linear2::finish",
+            "consumer::store_passes linear2::finish",
             0,
             Add(-1, pass),
         ),
         bug(
-            "row metas are kept where the second warpgroup's are",
-            "st.shared.u64",
-            metas,
-            Add(0, 8 * i64::from(MAX_TOKEN_TILE)),
+            "what the rows have lies where the second warpgroup's does",
+            "cp.async.ca",
+            loads,
+            Add(0, 8 * i64::from(FORMAT.warpgroup_tokens)),
         ),
+        bug("rows have what the next ones have", "cp.async.ca", loads, Add(1, 8)),
+        bug("what the rows have is not waited for", "cp.async.wait_all", "bf16::run", Drop),
         bug("results go to the next row", "mad.lo.s64", metas, Add(1, 1)),
-        bug("results go to the next rank", "ld.param.b64", "launch::symmetric_base consume::keep_row_metas", Add(1, 8)),
-        bug("results have the address of the next row of the tile", "ld.shared.u64", "consume::result_row", Add(-1, 8)),
-        bug("rows have the routing weights of the next two", "ld.shared.v4", "consume::row_weights", Add(-1, 16)),
+        bug(
+            "results go to the next rank",
+            "ld.param.b64",
+            "launch::symmetric_base launch::write_row pull::copy",
+            Add(1, 8),
+        ),
+        bug(
+            "results have the address of the next row of the tile",
+            "ld.shared.u64",
+            "consumer::result_row",
+            Add(-1, 8),
+        ),
+        bug("rows have the routing weights of the next two", "ld.shared.v2", "consumer::row_weights", Add(-1, 8)),
     ]
 }
 
 fn barriers() -> Vec<Mutant> {
-    let (cta, warp) = ("bar.sync", "bar.warp.sync");
+    let (rows_there, warp) = ("bf16::run consumer::sync", "bar.warp.sync");
     vec![
-        bug_at("consumers combine before all are done with the stages", cta, "consume::consume", 1, Drop),
-        bug_at("row metas are read before all are there", cta, "consume::run consume::sync", 0, Drop),
-        bug("linear 1 stores columns before all are staged", cta, "linear1::finish", Drop),
-        bug("linear 2 stores rows before all are staged", cta, "linear2::finish", Drop),
-        bug("a warpgroup's barrier does without a warp", cta, "consume::sync", Add(-1, -32)),
-        bug_at("a warpgroup meets at another barrier once", cta, "consume::run consume::sync", 0, Add(0, 1)),
+        bug("consumers combine before all are done with the stages", "bar.sync", "consume::consume", Drop),
+        bug_at("what the rows have is read before all of it is there", SYNC, rows_there, 0, Drop),
+        bug("linear 1 stores columns before all are staged", SYNC, "consumer::sync bf16::finish_linear1", Drop),
+        bug("linear 2 stores rows before all are staged", SYNC, "consumer::sync linear2::finish", Drop),
+        bug("a warpgroup's barrier does without a warp", SYNC, "consumer::sync", Replace("128", "96")),
+        bug_at("a warpgroup meets at another barrier once", "@first bar.sync", rows_there, 0, Replace(" 2,", " 3,")),
         bug("a task slot is given back before all lanes have read it", warp, "cta::release_warp", Drop),
         bug(
             "a task slot's warp barrier leaves out half the warp",
@@ -533,19 +559,18 @@ fn barriers() -> Vec<Mutant> {
             "cta::release_warp",
             Replace("0xffffffff", "0x0000ffff"),
         ),
-        bug("a task is handed over before all lanes have stored their results", warp, "consume::hand_over", Drop),
+        bug("a task is handed over before all lanes have stored their results", warp, "consumer::hand_over", Drop),
         bug("a combine buffer is refilled before all lanes have read it", warp, "combine::sum", Drop),
         bug("results are loaded before all lanes have seen their flags", warp, "combine::wait_for_results", Drop),
         bug("lists are counted before all lanes have written them", warp, "route::route", Drop),
         bug("counts are published before all lanes have told where the rows are", warp, "route::publish", Drop),
-        bug_at("no warp barrier at the end", warp, "entry::ferromoe_forward", 5, Drop).harmless(ALIGNED),
+        bug_at("no warp barrier at the end", warp, "entry::forward", 5, Drop).harmless(ALIGNED),
     ]
 }
 
 /// What CTAs of a cluster do for each other, and where they wait for each other.
 fn clusters() -> Vec<Mutant> {
-    let (entry, multiply, write) =
-        ("entry::ferromoe_forward cluster::barrier_cluster", "consume::multiply", "cta::put");
+    let (entry, multiply, write) = ("entry::forward cluster::barrier_cluster", "bf16::multiply", "cta::put");
     let (warps, roles) = (i64::from(CONSUMER_WARPS), i64::from(2 + CONSUMER_WARPS));
     let mapa = "mapa.shared::cluster";
     let apart = |what, place| {
@@ -671,7 +696,18 @@ fn global_order() -> Vec<Mutant> {
         bug("stored columns are counted relaxed", release, "publish::announce_columns", Replace("release", "relaxed")),
         bug("pulled rows are counted with CTA scope", release, "pull::pull", Replace(".gpu", ".cta")),
         bug("stored columns are counted with CTA scope", release, "publish::announce_columns", Replace(".gpu", ".cta")),
-        bug("a row's meta is written behind its count", "st.global.u64", "pull::pull", Behind("red.release")),
+        bug(
+            "where a row's result goes is written behind the row's count",
+            "st.global.u64",
+            "launch::write_row pull::pull",
+            Behind("red.release"),
+        ),
+        bug(
+            "a row's weight is written behind the row's count",
+            "st.global.u32",
+            "launch::write_row pull::pull",
+            Behind("red.release"),
+        ),
         bug("flags are raised with GPU scope", "st.relaxed.sys", "publish::announce_results", Replace(".sys", ".gpu")),
         bug(
             "flags are raised by an ordinary store",
@@ -697,7 +733,7 @@ fn global_order() -> Vec<Mutant> {
         bug("the end of CTAs is counted with CTA scope", ATOM, "entry::end_launch", Replace(".gpu", ".cta")),
         bug("list places are claimed with CTA scope", ATOM, "route::send", Replace(".gpu", ".cta")),
         bug("tasks are claimed with CTA scope", ATOM, "schedule::claim_task", Replace(".gpu", ".cta")),
-        bug("rows are claimed with CTA scope", ATOM, "route::claim pull::pull", Replace(".gpu", ".cta")),
+        bug("rows are claimed with CTA scope", ATOM, "launch::claim pull::pull", Replace(".gpu", ".cta")),
     ]
 }
 
@@ -711,13 +747,17 @@ fn global_counts() -> Vec<Mutant> {
         bug("every task of an expert raises its flag", ATOM, "publish::announce_results", Stay),
         bug("no task of an expert raises its flag", ATOM, "publish::announce_results", Branch),
         bug("tasks of an expert count two", ATOM, "publish::announce_results", Add(-1, 1)),
+        bug_at("counts of all launches lie in the same places", "mul.lo.s64", "route::route", 1, Become(2, 0))
+            .and(bug("", "mul.lo.s64", "publish::publish", Become(2, 0)))
+            .and(bug("", "mad.lo.s64", "schedule:: schedule::schedule", Become(2, 0)))
+            .harmless("a launch of the small matrix has ended on all ranks before the next one begins on any"),
         bug("flags have the next launch's epoch", "st.relaxed.sys", "publish::announce_results", Add(-1, 1)),
         bug("counts are one too high", "st.relaxed.sys", "route::publish", Add(-1, 1)),
         bug("counts are one too low", "st.relaxed.sys", "route::publish", Add(-1, -1)),
         bug("list places are claimed two by two", ATOM, "route::send", Add(-1, 1)),
         bug("every second task is skipped", ATOM, "schedule::claim_task", Twice),
-        bug("every second row is skipped", ATOM, "route::claim pull::pull", Twice),
-        bug("every second chunk of tokens is skipped", ATOM, "route::claim route::route", Twice),
+        bug("every second row is skipped", ATOM, "launch::claim pull::pull", Twice),
+        bug("every second chunk of tokens is skipped", ATOM, "launch::claim route::route", Twice),
         bug("routed chunks count two", "atom.acq_rel", "route::route", Add(-1, 1)),
         bug("experts with rows are not marked", "st.shared", "schedule::look_at_rows", Drop),
         bug("experts are marked that have no rows", "st.shared", "schedule::look_at_rows", Add(-1, 1)),
@@ -776,12 +816,14 @@ fn global_counts() -> Vec<Mutant> {
 }
 
 fn progress() -> Vec<Mutant> {
+    let deadline = "setp.gt.u64";
     vec![
-        bug("the wait for counts has no deadline", "setp.le.u64", "launch::wait_until", Branch),
-        bug("waits other than that for counts have no deadline", "setp.gt.u64", "launch::wait_until", Stay)
+        bug("the wait for counts has no deadline", deadline, "launch::wait_until schedule::gather_counts", Stay),
+        bug("waits other than that for counts have no deadline", deadline, "launch::wait_until produce::load", Stay)
+            .and(bug("", deadline, "launch::wait_until combine::wait_for_flag", Stay))
             .harmless("a rank that is lost publishes no counts: that wait ends, and all others fall through"),
         bug("a deadline that passes is not reported", "atom.relaxed.gpu.global.cas", "launch::wait_until", Drop),
-        bug("the deadline passes at once", "setp.gt.u64", "launch::wait_until", Branch),
+        bug("the deadline passes at once", deadline, "launch::wait_until", Branch),
         bug("a deadline is compared with the time since 1970", "sub.s64", "launch::wait_until", Become(-1, 0)),
     ]
 }

@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use ferromoe::Error;
+use ferromoe::{Error, ExpertFormat};
 use ferromoe_tests::repeat::quoted;
-use ferromoe_tests::small::{Failure, SmallCase, run_options, small_matrix};
+use ferromoe_tests::small::{FORMATS, Failure, Modules, SmallCase, format_of, run_options, small_matrix};
 use indicatif::{ParallelProgressIterator, ProgressBar, ProgressStyle};
 use ptx_sim::{Fault, Module, Position, SimError};
 use rayon::prelude::*;
@@ -35,6 +35,9 @@ struct Arguments {
     /// Only bugs whose description contains this.
     #[arg(long)]
     only: Option<String>,
+    /// Only bugs in the kernel of this format: bf16 or fp8.
+    #[arg(long, value_parser = format_of)]
+    format: Option<ExpertFormat>,
     /// Without the simulator's checks, in weak memory: only what goes wrong counts.
     #[arg(long, conflicts_with = "write")]
     unchecked: bool,
@@ -42,7 +45,7 @@ struct Arguments {
     #[arg(long, conflicts_with_all = ["seeds", "unchecked", "write"])]
     list: bool,
     /// Write the table to docs/mutants.md.
-    #[arg(long, conflicts_with = "only")]
+    #[arg(long, conflicts_with_all = ["only", "format"])]
     write: bool,
 }
 
@@ -96,9 +99,8 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<bool> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let source = Source::read(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false), &root)?;
-    let mutants = chosen(arguments.only.as_deref())?;
-    let modules = mutants.iter().map(|mutant| plant(&source, mutant)).collect::<Vec<_>>();
+    let mutants = chosen(arguments.only.as_deref(), arguments.format)?;
+    let modules = planted(&mutants, &root)?;
     let broken: Vec<_> = modules.iter().filter_map(|module| module.as_ref().err()).collect();
     ensure!(
         broken.is_empty(),
@@ -109,7 +111,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
     if arguments.list {
         return Ok(true);
     }
-    let cases = small_matrix();
+    let mut cases = small_matrix();
+    cases.retain(|case| mutants.iter().any(|mutant| mutant.format == case.format()));
     let limits = right_kernel(&cases, !arguments.unchecked)?;
     // A mutant that makes the simulator panic is shown in the table, once.
     std::panic::set_hook(Box::new(|_| {}));
@@ -117,8 +120,11 @@ fn run(arguments: &Arguments) -> Result<bool> {
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} bugs, {elapsed} ({eta} left)")?);
     let found: Vec<Option<Found>> = modules
         .into_par_iter()
-        .map(|module| {
-            find(&cases, &limits, &Arc::new(module.expect("checked above")), arguments.seeds, !arguments.unchecked)
+        .zip(&mutants)
+        .map(|(module, mutant)| {
+            let of_format: Vec<_> =
+                cases.iter().zip(&limits).filter(|(case, _)| case.format() == mutant.format).collect();
+            find(&of_format, &Arc::new(module.expect("checked above")), arguments.seeds, !arguments.unchecked)
         })
         .progress_with(progress)
         .collect();
@@ -140,9 +146,10 @@ fn run(arguments: &Arguments) -> Result<bool> {
     Ok(caught * 100 >= REQUIRED_PERCENT * found.len())
 }
 
-/// The bugs whose description contains `only`; at least one.
-fn chosen(only: Option<&str>) -> Result<Vec<Mutant>> {
+/// The bugs of this format whose description contains `only`; at least one.
+fn chosen(only: Option<&str>, format: Option<ExpertFormat>) -> Result<Vec<Mutant>> {
     let mut mutants = mutants();
+    mutants.retain(|mutant| format.is_none_or(|format| mutant.format == format));
     let all = mutants.len();
     mutants.retain(|mutant| only.is_none_or(|only| mutant.what.contains(only)));
     ensure!(
@@ -153,6 +160,14 @@ fn chosen(only: Option<&str>) -> Result<Vec<Mutant>> {
     Ok(mutants)
 }
 
+/// The kernel with each bug.
+fn planted(mutants: &[Mutant], root: &Path) -> Result<Vec<Result<Module>>> {
+    let [bf16, fp8] = FORMATS.map(|format| Source::read(ferromoe::kernel_ptx(format, false), root));
+    let (bf16, fp8) = (bf16?, fp8?);
+    let source = |format| if format == ExpertFormat::Bf16 { &bf16 } else { &fp8 };
+    Ok(mutants.iter().map(|mutant| plant(source(mutant.format), mutant)).collect())
+}
+
 fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
     let ptx = source.edited(&mutant.plants).with_context(|| mutant.what.to_owned())?;
     Module::parse(&ptx).with_context(|| mutant.what.to_owned())
@@ -160,8 +175,8 @@ fn plant(source: &Source<'_>, mutant: &Mutant) -> Result<Module> {
 
 /// Runs the kernel as it is, and returns each case's limit of warp instructions.
 fn right_kernel(cases: &[SmallCase], checks: bool) -> Result<Vec<u64>> {
-    let module = Arc::new(Module::parse(ferromoe::kernel_ptx(ferromoe::ExpertFormat::Bf16, false))?);
-    let limit = |case: &SmallCase| match case.run(&module, 0, &run_options(None, checks)) {
+    let modules = Modules::parse()?;
+    let limit = |case: &SmallCase| match case.run(modules.of(case.format()), 0, &run_options(None, checks)) {
         Ok(ran) => Ok(PATIENCE * ran.instructions),
         Err(failure) => bail!(
             "the kernel without a bug fails case `{}`: {failure}\nrepeat it with\n  cargo xtask soak --case {} --seed 0{}",
@@ -173,11 +188,11 @@ fn right_kernel(cases: &[SmallCase], checks: bool) -> Result<Vec<u64>> {
     cases.par_iter().map(limit).collect()
 }
 
-/// The first failure over all seeds and cases.
-fn find(cases: &[SmallCase], limits: &[u64], module: &Arc<Module>, seeds: u64, checks: bool) -> Option<Found> {
+/// The first failure over all seeds and cases, which have their limits of warp instructions.
+fn find(cases: &[(&SmallCase, &u64)], module: &Arc<Module>, seeds: u64, checks: bool) -> Option<Found> {
     (0..seeds).find_map(|seed| {
-        cases.iter().zip(limits).find_map(|(case, &limit)| {
-            let run = || case.run(module, seed, &run_options(Some(limit), checks));
+        cases.iter().find_map(|(case, limit)| {
+            let run = || case.run(module, seed, &run_options(Some(**limit), checks));
             // Every run has its own machine, so nothing half-done survives a panic.
             let (by, how) = match catch_unwind(AssertUnwindSafe(run)) {
                 Ok(Ok(_)) => return None,
@@ -200,6 +215,7 @@ fn describe(failure: &Failure) -> (Finder, String) {
         Failure::Reported(Error::Deadline { stage, .. }) => (Finder::Progress, format!("deadline of {stage:?}")),
         Failure::Reported(other) => (Finder::Result, short(&other.to_string())),
         Failure::Unreported(_) => (Finder::Result, "an error that was not reported".to_owned()),
+        Failure::Biased { .. } => (Finder::Result, "an output that is too small or too large".to_owned()),
         Failure::WrongResult { .. } => (Finder::Result, "wrong output".to_owned()),
     }
 }
@@ -245,12 +261,17 @@ fn short(message: &str) -> String {
 }
 
 fn table(mutants: &[Mutant], found: &[Option<Found>]) -> String {
-    let mut text = summary(found) + "\n\n| bug | found by | how | case | seed |\n| --- | --- | --- | --- | --- |\n";
+    let mut text =
+        summary(found) + "\n\n| bug | kernel | found by | how | case | seed |\n| --- | --- | --- | --- | --- | --- |\n";
     for (mutant, found) in mutants.iter().zip(found) {
-        let what = mutant.what;
+        let (what, kernel) = (mutant.what, mutant.format.name());
         text += &match found {
-            Some(Found { by, how, case, seed }) => format!("| {what} | {} | {how} | {case} | {seed} |\n", by.name()),
-            None => format!("| {what} | **nothing** | {} | | |\n", mutant.harmless.unwrap_or("not explained")),
+            Some(Found { by, how, case, seed }) => {
+                format!("| {what} | {kernel} | {} | {how} | {case} | {seed} |\n", by.name())
+            }
+            None => {
+                format!("| {what} | {kernel} | **nothing** | {} | | |\n", mutant.harmless.unwrap_or("not explained"))
+            }
         };
     }
     text
@@ -296,6 +317,8 @@ mod tests {
             ("--list --seeds 3", "cannot be used with"),
             ("--list --write", "cannot be used with"),
             ("--only x --write", "cannot be used with"),
+            ("--format fp8 --write", "cannot be used with"),
+            ("--format fp16", "there are bf16 and fp8"),
             ("--write --unchecked", "cannot be used with"),
         ] {
             let words = ["mutants"].into_iter().chain(options.split_whitespace());
@@ -303,8 +326,8 @@ mod tests {
             assert_eq!(error.exit_code(), 2);
             assert!(error.to_string().contains(expected), "{options}: {error}");
         }
-        let error = chosen(Some("no such bug")).err().unwrap().to_string();
+        let error = chosen(Some("no such bug"), None).err().unwrap().to_string();
         assert!(error.contains("has \"no such bug\" in its description"), "{error}");
-        assert!(chosen(Some(mutants()[0].what)).is_ok());
+        assert!(chosen(Some(mutants()[0].what), Some(ExpertFormat::Bf16)).is_ok());
     }
 }
