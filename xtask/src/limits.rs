@@ -51,7 +51,7 @@ impl OwnLimits {
                 least_in_flight: 0,
                 spilled_bytes: 1024,
                 stack_bytes: 128,
-                local_accesses: 220,
+                local_accesses: 260,
                 local_in_loop: 2,
             }
         } else {
@@ -60,9 +60,10 @@ impl OwnLimits {
             Self {
                 beside_wgmma: 9,
                 least_in_flight: 1,
-                spilled_bytes: 0,
-                stack_bytes: 0,
-                local_accesses: 0,
+                // A dispatch warp that follows a token's rows to their places in the ring, and nobody else.
+                spilled_bytes: 48,
+                stack_bytes: 32,
+                local_accesses: 12,
                 local_in_loop: 0,
             }
         }
@@ -259,7 +260,7 @@ ptxas info    : Function properties for helper
 
     fn clean_sass() -> String {
         ".text.moe:
-        /*0000*/ @P0 USETMAXREG.DEALLOC.CTAPOOL 0x58 ;
+        /*0000*/ @P0 USETMAXREG.DEALLOC.CTAPOOL 0x60 ;
         /*0010*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xd0 ;
 .L_loop:
         /*0020*/ MOV R0, R1 ;
@@ -293,18 +294,18 @@ ptxas info    : Function properties for helper
                 "5 barriers, 65536 bytes smem",
                 format!("moe: shared (B) is {}, must be <= 232448", SharedLayout::new(&Format::BF16).bytes + 65536),
             ),
-            ("0 bytes stack frame", "16 bytes stack frame", "moe: stack (B) is 16, must be = 0".into()),
-            ("0 bytes spill stores, 0", "8 bytes spill stores, 12", "moe: spilled (B) is 20, must be = 0".into()),
+            ("0 bytes stack frame", "64 bytes stack frame", "moe: stack (B) is 64, must be <= 32".into()),
+            ("0 bytes spill stores, 0", "80 bytes spill stores, 12", "moe: spilled (B) is 92, must be <= 48".into()),
         ] {
             assert_eq!(faults(&PTXAS.replacen(found, instead, 1), &clean_sass()), [fault]);
         }
     }
 
     #[test]
-    fn a_function_that_is_no_entry_has_no_stack_either() {
+    fn the_stack_of_a_function_that_is_no_entry_is_limited_too() {
         let (entry, helper) = PTXAS.split_at(PTXAS.rfind("0 bytes stack").unwrap());
-        let ptxas = format!("{entry}{}", helper.replace("0 bytes stack", "8 bytes stack"));
-        assert_eq!(faults(&ptxas, &clean_sass()), ["helper: stack (B) is 8, must be = 0"]);
+        let ptxas = format!("{entry}{}", helper.replace("0 bytes stack", "80 bytes stack"));
+        assert_eq!(faults(&ptxas, &clean_sass()), ["helper: stack (B) is 80, must be <= 32"]);
     }
 
     #[test]
@@ -316,11 +317,12 @@ ptxas info    : Function properties for helper
     #[test]
     fn machine_code_is_held_to_its_limits() {
         let beside = "        /*0070*/ NOP ;\n".repeat(7);
+        let local = "        /*0018*/ LDL R0, [R1] ;\n";
         for (found, instead, fault) in [
-            ("DEALLOC.CTAPOOL 0x58", "DEALLOC.CTAPOOL 0x60", "moe: helpers is 96, must be = 88"),
+            ("DEALLOC.CTAPOOL 0x60", "DEALLOC.CTAPOOL 0x58", "moe: helpers is 88, must be = 96"),
             ("TRY_ALLOC.CTAPOOL UP0, 0xd0", "TRY_ALLOC.CTAPOOL UP0, 0xc8", "moe: consumers is 200, must be = 208"),
             ("USETMAXREG.TRY_ALLOC", "NOP", "moe: consumers is -, must be = 208"),
-            ("EXIT ;", "LDL R0, [R1] ;", "moe: LDL, STL is 1, must be = 0"),
+            (".L_loop:\n", &format!("{}.L_loop:\n", local.repeat(13)), "moe: LDL, STL is 13, must be <= 12"),
             ("gsb0, 0x1", "gsb0, 0x0", "moe: n64 loop at 0020: groups in flight is 0, must be >= 1"),
             ("WARPGROUP.DEPBAR", "NOP", "moe: n64 loop at 0020: groups in flight is -, must be >= 1"),
             (
@@ -353,9 +355,9 @@ ptxas info    : Function properties for helper
         assert_eq!(
             faults(PTXAS, ""),
             [
-                "moe: helpers is -, must be = 88",
+                "moe: helpers is -, must be = 96",
                 "moe: consumers is -, must be = 208",
-                "moe: LDL, STL is -, must be = 0"
+                "moe: LDL, STL is -, must be <= 12"
             ]
         );
     }
