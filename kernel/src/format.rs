@@ -73,7 +73,7 @@ impl Format {
         claim_stages: 2,
         staging_bytes: 8192,
         pull_bytes: 6144,
-        helper_registers: 96,
+        helper_registers: 88,
         consumer_registers: 208,
     };
 
