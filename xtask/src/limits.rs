@@ -49,7 +49,7 @@ impl OwnLimits {
             Self {
                 beside_wgmma: 32,
                 least_in_flight: 0,
-                spilled_bytes: 1024,
+                spilled_bytes: 1060,
                 stack_bytes: 128,
                 local_accesses: 260,
                 local_in_loop: 2,

@@ -86,7 +86,7 @@ impl Rank {
 }
 
 /// Mean rows of an expert from which on a cluster pays: with fewer, weights are most of the bytes, and CTAs that wait for each other cost
-/// more than the tokens that they need not load twice (docs/measurements.md).
+/// more than the tokens that they need not load twice (docs/history.md).
 const CLUSTER_ROWS: u64 = 64;
 
 /// Whether a launch in which no rank has more than `tokens` tokens is faster with clusters.

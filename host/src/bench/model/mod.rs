@@ -37,7 +37,7 @@ pub struct Machine {
     pub l2_bytes: u64,
 }
 
-/// The machines that are modelled: an H200 as measured (docs/measurements.md, its NVLink by the datasheet), an H20 by its datasheet.
+/// The machines that are modelled: an H200 as measured (docs/history.md, its NVLink by the datasheet), an H20 by its datasheet.
 pub const MACHINES: [Machine; 2] = [
     Machine {
         name: "H200",

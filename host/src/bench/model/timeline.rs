@@ -16,9 +16,9 @@ use crate::trace::{CONSUMERS, CtaTrace, DISPATCH, ROLE_NAMES, Span};
 const EARLY_NS: f64 = 2_000.0;
 pub(super) const COUNTS_NS: f64 = 11_000.0;
 pub(super) const FIRST_ROWS_NS: f64 = 5_000.0;
-/// From a row's first byte asked for to its last stored (docs/measurements.md, several rows a pull ticket).
+/// From a row's first byte asked for to its last stored (docs/history.md, several rows a pull ticket).
 const ROW_NS: f64 = 5_700.0;
-/// The epilogues of linear 1 and linear 2, a row: 2.5 and 2.3 us for 256 rows (docs/measurements.md).
+/// The epilogues of linear 1 and linear 2, a row: 2.5 and 2.3 us for 256 rows (docs/history.md).
 const EPILOGUE_NS: [f64; 2] = [10.0, 9.0];
 /// From a result stored to another CTA's load of it: a release, a poll and a load through L2.
 const HAND_OVER_NS: f64 = 2_000.0;

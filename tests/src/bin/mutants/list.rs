@@ -349,18 +349,18 @@ fn early_work() -> Vec<Mutant> {
         bug_at("the counts are announced twice", OWN_ARRIVE, scheduler, 1, Twice),
         bug_at("the counts are announced as the next task that is wanted", OWN_ARRIVE, scheduler, 1, Add(0, -8)),
         bug_at("the counts are announced before all lanes have acquired theirs", "bar.warp.sync", scheduler, 1, Drop),
-        bug_at("the first task has a token more than there are", "selp.b32", scheduler, 0, Add(2, 1)),
-        bug_at("the first task has the stages of the widest tile", "shl.b32", first_task, 0, Become(1, 9)),
-        bug_at("every ticket of shared rows is the first", "mad.lo.s32", "pull::pull", 0, Become(1, 0)),
-        bug_at("the first ticket of routed rows is the last of shared ones", "sub.s32", "pull::pull", 3, Add(2, 1)),
-        bug_at("the first ticket of routed rows is left out", "sub.s32", "pull::pull", 3, Add(2, -1)),
         bug_at(
-            "rows of the next shared expert are pulled one further",
-            "add.s32",
-            "schedule::shared_row",
-            1,
+            "the first task has a token more than there are",
+            "sub.s32",
+            "schedule::product schedule::early_task",
+            4,
             Add(1, 1),
         ),
+        bug_at("the first task has the stages of the widest tile", "shl.b32", first_task, 0, Become(1, 9)),
+        bug_at("every ticket of shared rows is the first", "mad.lo.s32", "pull::pull", 1, Become(1, 0)),
+        bug_at("the first ticket of routed rows is the last of shared ones", "sub.s32", "pull::pull", 5, Add(2, 1)),
+        bug_at("the first ticket of routed rows is left out", "sub.s32", "pull::pull", 5, Add(2, -1)),
+        bug("rows of the next shared expert are pulled one further", "mad.lo.s32", "schedule::shared_row", Add(1, 1)),
         bug_at(
             "rows of the next shared expert are counted one tile further",
             "sub.s32",
@@ -738,7 +738,7 @@ fn global_order() -> Vec<Mutant> {
 }
 
 fn global_counts() -> Vec<Mutant> {
-    let last_tile = "tile::last_tile_row tile::rows_of_tile";
+    let last_tile = "tile::last_tile_row tile::rows_of_tile schedule::product";
     vec![
         bug("pulled rows are not counted", "red.release", "pull::pull", Drop),
         bug("pulled rows are counted twice", "red.release", "pull::pull", Twice),
@@ -781,8 +781,8 @@ fn global_counts() -> Vec<Mutant> {
         bug_at(
             "followers are counted as if the last two tiles did not share their rows",
             "add.s32",
-            "tile::last_tile_row pull::follower",
-            2,
+            "tile::last_tile_row tile::tile_of_row pull::follower",
+            3,
             Become(1, i64::from(MAX_TOKEN_TILE)),
         ),
         bug_at(
@@ -799,7 +799,14 @@ fn global_counts() -> Vec<Mutant> {
             2,
             Become(1, i64::from(MAX_TOKEN_TILE)),
         ),
-        bug_at("rows of the next expert are pulled one further", "add.s32", "schedule::next pull::pull", 3, Add(1, 1)),
+        bug_at(
+            "rows of the next expert are counted one tile further",
+            "add.s32",
+            "schedule::next pull::pull",
+            3,
+            Add(1, 1),
+        ),
+        bug("rows of routed experts are pulled one further", "mad.lo.s32", "schedule::pool_row pull::pull", Add(-1, 1)),
         bug("where the rows are is not told", "st.global.u64", "route::publish", Drop),
         bug("counters are not zeroed for the next launch", "st.global.u32", "schedule::zero_next_counters", Drop),
         bug("the epoch moves on with every CTA", ATOM, "entry::end_launch", Stay),
